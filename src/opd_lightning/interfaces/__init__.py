@@ -1,0 +1,51 @@
+"""The words (`words.py`) and the seams (`seams.py`) of the project.
+
+Legend of shapes, used in every docstring: B rollouts, L padded sequence length, T response tokens of one rollout,
+N response tokens of a micro-batch laid end to end, K compared tokens, V vocabulary, H hidden size.
+"""
+
+from opd_lightning.interfaces.seams import (
+    Outcome,
+    PromptSelector,
+    RolloutEngine,
+    Score,
+    ScoreRequest,
+    Student,
+    Task,
+    Teacher,
+    TeacherScores,
+    Tokenizer,
+)
+from opd_lightning.interfaces.words import (
+    Message,
+    MicroBatch,
+    Problem,
+    Prompt,
+    PromptBatch,
+    Rollout,
+    RolloutBatch,
+    Sampling,
+    Split,
+)
+
+__all__ = [
+    "Message",
+    "MicroBatch",
+    "Outcome",
+    "Problem",
+    "Prompt",
+    "PromptBatch",
+    "PromptSelector",
+    "Rollout",
+    "RolloutBatch",
+    "RolloutEngine",
+    "Sampling",
+    "Score",
+    "ScoreRequest",
+    "Split",
+    "Student",
+    "Task",
+    "Teacher",
+    "TeacherScores",
+    "Tokenizer",
+]

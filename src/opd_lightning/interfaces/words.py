@@ -1,0 +1,207 @@
+"""The words of the project: the data that travels through one step.
+
+`Problem` -> `Prompt` -> `Rollout` -> `RolloutBatch` -> `MicroBatch`. Knows nothing of Lightning, transformers or vLLM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Split = Literal["train", "validation", "test", "predict"]
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with its reference answer.
+
+    Attributes:
+        uid: Stable name of the problem, unique in its split (for example ``"gsm8k/train/17"``).
+        messages: Chat messages (``{"role": ..., "content": ...}``) as the student will see them, before the template.
+        answer: Reference answer in the form the task's `grade` understands.
+        source: Name of the data source, used by mixtures and by per-source metrics.
+        columns: Remaining columns of the row, for filters (level, language, ...).
+    """
+
+    uid: str
+    messages: tuple[Message, ...]
+    answer: str
+    source: str = "default"
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled.
+
+    Args:
+        max_new_tokens: Most response tokens, the closing token included.
+        temperature: Divides the logits; 0 means greedy decoding.
+        top_p: Nucleus mass in (0, 1]; 1 keeps the whole distribution.
+        top_k: Keep only the k likeliest tokens; 0 keeps all.
+        stop_ids: Token ids that close a response; None takes the student's own list (generation config and tokenizer).
+
+    Raises:
+        ValueError: A value is outside its range.
+    """
+
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_ids: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"sampling.max_new_tokens: expected an integer of at least 1, got {self.max_new_tokens}.")
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(
+                f"sampling.temperature: expected a finite number of at least 0 (0 is greedy), got {self.temperature}."
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p: expected a number in (0, 1] (1 switches the cut off), got {self.top_p}.")
+        if self.top_k < 0:
+            raise ValueError(f"sampling.top_k: expected 0 (no cut) or a positive integer, got {self.top_k}.")
+        if self.stop_ids is not None and not self.stop_ids:
+            raise ValueError(
+                "sampling.stop_ids: expected at least one token id, or null for the student's own list, got []."
+            )
+
+    @property
+    def is_whole_distribution(self) -> bool:
+        """Whether every token of the tempered distribution can be drawn (no greedy, top-p or top-k cut)."""
+        return self.temperature > 0 and self.top_p == 1 and self.top_k == 0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem rendered to token ids, with one seed for each rollout wanted.
+
+    Attributes:
+        problem: What is asked.
+        token_ids: The rendered prompt, generation header included.
+        seeds: One non-negative 63-bit seed per rollout; a rollout is a function of weights,
+            token_ids, sampling and seed.
+    """
+
+    problem: Problem
+    token_ids: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response. Token ids are the truth; `text` is for graders and people only.
+
+    Attributes:
+        problem: What was asked.
+        prompt_ids: int64 [P] on the CPU.
+        response_ids: int64 [T] on the CPU, the closing token included when there is one.
+        log_probs: float32 [T] on the CPU, nats: log-probability of each sampled token under the student's tempered
+            distribution over its whole vocabulary (before any top-p or top-k cut).
+        finished: True when a stop id closed the response, False when it was cut at `max_new_tokens`.
+        seed: The seed it was drawn with.
+        text: Decoded response without special tokens.
+        reward: Grade in [0, 1]; NaN until the task has graded it.
+    """
+
+    problem: Problem
+    prompt_ids: Tensor
+    response_ids: Tensor
+    log_probs: Tensor
+    finished: bool
+    seed: int
+    text: str = ""
+    reward: float = math.nan
+
+    def graded(self, reward: float) -> Rollout:
+        """Return the same rollout with its grade."""
+        return replace(self, reward=reward)
+
+
+@dataclass
+class PromptBatch:
+    """What the prompt stream yields: the problems of one step for this process.
+
+    Attributes:
+        problems: This rank's problems.
+        positions: Position of each problem in the step's global list: seeds depend on it, so that the number of
+            processes does not change any sample.
+        step: How many batches the stream had yielded before this one.
+    """
+
+    problems: list[Problem]
+    positions: list[int]
+    step: int
+
+    def to(self, *args: Any, **kwargs: Any) -> PromptBatch:
+        """Nothing to move: the text stays on the CPU."""
+        return self
+
+
+@dataclass
+class RolloutBatch:
+    """The graded rollouts of one step on this process.
+
+    Attributes:
+        rollouts: One entry per rollout, the rollouts of a prompt next to each other.
+        weight_version: Version of the student's weights that generated them.
+        step: Step of the prompt stream.
+        sampling: How they were sampled.
+        seconds: Wall-clock seconds of each part ("sync", "generate", "grade").
+    """
+
+    rollouts: list[Rollout]
+    weight_version: int
+    step: int
+    sampling: Sampling
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def num_response_tokens(self) -> int:
+        """Response tokens on this process."""
+        return sum(len(rollout.response_ids) for rollout in self.rollouts)
+
+    def to(self, *args: Any, **kwargs: Any) -> RolloutBatch:
+        """Nothing to move yet: micro-batches go to the device one at a time."""
+        return self
+
+
+@dataclass
+class MicroBatch:
+    """Padded sequences, and their response tokens laid end to end.
+
+    Attributes:
+        input_ids: int64 [B, L].
+        attention_mask: int64 [B, L], 1 for real tokens.
+        position_ids: int64 [B, L], 0 for the first real token of a row.
+        rows: int64 [N], row of each response token.
+        columns: int64 [N], column whose hidden state *predicts* the response token (one before the token itself).
+        response_ids: int64 [N], the sampled tokens.
+        rollout_log_probs: float32 [N], the engine's log-probabilities of them.
+        positions: int64 [N], 0-based position inside the response.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    rows: Tensor
+    columns: Tensor
+    response_ids: Tensor
+    rollout_log_probs: Tensor
+    positions: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the number of response tokens."""
+        return self.response_ids.numel()
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """Return a copy on the device."""
+        return MicroBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
