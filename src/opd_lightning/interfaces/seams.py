@@ -62,6 +62,10 @@ class Student(ABC):
         """
 
     @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Class path and constructor arguments as plain values: enough to build the same student again."""
+
+    @abstractmethod
     def save(self, model: nn.Module, folder: Path, *, merge_adapter: bool = True) -> None:
         """Write a folder that `from_pretrained` loads (safetensors, config, tokenizer)."""
 
@@ -118,6 +122,13 @@ class Teacher(ABC):
     @abstractmethod
     def check(self, request: ScoreRequest) -> None:
         """Raise a ValueError naming what this teacher can give when it cannot answer the request."""
+
+    def preflight(self, student: Student) -> None:  # noqa: B027 - not every teacher has something to check
+        """Check tokenizer and vocabulary against the student's before any weights are loaded.
+
+        Raises:
+            ValueError: Teacher and student do not speak the same token ids.
+        """
 
     @abstractmethod
     def setup(self, student: Student, model: nn.Module, device: torch.device) -> None:

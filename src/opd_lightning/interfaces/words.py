@@ -131,12 +131,14 @@ class PromptBatch:
 
     Attributes:
         problems: This rank's problems.
+        indices: Index of each problem in its split.
         positions: Position of each problem in the step's global list: seeds depend on it, so that the number of
             processes does not change any sample.
         step: How many batches the stream had yielded before this one.
     """
 
     problems: list[Problem]
+    indices: list[int]
     positions: list[int]
     step: int
 

@@ -1,0 +1,81 @@
+"""Rollouts in, padded micro-batches out, under a token budget.
+
+Sorting by length keeps padding small; the budget keeps the longest responses from blowing the memory. Neither changes
+the gradient: losses are summed over response tokens and divided by the step's global number of them.
+Does not know models or devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from opd_lightning.interfaces import MicroBatch, Rollout
+
+
+def sequence_length(rollout: Rollout) -> int:
+    """Prompt and response tokens of a rollout."""
+    return len(rollout.prompt_ids) + len(rollout.response_ids)
+
+
+def cut_by_tokens(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rollout]]:
+    """Cut rollouts into groups whose padded size (rows times longest sequence) stays within the budget.
+
+    Longest sequences come first, so that running out of memory happens at once and not late in the step. The order is
+    a function of lengths and of the given order only.
+
+    Raises:
+        ValueError: One sequence alone exceeds the budget.
+    """
+    groups: list[list[Rollout]] = []
+    longest = 0
+    for rollout in sorted(rollouts, key=sequence_length, reverse=True):
+        length = sequence_length(rollout)
+        if length > max_tokens:
+            raise ValueError(
+                f"max_tokens_per_micro_batch={max_tokens}: the rollout of problem {rollout.problem.uid!r} alone has"
+                f" {length} tokens. Raise the budget to at least {length}, or lower sampling.max_new_tokens."
+            )
+        if not groups or (len(groups[-1]) + 1) * longest > max_tokens:
+            groups.append([])
+            longest = length
+        groups[-1].append(rollout)
+    return groups
+
+
+def collate(rollouts: Sequence[Rollout], pad_id: int, *, side: Literal["left", "right"] = "right") -> MicroBatch:
+    """Pad prompt + response of each rollout into one [B, L] batch and point at its response tokens.
+
+    Args:
+        rollouts: At least one rollout.
+        pad_id: Fills the padding; may equal a stop id, since nothing ever looks for it.
+        side: Where the padding goes.
+    """
+    lengths = [sequence_length(rollout) for rollout in rollouts]
+    width = max(lengths)
+    input_ids = torch.full((len(rollouts), width), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(rollouts), width), dtype=torch.int64)
+    position_ids = torch.zeros((len(rollouts), width), dtype=torch.int64)
+    rows, columns, positions = [], [], []
+    for row, (rollout, length) in enumerate(zip(rollouts, lengths, strict=True)):
+        start = width - length if side == "left" else 0
+        input_ids[row, start : start + length] = torch.cat([rollout.prompt_ids, rollout.response_ids])
+        attention_mask[row, start : start + length] = 1
+        position_ids[row, start : start + length] = torch.arange(length)
+        num_tokens = len(rollout.response_ids)
+        first = start + len(rollout.prompt_ids) - 1  # the last prompt token predicts the first response token
+        rows.append(torch.full((num_tokens,), row))
+        columns.append(torch.arange(first, first + num_tokens))
+        positions.append(torch.arange(num_tokens))
+    return MicroBatch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        rows=torch.cat(rows),
+        columns=torch.cat(columns),
+        response_ids=torch.cat([rollout.response_ids for rollout in rollouts]),
+        rollout_log_probs=torch.cat([rollout.log_probs for rollout in rollouts]),
+        positions=torch.cat(positions),
+    )

@@ -1,0 +1,87 @@
+"""Lightning checkpoints on disk: is a file whole, and the way from it to a Hugging Face folder.
+
+Loading never unpickles foreign objects (`weights_only=True`) and imports no class that a checkpoint names unless it is
+one of ours.
+"""
+
+from __future__ import annotations
+
+import importlib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd_lightning.interfaces import Student
+
+
+def check_checkpoint_file(path: str | Path) -> None:
+    """Raise a ValueError when the file is absent, not a checkpoint or cut short; costs no more than reading its end."""
+    path = Path(path)
+    if not path.exists():
+        siblings = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+        hint = f" Checkpoints there: {', '.join(siblings)}." if siblings else ""
+        raise ValueError(f"ckpt_path: no file {str(path)!r}.{hint}")
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"ckpt_path: {str(path)!r} ({path.stat().st_size} bytes) is cut short or not a checkpoint."
+            " Use an earlier one; the run that wrote it probably died while saving."
+        )
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of `OPDModule` onto the CPU."""
+    check_checkpoint_file(path)
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if "opd_lightning" not in checkpoint:
+        raise ValueError(f"ckpt_path: {str(path)!r} was not written by OPDModule (no 'opd_lightning' entry).")
+    return checkpoint
+
+
+def build_student(description: dict[str, Any]) -> Student:
+    """Build the student a checkpoint describes.
+
+    Raises:
+        ValueError: The class is not part of this package.
+    """
+    class_path: str = description["class_path"]
+    module_name, _, class_name = class_path.rpartition(".")
+    if not module_name.startswith("opd_lightning."):
+        raise ValueError(f"ckpt_path: the student's class {class_path!r} is not ours; load it with your own code.")
+    student: Student = getattr(importlib.import_module(module_name), class_name).from_description(description)
+    return student
+
+
+def export(ckpt_path: str, output: str, merge_adapter: bool = True, student_path: str | None = None) -> None:
+    """Write the student of a checkpoint as a Hugging Face folder that `from_pretrained` and vLLM load.
+
+    Args:
+        ckpt_path: A checkpoint that `fit` wrote.
+        output: The folder to write; it must not exist or be empty.
+        merge_adapter: Fold LoRA weights into the base model; otherwise only the adapter is written.
+        student_path: Where the original student lies now, if it has moved since training.
+    """
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output: {output!r} exists and is not an empty folder. Choose another one.")
+    checkpoint = read_checkpoint(ckpt_path)
+    description = checkpoint["opd_lightning"]["student"]
+    if student_path is not None:
+        description = {**description, "init_args": {**description["init_args"], "path": student_path}}
+    student = build_student(description)
+    model = student.load()
+    weights = {
+        name.removeprefix("student."): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith("student.")
+    }
+    result = model.load_state_dict(weights, strict=False)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if result.unexpected_keys or trained & set(result.missing_keys):
+        raise ValueError(
+            f"ckpt_path: {ckpt_path!r} does not fit the student {description['init_args'].get('path')!r}:"
+            f" missing {sorted(trained & set(result.missing_keys))[:3]}, unexpected {result.unexpected_keys[:3]}."
+        )
+    student.save(model, folder, merge_adapter=merge_adapter)
+    print(f"Wrote step {checkpoint['global_step']} of {ckpt_path} to {folder}")

@@ -1,0 +1,90 @@
+"""The door: `opd-lightning fit|validate|test|predict --config x.yaml`, and the commands that need no trainer."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from jsonargparse import auto_cli
+from lightning import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from typing_extensions import override
+
+import opd_lightning.backends.hf
+import opd_lightning.objectives
+import opd_lightning.selection
+import opd_lightning.tasks  # noqa: F401 - short class names work for imported classes only
+from opd_lightning.callbacks.answers import AnswersWriter
+from opd_lightning.callbacks.rescue import RescueCheckpoint
+from opd_lightning.callbacks.samples import PrintSamples  # noqa: F401 - for its short name
+from opd_lightning.callbacks.start_validation import StartValidation
+from opd_lightning.checkpoints import check_checkpoint_file, export
+from opd_lightning.datamodule import OPDDataModule
+from opd_lightning.module import OPDModule
+
+PLAIN_COMMANDS: dict[str, Callable[..., None]] = {"export": export}
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def _as_data_seed(seed_everything: bool | int) -> int:
+    if isinstance(seed_everything, bool):
+        raise ValueError(
+            f"seed_everything: expected an integer, since rollouts are a function of it; got {seed_everything}."
+        )
+    return seed_everything
+
+
+class OPDCLI(LightningCLI):
+    """LightningCLI with one seed for everything, no abbreviations, and a configuration that wins over checkpoints."""
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            OPDModule,
+            OPDDataModule,
+            seed_everything_default=0,
+            trainer_defaults={
+                "log_every_n_steps": 1,
+                "num_sanity_val_steps": 0,  # StartValidation runs the whole one
+                "callbacks": [StartValidation(), AnswersWriter(), RescueCheckpoint()],
+            },
+            parser_kwargs={"allow_abbrev": False},
+            args=args,
+        )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=_as_data_seed)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        # The original lets hyper-parameters stored in a checkpoint override the file and the flags the user just gave.
+        ckpt_path = self.config[self.config.subcommand].get("ckpt_path")
+        if ckpt_path and ckpt_path not in ("best", "last", "hpc", "registry"):
+            check_checkpoint_file(ckpt_path)
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self._get(self.config_init, "trainer", default={})
+        if config.get("logger") is None:
+            root = config.get("default_root_dir") or os.getcwd()
+            tensorboard = TensorBoardLogger(root)
+            kwargs["logger"] = [tensorboard, CSVLogger(root, version=tensorboard.version, flush_logs_every_n_steps=1)]
+        return super().instantiate_trainer(**kwargs)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command; the user's mistakes end in one line and exit status 2."""
+    args = sys.argv[1:] if args is None else args
+    try:
+        if args and args[0] in PLAIN_COMMANDS:
+            auto_cli(PLAIN_COMMANDS[args[0]], args=args[1:], prog=f"opd-lightning {args[0]}")
+        else:
+            OPDCLI(args)
+    except ValueError as error:
+        if os.environ.get("OPD_LIGHTNING_TRACEBACK"):
+            raise
+        print(f"opd-lightning: error: {error}\n(OPD_LIGHTNING_TRACEBACK=1 shows where)", file=sys.stderr)
+        sys.exit(2)

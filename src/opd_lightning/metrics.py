@@ -1,0 +1,135 @@
+"""torchmetrics classes: they keep sums and counts, reduce them over ranks, and divide last.
+
+The token formulas are pure functions in `objectives/statistics.py`; here are the holders, and the few numbers that are
+about whole responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from opd_lightning.interfaces import Rollout
+
+SumAndCount = tuple[Tensor | float, Tensor | float]
+
+
+class Means(Metric):
+    """Named means from (sum, count) pairs, and named maxima, exact over micro-batches and ranks.
+
+    The names are those of the first update after construction; every rank must use the same ones.
+    """
+
+    full_state_update = False
+    totals: Tensor
+    peaks: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: tuple[str, ...] = ()
+        self.peak_names: tuple[str, ...] = ()
+        self.add_state("totals", torch.zeros(0, 2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("peaks", torch.zeros(0, dtype=torch.float64), dist_reduce_fx="max")
+
+    def update(self, pairs: Mapping[str, SumAndCount], maxima: Mapping[str, Tensor | float] | None = None) -> None:
+        """Add (sum, count) pairs and take maxima."""
+        self._adopt_names(tuple(pairs), tuple(maxima or ()))
+        for name, (total, count) in pairs.items():
+            row = self.totals[self.names.index(name)]
+            row += torch.tensor([float(total), float(count)], dtype=row.dtype, device=row.device)
+        for name, value in (maxima or {}).items():
+            index = self.peak_names.index(name)
+            self.peaks[index] = max(float(self.peaks[index]), float(value))
+
+    def compute(self) -> dict[str, float]:
+        """Sum over count for each name (names with no count are left out), and the maxima."""
+        means = {
+            name: total / count
+            for name, (total, count) in zip(self.names, self.totals.tolist(), strict=True)
+            if count > 0
+        }
+        maxima = {
+            name: value for name, value in zip(self.peak_names, self.peaks.tolist(), strict=True) if value > -1e300
+        }
+        return means | maxima
+
+    def _adopt_names(self, names: tuple[str, ...], peak_names: tuple[str, ...]) -> None:
+        self.names += tuple(name for name in names if name not in self.names)
+        self.peak_names += tuple(name for name in peak_names if name not in self.peak_names)
+        if missing := len(self.names) - len(self.totals):
+            self.totals = torch.cat([self.totals, self.totals.new_zeros(missing, 2)])
+        if missing := len(self.peak_names) - len(self.peaks):
+            self.peaks = torch.cat([self.peaks, self.peaks.new_full((missing,), -torch.inf)])
+
+
+class AnswerMetrics(Metric):
+    """avg@n and pass@n of graded answers, with their lengths.
+
+    avg@n is the mean reward over all n samples of all problems; pass@n the share of problems with at least one fully
+    right sample (reward 1).
+    """
+
+    full_state_update = False
+    totals: Tensor
+
+    def __init__(self, num_samples: int) -> None:
+        super().__init__()
+        self.num_samples = num_samples
+        self.add_state("totals", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, groups: Sequence[Sequence[Rollout]]) -> None:
+        """Add the graded rollouts of some problems, one group per problem."""
+        rollouts = [rollout for group in groups for rollout in group]
+        self.totals += torch.tensor(
+            [
+                sum(rollout.reward for rollout in rollouts),
+                sum(any(rollout.reward >= 1 for rollout in group) for group in groups),
+                sum(len(rollout.response_ids) for rollout in rollouts),
+                sum(not rollout.finished for rollout in rollouts),
+                len(rollouts),
+                len(groups),
+            ],
+            dtype=self.totals.dtype,
+            device=self.totals.device,
+        )
+
+    def compute(self) -> dict[str, float]:
+        """Return avg@n, pass@n, response length in tokens, truncation rate and the number of problems."""
+        reward, passed, tokens, truncated, num_rollouts, num_problems = self.totals.tolist()
+        if num_rollouts == 0:
+            return {}
+        return {
+            f"avg_at_{self.num_samples}": reward / num_rollouts,
+            f"pass_at_{self.num_samples}": passed / num_problems,
+            "response_length": tokens / num_rollouts,
+            "truncation_rate": truncated / num_rollouts,
+            "num_problems": num_problems,
+        }
+
+
+def repetition_rate(token_ids: Tensor, ngram: int = 8) -> float:
+    """Share of a response's n-grams that occurred earlier in the same response; 0 for responses without two n-grams.
+
+    Args:
+        token_ids: [T] response tokens.
+        ngram: Length of the compared runs of tokens.
+    """
+    num_ngrams = len(token_ids) - ngram + 1
+    if num_ngrams < 2:
+        return 0.0
+    windows = {tuple(window) for window in token_ids.unfold(0, ngram, 1).tolist()}
+    return 1 - len(windows) / num_ngrams
+
+
+def rollout_statistics(rollouts: Sequence[Rollout]) -> dict[str, SumAndCount]:
+    """(sum, count) of what whole rollouts say: accuracy, response length in tokens, truncation and repetition rates."""
+    count = len(rollouts)
+    return {
+        "accuracy": (sum(rollout.reward for rollout in rollouts), count),
+        "response_length": (sum(len(rollout.response_ids) for rollout in rollouts), count),
+        "truncation_rate": (sum(not rollout.finished for rollout in rollouts), count),
+        "repetition_rate": (sum(repetition_rate(rollout.response_ids) for rollout in rollouts), count),
+    }

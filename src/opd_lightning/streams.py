@@ -1,0 +1,98 @@
+"""What the loaders yield: batches of problems, never text already generated.
+
+`PromptStream` for training, `HeldOutBatches` for validation, test and predict; both split over ranks here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from opd_lightning.interfaces import Problem, PromptBatch, PromptSelector
+
+
+class PromptStream(Iterable[PromptBatch]):
+    """Sized, stateful stream of prompt batches; Lightning saves and restores it with the training loop.
+
+    What is saved is the state after the last *committed* step, so that a checkpoint written while a step is under way
+    does that step again. Its length is one pass over the selector's problems. It must have one: Lightning draws one
+    batch ahead from a loader without length, and the selector would then choose without the last step's outcomes.
+    """
+
+    def __init__(self, problems: Sequence[Problem], selector: PromptSelector, batch_size: int) -> None:
+        self.problems = problems
+        self.selector = selector
+        self.batch_size = batch_size
+        self.step = 0  # batches yielded since the start of training
+        self.rank, self.world_size = 0, 1
+        self.commit()
+
+    def __len__(self) -> int:
+        """Steps in one pass."""
+        return -(-self.selector.epoch_length // self.batch_size)
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        """Yield what is left of the current pass, or a whole new one."""
+        for _ in range(self.step % len(self), len(self)):
+            indices = self.selector.select(self.batch_size)
+            self.step += 1
+            mine = range(self.rank, self.batch_size, self.world_size)
+            yield PromptBatch(
+                problems=[self.problems[indices[i]] for i in mine],
+                indices=[indices[i] for i in mine],
+                positions=list(mine),
+                step=self.step - 1,
+            )
+
+    def commit(self) -> None:
+        """Declare the last batch trained: from now on checkpoints continue after it."""
+        self._committed = {
+            "step": self.step,
+            "batch_size": self.batch_size,
+            "selector": self.selector.state_dict(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position of the stream and state of the selector after the last committed step."""
+        return self._committed
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`.
+
+        Raises:
+            ValueError: The checkpoint was written with another number of prompts per step.
+        """
+        if state["batch_size"] != self.batch_size:
+            raise ValueError(
+                f"data.prompts_per_step: the checkpoint was written with {state['batch_size']}, this run has"
+                f" {self.batch_size}. Resume with the same number, or start a new run from the checkpoint's weights."
+            )
+        self.step = state["step"]
+        self.selector.load_state_dict(state["selector"])
+        self.commit()
+
+
+class HeldOutBatches(Iterable[PromptBatch]):
+    """Held-out problems of this rank. Not a `DataLoader`: Lightning would split those over ranks a second time."""
+
+    def __init__(self, batches: list[PromptBatch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        """Yield the batches in order."""
+        return iter(self.batches)
+
+
+def held_out_batches(problems: Sequence[Problem], size: int, rank: int, world_size: int) -> HeldOutBatches:
+    """The rank's share of the problems, `size` at a time.
+
+    A rank without problems still gets one (empty) batch: all ranks must enter the loop, as metrics are reduced at its
+    end.
+    """
+    mine = list(range(rank, len(problems), world_size))
+    chunks = [mine[start : start + size] for start in range(0, max(1, len(mine)), size)]
+    return HeldOutBatches([PromptBatch([problems[i] for i in chunk], chunk, chunk, step=0) for chunk in chunks])
