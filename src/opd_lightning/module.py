@@ -164,8 +164,8 @@ class OPDModule(StudentModule):
         if self.num_skipped_in_a_row >= self.max_skipped_steps:
             raise RuntimeError(
                 f"model.max_skipped_steps: {self.num_skipped_in_a_row} steps in a row had a non-finite gradient. The"
-                " weights are those of the last good step. Lower the learning rate, train in fp32 or bf16-mixed, or look at the"
-                " teacher's scores; then resume from the last checkpoint."
+                " weights are those of the last good step. Lower the learning rate, train in fp32 or bf16-mixed, or look"
+                " at the teacher's scores; then resume from the last checkpoint."
             )
 
     # ---------------------------------------------------------------------------------------------------------- setup
