@@ -38,11 +38,12 @@ class Means(Metric):
         """Add (sum, count) pairs and take maxima."""
         self._adopt_names(tuple(pairs), tuple(maxima or ()))
         for name, (total, count) in pairs.items():
-            row = self.totals[self.names.index(name)]
-            row += torch.tensor([float(total), float(count)], dtype=row.dtype, device=row.device)
+            row = self.totals[self.names.index(name)]  # kept on the device: reading it here would wait for the GPU
+            row[0] += total
+            row[1] += count
         for name, value in (maxima or {}).items():
-            index = self.peak_names.index(name)
-            self.peaks[index] = max(float(self.peaks[index]), float(value))
+            peak = self.peaks[self.peak_names.index(name)]
+            peak.copy_(torch.maximum(peak, torch.as_tensor(value, dtype=peak.dtype, device=peak.device)))
 
     def compute(self) -> dict[str, float]:
         """Sum over count for each name (names with no count are left out), and the maxima."""

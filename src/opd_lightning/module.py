@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from opd_lightning.batching import collate, cut_by_tokens
-from opd_lightning.interfaces import MicroBatch, Rollout, RolloutBatch, Student, Teacher
+from opd_lightning.interfaces import MicroBatch, Rollout, RolloutBatch, ScoreRequest, Student, Teacher
 from opd_lightning.metrics import Means, SumAndCount, rollout_statistics
 from opd_lightning.objectives import Objective, sum_over_chunks
 from opd_lightning.stopwatch import Stopwatch
@@ -125,13 +126,13 @@ class OPDModule(StudentModule):
                     teacher_scores,
                     micro_batch.response_ids,
                     micro_batch.rollout_log_probs,
-                    statistics_top_k=self.top_k_metrics,
-                    statistics_request=self.score_request,
+                    answers=self.score_request if self.top_k_metrics else None,
+                    statistics_k=self.top_k_metrics,
                 )
                 # DDP averages over processes; the loss is a sum over all of them
                 self.manual_backward(result.loss_sum * (self.trainer.world_size / num_tokens))
             self.step_metrics.update({"loss": (result.loss_sum.detach(), micro_batch.num_tokens)})
-            self.step_metrics.update(result.statistics, result.maxima)
+            self.step_metrics.update(result.statistics.sums, result.statistics.maxima)
             token_losses.append(result.token_losses.cpu())
         return token_losses
 
@@ -185,8 +186,8 @@ class OPDModule(StudentModule):
             )
         data = self._data
         self.objective.check_sampling(data.sampling)
-        self.score_request = self.objective.request(with_statistics=self.top_k_metrics)
-        self.teacher.check(self.score_request)
+        self.teacher.check(self.objective.request())
+        self.score_request = self._request_with_metrics()
         self.teacher.preflight(self.spec)
         rollouts = data.prompts_per_step // self.trainer.world_size * data.rollouts_per_prompt
         if rollouts < self.updates_per_batch:
@@ -232,6 +233,18 @@ class OPDModule(StudentModule):
         self.num_skipped_steps, self.num_skipped_in_a_row = checkpoint["opd_lightning"]["skipped"]
 
     # ------------------------------------------------------------------------------------------------------- internals
+
+    def _request_with_metrics(self) -> ScoreRequest:
+        """What the objective needs, and for the metrics whatever more the teacher can give."""
+        assert self.teacher is not None
+        needed, offered = self.objective.request(), self.teacher.offer
+        if not self.top_k_metrics:
+            return needed
+        return replace(
+            needed,
+            full_vocabulary=offered.full_vocabulary,
+            top_k=max(needed.top_k, min(self.top_k_metrics, offered.top_k)),
+        )
 
     def _shares(self, rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
         """The rollouts of each optimiser step of this batch."""

@@ -87,6 +87,18 @@ class ScoreRequest:
     temperature: float = 1.0
 
 
+def describe_request(request: ScoreRequest) -> str:
+    """The request in words."""
+    parts = ["log-probabilities of the sampled tokens"]
+    if request.top_k:
+        parts.append(f"its own top {request.top_k}")
+    if request.arbitrary_ids:
+        parts.append("log-probabilities at ids the student chooses")
+    if request.full_vocabulary:
+        parts.append("the full vocabulary")
+    return ", ".join(parts)
+
+
 class TeacherScores(ABC):
     """Tempered teacher log-probabilities (float32, nats) for N response tokens, whatever backend they came from."""
 
@@ -119,9 +131,27 @@ class TeacherScores(ABC):
 class Teacher(ABC):
     """A frozen model that scores the student's tokens. Never an `nn.Module` attribute of anything Lightning sees."""
 
+    @property
     @abstractmethod
+    def offer(self) -> ScoreRequest:
+        """The most this teacher can be asked for (its temperature says nothing)."""
+
     def check(self, request: ScoreRequest) -> None:
-        """Raise a ValueError naming what this teacher can give when it cannot answer the request."""
+        """Refuse a request that goes beyond the offer.
+
+        Raises:
+            ValueError: It does; the message says what this teacher can give.
+        """
+        offer = self.offer
+        if (
+            request.top_k > offer.top_k
+            or request.arbitrary_ids > offer.arbitrary_ids
+            or request.full_vocabulary > offer.full_vocabulary
+        ):
+            raise ValueError(
+                f"objective: {type(self).__name__} cannot give {describe_request(request)}; it gives"
+                f" {describe_request(offer)}. Choose an objective.support that needs no more."
+            )
 
     def preflight(self, student: Student) -> None:  # noqa: B027 - not every teacher has something to check
         """Check tokenizer and vocabulary against the student's before any weights are loaded.
