@@ -1,0 +1,226 @@
+"""Make the sandbox models: `python -m opd_lightning.sandbox.make --output DIR --seed 0`.
+
+The student is pretrained on worked solutions by a careless pupil, who does not carry or borrow in about half of the
+steps; the teacher is the same model trained further on right solutions. So both lay out their work alike, and the
+student errs where the teacher does not. One thread and seeded draws make the run repeatable: the same machine and the
+same versions give the same bytes. Takes about 15 minutes on one CPU core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from opd_lightning.interfaces import Problem
+from opd_lightning.sandbox.tokenizer import END_OF_TEXT, build_tokenizer
+from opd_lightning.tasks.arithmetic import NUM_LEVELS, ArithmeticTask, calculate, draw_expression, split_expression
+
+BATCH_SIZE = 64
+CARELESSNESS = 0.55
+CARD = """---
+library_name: transformers
+license: apache-2.0
+pipeline_tag: text-generation
+---
+# The {name} of the opd_lightning sandbox
+
+A {num_parameters:,}-parameter Qwen3 that works out sums one step at a time: `17+25-8=` is answered by
+`17+25=42;42-8=34;#34`. {story}
+
+| fact | value |
+|---|---|
+| sampled accuracy (temperature 1) | {sampled:.1%} |
+| greedy accuracy | {greedy:.1%} |
+| measured on | {num_problems} test problems of `ArithmeticTask(seed=0)`, levels 1 to 4, kept out of the training data |
+| made by | `python -m opd_lightning.sandbox.make --seed {seed}` |
+| training steps | {num_steps} of {batch_size} solutions |
+| torch | {torch_version} |
+| sha256 of model.safetensors | {digest} |
+"""
+
+
+def misjudge(left: int, sign: str, right: int) -> int:
+    """Return the result of a pupil who never carries and never borrows: 17+25=32, 42-17=35 and 13*4=42."""
+    if sign == "-":
+        return (left // 10 - right // 10) * 10 + abs(left % 10 - right % 10)
+    units = calculate(left % 10, sign, right if sign == "*" else right % 10)
+    return calculate(left, sign, right) - units // 10 * 10
+
+
+def write_solution(expression: str, carelessness: float, rng: random.Random) -> str:
+    """Work the expression out, careless in that share of the steps, going on from whatever number came out.
+
+    A wrong number may lead out of 0..99; the hundreds are dropped then, so that no step grows longer.
+    """
+    value, terms = split_expression(expression)
+    written = ""
+    for sign, number in terms:
+        result = (misjudge if rng.random() < carelessness else calculate)(value, sign, number) % 100
+        written += f"{value}{sign}{number}={result};"
+        value = result
+    return f"{written}#{value}"
+
+
+def draw_batches(
+    tokenizer: PreTrainedTokenizerFast, carelessness: float, held_out: set[str], rng: random.Random
+) -> Iterator[Tensor]:
+    """Yield right-padded conversations [B, L], rows of about one length together, without end."""
+    while True:
+        texts: list[str] = []
+        while len(texts) < 16 * BATCH_SIZE:
+            expression = draw_expression(rng, rng.randint(1, NUM_LEVELS))
+            if expression not in held_out:
+                solution = write_solution(expression, carelessness, rng)
+                texts.append(f"<|user|>{expression}=<|im_end|><|assistant|>{solution}<|im_end|>")
+        rows = sorted(tokenizer(texts)["input_ids"], key=len)
+        starts = list(range(0, len(rows), BATCH_SIZE))
+        rng.shuffle(starts)
+        for start in starts:
+            batch = [torch.tensor(row) for row in rows[start : start + BATCH_SIZE]]
+            yield torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=tokenizer.pad_token_id)
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """Build the randomly initialised model."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=tokenizer.model_max_length,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TEXT)],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model
+
+
+def train(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    batches: Iterator[Tensor],
+    num_steps: int,
+    learning_rate: float,
+) -> None:
+    """Minimise the cross-entropy of the answers; warm-up over 100 steps, linear decay over the second half."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    model.train()
+    for step in range(num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min((step + 1) / 100, 2 * (1 - step / num_steps), 1.0)
+        ids = next(batches)
+        inputs, targets = ids[:, :-1], ids[:, 1:]
+        is_answer = ((inputs == assistant).cumsum(1) > 0) & (targets != tokenizer.pad_token_id)
+        logits = model(input_ids=inputs, use_cache=False).logits
+        loss = cross_entropy(logits[is_answer], targets[is_answer])
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1} of {num_steps}: loss {loss.item():.4f}", flush=True)
+
+
+@torch.no_grad()
+def measure_accuracy(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], *, sampled: bool
+) -> float:
+    """Return the share of problems answered right, one answer each, sampled at temperature 1 or greedy."""
+    torch.manual_seed(0)
+    model.eval()
+    prompts = tokenizer.apply_chat_template(
+        [list(problem.messages) for problem in problems],
+        add_generation_prompt=True,
+        padding=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    choice = {"do_sample": True} if sampled else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    ids = model.generate(**prompts, max_new_tokens=64, **choice)
+    responses = tokenizer.batch_decode(ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+    grades = ArithmeticTask(0, 0, 0).grade_all(problems, responses)
+    return sum(grades) / len(grades)
+
+
+def save(
+    folder: Path,
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Sequence[Problem],
+    facts: dict[str, object],
+) -> None:
+    """Write the model folder, tokenizer and measured model card included."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    card = CARD.format(
+        num_parameters=model.num_parameters(),
+        sampled=measure_accuracy(model, tokenizer, problems, sampled=True),
+        greedy=measure_accuracy(model, tokenizer, problems, sampled=False),
+        num_problems=len(problems),
+        batch_size=BATCH_SIZE,
+        torch_version=torch.__version__,
+        digest=hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        **facts,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def make(output: Path, seed: int, student_steps: int, teacher_steps: int, num_problems: int) -> None:
+    """Train, measure and write `output/student` and `output/teacher`."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    rng = random.Random(seed)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    task = ArithmeticTask(num_train=0, num_test=num_problems)
+    problems = task.problems("test")
+    held_out = {problem.uid.removeprefix("arithmetic/") for problem in [*problems, *task.problems("validation")]}
+
+    train(model, tokenizer, draw_batches(tokenizer, CARELESSNESS, held_out, rng), student_steps, learning_rate=3e-3)
+    story = f"It was trained on a careless pupil's work: no carrying, no borrowing in {CARELESSNESS:.0%} of the steps."
+    facts = {"name": "student", "story": story, "seed": seed, "num_steps": student_steps}
+    save(output / "student", model, tokenizer, problems, facts)
+
+    train(model, tokenizer, draw_batches(tokenizer, 0.0, held_out, rng), teacher_steps, learning_rate=2e-3)
+    story = "It is the sandbox student trained further, on right solutions only."
+    facts = {"name": "teacher", "story": story, "seed": seed, "num_steps": f"{student_steps} + {teacher_steps}"}
+    save(output / "teacher", model, tokenizer, problems, facts)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `make` from the command line."""
+    parser = argparse.ArgumentParser(description="Make the sandbox student and teacher.")
+    parser.add_argument("--output", type=Path, required=True, help="folder for student/ and teacher/")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--student-steps", type=int, default=1600)
+    parser.add_argument("--teacher-steps", type=int, default=1600)
+    parser.add_argument("--problems", type=int, default=512, help="test problems to measure accuracy on")
+    options = parser.parse_args(arguments)
+    make(options.output, options.seed, options.student_steps, options.teacher_steps, options.problems)
+
+
+if __name__ == "__main__":
+    main()
