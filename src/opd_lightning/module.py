@@ -97,7 +97,9 @@ class OPDModule(StudentModule):
             groups = cut_by_tokens(share, self.max_tokens_per_micro_batch)
             micro_batches = [collate(group, self.spec.tokenizer.pad_id).to(self.device) for group in groups]
             for group, losses in zip(groups, self.accumulate_gradients(micro_batches), strict=True):
-                token_losses += zip(group, losses.split([len(rollout.response_ids) for rollout in group]), strict=True)
+                token_losses += zip(
+                    group, torch.split(losses, [len(rollout.response_ids) for rollout in group]), strict=True
+                )
             self.update_weights()
         self.log_step(batch)
         self._data.stream.commit()
@@ -109,7 +111,8 @@ class OPDModule(StudentModule):
         Returns:
             The loss of every token, [N] per micro-batch, on the CPU.
         """
-        assert self.student is not None and self.teacher is not None
+        student = self.student
+        assert student is not None and self.teacher is not None
         num_tokens = self._sum_over_ranks(sum(micro_batch.num_tokens for micro_batch in micro_batches))
         token_losses = []
         scores = iter(self.teacher.score_all(micro_batches, self.score_request))
@@ -118,10 +121,10 @@ class OPDModule(StudentModule):
                 teacher_scores = next(scores)
             is_last = i == len(micro_batches) - 1
             with self.stopwatch("student"), nullcontext() if is_last else self._without_gradient_sync():
-                hidden = self.spec.hidden_states(self.student, micro_batch)
+                hidden = self.spec.hidden_states(student, micro_batch)
                 result = sum_over_chunks(
                     hidden,
-                    lambda chunk: self.spec.logits(self.student, chunk),
+                    lambda chunk: self.spec.logits(student, chunk),
                     self.objective,
                     teacher_scores,
                     micro_batch.response_ids,
@@ -131,7 +134,13 @@ class OPDModule(StudentModule):
                 )
                 # DDP averages over processes; the loss is a sum over all of them
                 self.manual_backward(result.loss_sum * (self.trainer.world_size / num_tokens))
-            self.step_metrics.update({"loss": (result.loss_sum.detach(), micro_batch.num_tokens)})
+            num_padded = micro_batch.attention_mask.numel()
+            self.step_metrics.update(
+                {
+                    "loss": (result.loss_sum.detach(), micro_batch.num_tokens),
+                    "padding_share": (num_padded - micro_batch.attention_mask.sum(), num_padded),
+                }
+            )
             self.step_metrics.update(result.statistics.sums, result.statistics.maxima)
             token_losses.append(result.token_losses.cpu())
         return token_losses
@@ -139,17 +148,18 @@ class OPDModule(StudentModule):
     def update_weights(self) -> None:
         """Clip and step; skip the step when the gradient is not finite."""
         assert self.student is not None
-        optimizer = self.optimizers()
+        optimizer: Any = self.optimizers()
+        scheduler: Any = self.lr_schedulers()
         parameters = [p for p in self.student.parameters() if p.grad is not None]
         with self.stopwatch("optimizer"):
             norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip_norm or torch.inf)
             if torch.isfinite(norm):
+                self.step_metrics.update({"grad_norm": (norm, 1), "learning_rate": (optimizer.param_groups[0]["lr"], 1)})
                 optimizer.step()
                 self.weight_version += 1
                 self.num_skipped_in_a_row = 0
-                if (scheduler := self.lr_schedulers()) is not None:
+                if scheduler is not None:
                     scheduler.step()
-                self.step_metrics.update({"grad_norm": (norm, 1)})
             else:
                 self._skip_step(float(norm))
             optimizer.zero_grad()
@@ -165,8 +175,8 @@ class OPDModule(StudentModule):
         if self.num_skipped_in_a_row >= self.max_skipped_steps:
             raise RuntimeError(
                 f"model.max_skipped_steps: {self.num_skipped_in_a_row} steps in a row had a non-finite gradient. The"
-                " weights are those of the last good step. Lower the learning rate, train in fp32 or bf16-mixed, or look"
-                " at the teacher's scores; then resume from the last checkpoint."
+                " weights are those of the last good step. Lower the learning rate, train in fp32 or bf16-mixed, or"
+                " look at the teacher's scores; then resume from the last checkpoint."
             )
 
     # ---------------------------------------------------------------------------------------------------------- setup

@@ -30,6 +30,10 @@ def is_validation_due(
     return num_batches_in_epoch > 0 and (epoch + 1) % every_n_epochs == 0 and num_batches_in_epoch % interval == 0
 
 
+def _training_progress(trainer: Trainer) -> Any:
+    return trainer.fit_loop.epoch_loop.batch_progress  # typed too narrowly there: it does count processed batches
+
+
 class StartValidation(Callback):
     """Validates before the first step; in a resumed fit, runs the validation that the checkpoint still had ahead of it.
 
@@ -46,11 +50,11 @@ class StartValidation(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
-            self.validated_after = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+            self.validated_after = _training_progress(trainer).total.processed
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        progress = trainer.fit_loop.epoch_loop.batch_progress
+        progress = _training_progress(trainer)
         num_batches = progress.total.processed
         if num_batches == self.validated_after or not trainer.enable_validation:
             return

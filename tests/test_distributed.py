@@ -1,0 +1,62 @@
+"""One process or two: the same rollouts, the same gradient, the same metrics."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PROGRAM = Path(__file__).parent / "distributed_run.py"
+PER_PROCESS = ("seconds/", "tokens_per_second/", "padding_share")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_qwen3_folder, tiny_teacher_folder):
+    folders = {}
+    for num_processes in (1, 2):
+        folder = folders[num_processes] = tmp_path_factory.mktemp(f"processes{num_processes}")
+        command = [sys.executable, PROGRAM, str(num_processes), tiny_qwen3_folder, tiny_teacher_folder, folder]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        # a hung process ignores SIGTERM, which Lightning traps: kill it
+        done = subprocess.run(
+            ["timeout", "-s", "KILL", "150", *map(str, command)], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return folders
+
+
+def facts(folder, rank=0):
+    return json.loads((folder / f"rank{rank}.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_processes_generate_the_rollouts_of_one(runs):
+    one, first, second = facts(runs[1]), facts(runs[2], 0), facts(runs[2], 1)
+    for whole, a, b in zip(one["seeds"], first["seeds"], second["seeds"], strict=True):
+        assert sorted(whole) == sorted(a + b)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_step_of_one(runs):
+    one = torch.load(runs[1] / "rank0.pt")
+    for rank in (0, 1):
+        for name, weight in torch.load(runs[2] / f"rank{rank}.pt").items():
+            torch.testing.assert_close(weight, one[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_metrics_are_reduced_over_processes(runs):
+    one, two = facts(runs[1])["metrics"], facts(runs[2])["metrics"]
+    assert one[-1].keys() == two[-1].keys()
+    for a, b in zip(one, two, strict=True):
+        for name in a.keys() & b.keys():
+            if not any(part in name for part in PER_PROCESS):
+                assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_the_selector_sees_the_outcomes_of_all_processes(runs):
+    assert facts(runs[1])["selector"] == facts(runs[2], 0)["selector"] == facts(runs[2], 1)["selector"]
