@@ -1,0 +1,12 @@
+"""Which prompts next: in order, shuffled, mixed by source, filtered, or by difficulty.
+
+Every choice is a function of the seed and of saved counters, never of how far a generator has run: a run that crashed
+and resumed draws what it would have drawn.
+"""
+
+from opd_lightning.selection.difficulty import DifficultyPool
+from opd_lightning.selection.filtered import Filtered
+from opd_lightning.selection.mixture import Mixture
+from opd_lightning.selection.streams import InOrder, Shuffled
+
+__all__ = ["DifficultyPool", "Filtered", "InOrder", "Mixture", "Shuffled"]
