@@ -1,0 +1,191 @@
+"""EffOPD as a Lightning callback: the search of `extrapolation` at the right moment of any fit."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.utils.hooks import RemovableHandle
+
+from opd_lightning.extrapolation import (
+    Accept,
+    Extrapolator,
+    LineSearch,
+    LoraStep,
+    ParameterFilter,
+    Schedule,
+    ScheduleSpec,
+    SearchReport,
+    reshard,
+    select_parameters,
+    undisturbed,
+)
+from opd_lightning.interfaces import Score
+
+_CHECKPOINT_KEY = "effopd"
+
+
+class EffOPD(Callback):
+    """Move the weights along their recent update direction while a score does not get worse (arXiv 2605.11739, 4.1).
+
+    After optimiser steps 1, 2, 4, 8, ... (or another schedule) Delta is the change of the weights since the search
+    before. Points `W + factor * Delta` are scored in order and the last one that was accepted becomes the weights;
+    when the first fails nothing changes, bit for bit. Optimiser state and learning rate are left alone.
+
+    The search runs in `on_train_batch_end`, after the optimiser step and before `ModelCheckpoint` saves. Each score
+    is taken in eval mode, without gradients, in the trainer's precision and from a random state that depends on the
+    step only; modes and random state are restored. Processes take the mean of their scores, so all decide alike. The
+    older point and all counters are in the checkpoint: a resumed run equals an uninterrupted one. When the module
+    defines `on_weights_moved()`, it is called each time weights were written, tried candidates included.
+
+    Works with automatic and manual optimisation, gradient accumulation, mixed precision, DDP and FSDP2
+    (`ModelParallelStrategy`). Limits: buffers (running statistics, say) are not moved; weights that become trainable
+    after the start of fit are not moved; FSDP1 and DeepSpeed are refused, because they keep flat or master copies of
+    the weights that an edit would not reach.
+
+    Args:
+        score: What to maximise: a `Score`, or a function of the module that returns a number.
+        schedule: "powers_of_two", an integer n (every n optimiser steps), or a list of steps; counted since the
+            callback started, in steps of the chosen optimiser.
+        candidates: Positive multiples of Delta to add to the current weights, in increasing order.
+        backward: Negative multiples, tried only when the first candidate fails: averaging with the older point.
+        accept: "not_worse" keeps ties with the best so far (the paper), "better" does not (the authors' code).
+        parameters: Which weights move: a regular expression searched in their names, or a predicate on names; None
+            moves all that are trainable when fit starts.
+        anchor_device: Where the older point lives; None puts it beside the weights, "cpu" saves device memory.
+        min_improvement: Amount by which a candidate must beat the best so far, in units of the score.
+        lora: How LoRA pairs move: "product" takes the exact step of B A, "factors" moves A and B one by one.
+        optimizer_index: Which of several optimisers' steps are counted.
+
+    Attributes:
+        last_search: Report of the latest search, None before the first.
+
+    Raises:
+        ValueError: An argument is outside its range; at the start of fit also when no weight is chosen, the strategy
+            is not supported or there is no such optimiser.
+    """
+
+    def __init__(
+        self,
+        score: Score | Callable[[LightningModule], float],
+        schedule: ScheduleSpec = Schedule.spec,
+        candidates: Sequence[float] = LineSearch.candidates,
+        backward: Sequence[float] = LineSearch.backward,
+        accept: Accept = LineSearch.accept,
+        parameters: ParameterFilter = None,
+        anchor_device: str | None = None,
+        min_improvement: float = LineSearch.min_improvement,
+        lora: LoraStep = "product",
+        optimizer_index: int = 0,
+    ) -> None:
+        if not callable(score):
+            raise ValueError(f"score: expected a Score or a function of the module, got {score!r}.")
+        self.score = score
+        self.parameters = parameters
+        self.optimizer_index = optimizer_index
+        self._extrapolator = Extrapolator(
+            LineSearch(candidates, backward, accept, min_improvement),
+            Schedule(schedule),
+            anchor_device=anchor_device,
+            lora=lora,
+        )
+        self._restored = False
+        self._fitted: weakref.ref[LightningModule] | None = None
+        self._step_counter: RemovableHandle | None = None
+        self.last_search: SearchReport | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse strategies whose weights cannot be edited in place."""
+        if stage == "fit" and isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+            raise ValueError(
+                f"strategy: EffOPD cannot edit weights under {type(trainer.strategy).__name__}. Use a single device, "
+                "DDP, or FSDP2 (ModelParallelStrategy)."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the older point: from the checkpoint, from the last fit of the same run, or where the weights are."""
+        reshard(pl_module)
+        weights = select_parameters(pl_module.named_parameters(), self.parameters)
+        is_continued = self._fitted is not None and self._fitted() is pl_module and trainer.global_step > 0
+        if self._restored:
+            self._extrapolator.start(weights)
+        elif is_continued:
+            self._extrapolator.replace(weights)
+        else:
+            self._extrapolator.reset()
+            self._extrapolator.start(weights)
+        self._restored, self._fitted = False, weakref.ref(pl_module)
+        if not 0 <= self.optimizer_index < len(trainer.optimizers):
+            raise ValueError(
+                f"optimizer_index: expected a number from 0 to {len(trainer.optimizers) - 1}, one for each optimiser "
+                f"of the module, got {self.optimizer_index}."
+            )
+        optimizer = trainer.optimizers[self.optimizer_index]
+        self._step_counter = optimizer.register_step_post_hook(lambda *_: self._extrapolator.count_step())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Search when optimiser steps since the last look call for it; micro-batches in between do not."""
+        if not self._extrapolator.is_due:
+            return
+        report = self._extrapolator.search(
+            lambda: self._evaluate(trainer, pl_module),
+            before_edit=lambda: reshard(pl_module),
+            after_edit=getattr(pl_module, "on_weights_moved", lambda: None),
+            count_tokens=lambda: getattr(self.score, "tokens", 0),
+        )
+        if report is None:
+            return
+        self.last_search = report
+        rank_zero_info(str(report))
+        for logger in trainer.loggers:
+            logger.log_metrics(report.metrics(), step=trainer.global_step)
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        # The hook runs outside autocast, training does not: the score has to see the precision that training sees.
+        with undisturbed(pl_module, seed=self._extrapolator.num_steps), trainer.precision_plugin.forward_context():
+            if isinstance(self.score, Score):
+                return self.score(trainer, pl_module)
+            return self.score(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop counting and say what the searches of the run amounted to."""
+        self._stop_counting()
+        self._extrapolator.pause()
+        rank_zero_info(self._extrapolator.summary())
+        for logger in trainer.loggers:
+            logger.log_metrics(self._extrapolator.totals(), step=trainer.global_step)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop counting."""
+        self._stop_counting()
+
+    def _stop_counting(self) -> None:
+        if self._step_counter is not None:
+            self._step_counter.remove()
+            self._step_counter = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the older point and the counters into the checkpoint (tensors, numbers and containers only)."""
+        if self._extrapolator.started:
+            checkpoint[_CHECKPOINT_KEY] = self._extrapolator.state_dict(gathered=True)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the older point and the counters from the checkpoint when training resumes from it."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._extrapolator.reset()
+        self._fitted = None
+        self._restored = _CHECKPOINT_KEY in checkpoint
+        if self._restored:
+            self._extrapolator.load_state_dict(checkpoint[_CHECKPOINT_KEY])
+        else:
+            rank_zero_warn(
+                "EffOPD: the checkpoint was saved without EffOPD; it starts counting here, from the loaded weights."
+            )

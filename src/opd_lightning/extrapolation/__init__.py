@@ -1,0 +1,36 @@
+"""The EffOPD search on named tensors: direction, candidates, accept or stop (arXiv 2605.11739, section 4.1).
+
+Knows torch and nothing else: no Lightning, no tokenizer, no distillation. `EffOPD` (Lightning callback) and
+`EffOPDOptimizer` (any torch loop) are thin shells around `Extrapolator`.
+"""
+
+from opd_lightning.extrapolation.extrapolator import Extrapolator, SearchReport
+from opd_lightning.extrapolation.isolation import isolated_rng, undisturbed
+from opd_lightning.extrapolation.line_search import Accept, LineSearch, Outcome, Trial
+from opd_lightning.extrapolation.low_rank import extrapolate_product
+from opd_lightning.extrapolation.schedule import Schedule, ScheduleSpec
+from opd_lightning.extrapolation.shards import any_sharded, gather_objects, rank, reshard, world_size
+from opd_lightning.extrapolation.weights import AnchoredWeights, LoraStep, ParameterFilter, select_parameters
+
+__all__ = [
+    "Accept",
+    "AnchoredWeights",
+    "Extrapolator",
+    "LineSearch",
+    "LoraStep",
+    "Outcome",
+    "ParameterFilter",
+    "Schedule",
+    "ScheduleSpec",
+    "SearchReport",
+    "Trial",
+    "any_sharded",
+    "extrapolate_product",
+    "gather_objects",
+    "isolated_rng",
+    "rank",
+    "reshard",
+    "select_parameters",
+    "undisturbed",
+    "world_size",
+]

@@ -1,0 +1,285 @@
+"""The search as a state machine: count steps, and when one is due measure, try, accept or go back."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_lightning.extrapolation.line_search import LineSearch, Outcome, Trial
+from opd_lightning.extrapolation.schedule import Schedule
+from opd_lightning.extrapolation.shards import agree
+from opd_lightning.extrapolation.weights import AnchoredWeights, LoraStep
+
+
+@dataclass(frozen=True)
+class SearchReport:
+    """What one search did.
+
+    Attributes:
+        step: Optimiser steps counted when it ran.
+        baseline: Score of the weights it started from.
+        trials: Every candidate scored, in the order tried.
+        best: The point kept; its factor is 0 when no candidate was accepted.
+        delta_norm: Euclidean norm of Delta over all moved weights.
+        cosine: Cosine of this Delta with that of the search before; NaN for the first.
+        seconds: Wall-clock time of the whole search.
+        tokens: Tokens that the score spent, as far as it counts them.
+    """
+
+    step: int
+    baseline: float
+    trials: tuple[Trial, ...]
+    best: Trial
+    delta_norm: float
+    cosine: float
+    seconds: float
+    tokens: int
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the weights were moved."""
+        return self.best.factor != 0
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for a logger, names beginning with `effopd/`; the cosine only when there is one."""
+        numbers = {
+            "factor": self.best.factor,
+            "accepted": float(self.accepted),
+            "num_candidates": float(len(self.trials)),
+            "score_before": self.baseline,
+            "score_after": self.best.score,
+            "delta_norm": self.delta_norm,
+            "seconds": self.seconds,
+            "tokens": float(self.tokens),
+        }
+        numbers |= {f"score_at/{trial.factor:+g}": trial.score for trial in self.trials}
+        if not math.isnan(self.cosine):
+            numbers["cosine"] = self.cosine
+        return {f"effopd/{name}": number for name, number in numbers.items()}
+
+    def __str__(self) -> str:
+        tried = ", ".join(f"{trial.factor:+g}: {trial.score:.5g}" for trial in self.trials) or "none"
+        verdict = f"moved by {self.best.factor:+g} Delta" if self.accepted else "not moved"
+        tokens = f", {self.tokens} tokens" if self.tokens else ""
+        cosine = "" if math.isnan(self.cosine) else f", cosine {self.cosine:+.2f}"
+        return (
+            f"EffOPD step {self.step}: {verdict} (score {self.baseline:.5g}; tried {tried}; "
+            f"|Delta| {self.delta_norm:.3g}{cosine}; {self.seconds:.2f} s{tokens})"
+        )
+
+
+class Extrapolator:
+    """Counts optimiser steps and searches along W_t - W_0 when a search is due (arXiv 2605.11739, section 4.1).
+
+    W_0 is the point kept by the search before (the weights at `start` for the first one). Optimiser state and learning
+    rate are left alone.
+
+    Args:
+        line_search: Candidates and accept rule.
+        schedule: When to search.
+        anchor_device: See `AnchoredWeights`.
+        lora: See `AnchoredWeights`.
+    """
+
+    def __init__(
+        self,
+        line_search: LineSearch,
+        schedule: Schedule,
+        *,
+        anchor_device: torch.device | str | None = None,
+        lora: LoraStep = "product",
+    ) -> None:
+        if lora not in ("product", "factors"):
+            raise ValueError(f"lora: expected 'product' or 'factors', got {lora!r}.")
+        self.line_search = line_search
+        self.schedule = schedule
+        self._anchor_device = anchor_device
+        self._lora: LoraStep = lora
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the weights and everything counted."""
+        self.num_steps = 0
+        self.num_searches = 0
+        self.num_accepted = 0
+        self.search_seconds = 0.0
+        self._settled_step = 0
+        self._elapsed_before = 0.0
+        self._running_since: float | None = None
+        self._weights: AnchoredWeights | None = None
+        self._loaded: Mapping[str, Any] | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether there are weights to move."""
+        return self._weights is not None
+
+    def start(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take these weights as W_0; after `load_state_dict`, go on from the loaded W_0 instead."""
+        self._weights = AnchoredWeights(parameters, anchor_device=self._anchor_device, lora=self._lora)
+        if self._loaded is not None:
+            self._weights.load_state_dict(self._loaded)
+            self._loaded = None
+        self._running_since = time.perf_counter()
+
+    def replace(self, parameters: Mapping[str, Tensor]) -> None:
+        """Go on with other weight objects of the same names; new names start from where they are."""
+        assert self._weights is not None
+        state = self._weights.state_dict(gathered=False)
+        self._weights = AnchoredWeights(parameters, anchor_device=self._anchor_device, lora=self._lora)
+        self._weights.load_state_dict(state, strict=False)
+        self._running_since = self._running_since or time.perf_counter()
+
+    def pause(self) -> None:
+        """Stop the clock until the next `start` or `replace`."""
+        self._elapsed_before, self._running_since = self.elapsed_seconds, None
+
+    def count_step(self) -> None:
+        """Note one optimiser step."""
+        self.num_steps += 1
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the steps counted since the last look call for a search."""
+        return self.schedule.is_due(self._settled_step, self.num_steps)
+
+    def search(
+        self,
+        score: Callable[[], float],
+        *,
+        before_edit: Callable[[], None] = lambda: None,
+        after_edit: Callable[[], None] = lambda: None,
+        count_tokens: Callable[[], int] = lambda: 0,
+    ) -> SearchReport | None:
+        """Search once from the current weights and leave them at the point kept.
+
+        A rejected search leaves every weight as it was, bit for bit. So does one whose score raises; that search
+        stays due.
+
+        Args:
+            score: Score of the weights as they are when it is called, higher is better; processes that train together
+                all call it and take the mean.
+            before_edit: Called before weights are read or written.
+            after_edit: Called each time weights were written.
+            count_tokens: Tokens that `score` has spent so far.
+
+        Returns:
+            What happened, or None when Delta is zero or not finite (then nothing is scored).
+        """
+        assert self._weights is not None, "start() comes first"
+        clock, tokens = time.perf_counter(), count_tokens()
+        before_edit()
+        delta_norm, cosine = (agree(value) for value in self._weights.measure())
+        if not (math.isfinite(delta_norm) and delta_norm > 0):
+            self._settled_step = self.num_steps
+            if delta_norm != 0:
+                warnings.warn(f"EffOPD: no search at step {self.num_steps}, the weights are not finite.", stacklevel=2)
+            return None
+        outcome = self._walk(self._weights, score, before_edit, after_edit)
+        self._settled_step = self.num_steps
+        seconds = time.perf_counter() - clock
+        self.num_searches += 1
+        self.num_accepted += outcome.best.factor != 0
+        self.search_seconds += seconds
+        return SearchReport(
+            step=self.num_steps,
+            baseline=outcome.baseline,
+            trials=outcome.trials,
+            best=outcome.best,
+            delta_norm=delta_norm,
+            cosine=cosine,
+            seconds=seconds,
+            tokens=count_tokens() - tokens,
+        )
+
+    def _walk(
+        self,
+        weights: AnchoredWeights,
+        score: Callable[[], float],
+        before_edit: Callable[[], None],
+        after_edit: Callable[[], None],
+    ) -> Outcome:
+        def move_to(factor: float) -> None:
+            before_edit()
+            weights.move_to(factor)
+            after_edit()
+
+        def evaluate(factor: float) -> float:
+            if factor != 0:
+                move_to(factor)
+            return agree(float(score()))
+
+        weights.begin()
+        try:
+            outcome = self.line_search.run(evaluate)
+            if outcome.trials and outcome.trials[-1] is not outcome.best:
+                move_to(outcome.best.factor)
+            before_edit()
+            weights.end(moved=outcome.best.factor != 0)
+        except BaseException:
+            before_edit()
+            weights.abort()
+            after_edit()
+            raise
+        return outcome
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Wall-clock time since the first `start`, pauses and interruptions of the run excluded."""
+        running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
+        return self._elapsed_before + running
+
+    def summary(self) -> str:
+        """Totals of the run in one line."""
+        seconds = f"{self.search_seconds:.1f} of {self.elapsed_seconds:.1f} s"
+        return (
+            f"EffOPD: {self.num_searches} searches, {self.num_accepted} accepted, "
+            f"{100 * self._share_of_time:.1f} % of wall-clock ({seconds})"
+        )
+
+    def totals(self) -> dict[str, float]:
+        """Totals of the run for a logger."""
+        return {
+            "effopd/num_searches": float(self.num_searches),
+            "effopd/num_accepted": float(self.num_accepted),
+            "effopd/share_of_wall_clock": self._share_of_time,
+        }
+
+    @property
+    def _share_of_time(self) -> float:
+        return self.search_seconds / max(self.elapsed_seconds, self.search_seconds, 1e-9)
+
+    def state_dict(self, *, gathered: bool = False) -> dict[str, Any]:
+        """Every value a future search reads: counters, anchor, last direction; plain numbers, containers and tensors.
+
+        Args:
+            gathered: See `AnchoredWeights.state_dict`.
+        """
+        weights = self._weights.state_dict(gathered=gathered) if self._weights is not None else self._loaded or {}
+        return {
+            "num_steps": self.num_steps,
+            "settled_step": self._settled_step,
+            "num_searches": self.num_searches,
+            "num_accepted": self.num_accepted,
+            "search_seconds": self.search_seconds,
+            "elapsed_seconds": self.elapsed_seconds,
+            **weights,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`; the anchor is taken over by the next `start`."""
+        self.reset()
+        self.num_steps = state["num_steps"]
+        self._settled_step = state["settled_step"]
+        self.num_searches = state["num_searches"]
+        self.num_accepted = state["num_accepted"]
+        self.search_seconds = state["search_seconds"]
+        self._elapsed_before = state["elapsed_seconds"]
+        self._loaded = {key: state[key] for key in ("anchor", "directions")} if "anchor" in state else None

@@ -1,0 +1,103 @@
+"""The accept rule: which multiple of Delta to keep, given only a score per multiple."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+Accept = Literal["not_worse", "better"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One scored point of the ray: `factor` multiples of Delta beyond the current weights."""
+
+    factor: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search tried and what it keeps.
+
+    Attributes:
+        baseline: Score of the current weights.
+        trials: Every candidate scored, in the order tried.
+        best: The point to keep; its factor is 0 when no candidate was accepted.
+    """
+
+    baseline: float
+    trials: tuple[Trial, ...]
+    best: Trial
+
+
+@dataclass(frozen=True)
+class LineSearch:
+    """Walk along one ray and stop at the first candidate that fails (arXiv 2605.11739, section 4.1).
+
+    The current weights are scored first. Candidates are tried in order and each is compared with the best point so
+    far; the first failure ends the walk. When already the first forward candidate fails, the backward factors are
+    walked in the same way. A score that is NaN or infinite is a failure; when the current weights themselves have such
+    a score there is nothing to compare with and no candidate is tried.
+
+    Args:
+        candidates: Positive multiples of Delta, increasing.
+        backward: Negative multiples, each further back than the one before; empty switches looking back off.
+        accept: "not_worse" keeps a candidate that ties with the best so far (the paper), "better" does not (the
+            authors' code).
+        min_improvement: Amount by which a candidate must beat the best so far, in units of the score.
+
+    Raises:
+        ValueError: An argument is outside its range.
+    """
+
+    candidates: Sequence[float] = (2.0, 4.0, 6.0, 8.0, 10.0)
+    backward: Sequence[float] = ()
+    accept: Accept = "not_worse"
+    min_improvement: float = 0.0
+
+    def __post_init__(self) -> None:
+        forward = _checked_factors("candidates", self.candidates, sign=1)
+        if not forward:
+            raise ValueError("candidates: expected at least one positive multiple of Delta, got an empty list.")
+        object.__setattr__(self, "candidates", forward)
+        object.__setattr__(self, "backward", _checked_factors("backward", self.backward, sign=-1))
+        if self.accept not in ("not_worse", "better"):
+            raise ValueError(f"accept: expected 'not_worse' or 'better', got {self.accept!r}.")
+        if not (math.isfinite(self.min_improvement) and self.min_improvement >= 0):
+            raise ValueError(f"min_improvement: expected a finite number of at least 0, got {self.min_improvement!r}.")
+
+    def accepts(self, score: float, best: float) -> bool:
+        """Whether a candidate with this score replaces the best point so far."""
+        bar = best + self.min_improvement
+        return math.isfinite(score) and (score >= bar if self.accept == "not_worse" else score > bar)
+
+    def run(self, evaluate: Callable[[float], float]) -> Outcome:
+        """Search the ray.
+
+        Args:
+            evaluate: Returns the score at a multiple of Delta; called with 0 first (the current weights).
+        """
+        best = current = Trial(0.0, evaluate(0.0))
+        trials: list[Trial] = []
+        for ray in (self.candidates, self.backward) if math.isfinite(current.score) else ():
+            for factor in ray:
+                trials.append(Trial(factor, evaluate(factor)))
+                if not self.accepts(trials[-1].score, best.score):
+                    break
+                best = trials[-1]
+            if best is not current:
+                break
+        return Outcome(current.score, tuple(trials), best)
+
+
+def _checked_factors(name: str, factors: Sequence[float], sign: int) -> tuple[float, ...]:
+    values = tuple(float(factor) for factor in factors)
+    towards = [sign * value for value in values]
+    if not all(math.isfinite(value) and value > 0 for value in towards) or any(a >= b for a, b in pairwise(towards)):
+        wanted = "positive, increasing" if sign > 0 else "negative, decreasing"
+        raise ValueError(f"{name}: expected {wanted} multiples of Delta, got {list(values)}.")
+    return values
