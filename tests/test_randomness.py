@@ -69,6 +69,12 @@ def test_uniforms_equal_the_hash_in_python_integers(seeds, position):
     assert all(0 < value < 1 for value in expected)
 
 
+def test_positions_broadcast_against_seeds():
+    seeds, positions = torch.tensor([3, 2**63 - 1]), torch.tensor([0, 1, 500])
+    expected = torch.stack([hashed_uniforms(seeds, int(position)) for position in positions], dim=1)
+    assert torch.equal(hashed_uniforms(seeds[:, None], positions), expected)
+
+
 def test_largest_uniform_keeps_below_a_rounded_total():
     total = torch.tensor([0.5, 1.0 - 2.0**-53, 1.0, 1.0 + 2.0**-52, 3.0], dtype=torch.float64)
     largest = (2**48 - 1 + 0.5) * 2.0**-48

@@ -44,7 +44,7 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
-def hashed_uniforms(seeds: Tensor, position: int) -> Tensor:
+def hashed_uniforms(seeds: Tensor, position: int | Tensor) -> Tensor:
     """One uniform number in (0, 1) per seed, for one position of its stream.
 
     Two rounds of the splitmix64 finaliser, in int64 tensor arithmetic that wraps alike on CPU and CUDA: the first
@@ -52,13 +52,15 @@ def hashed_uniforms(seeds: Tensor, position: int) -> Tensor:
 
     Args:
         seeds: int64 [B].
-        position: Non-negative counter, for example the index of the token in the response.
+        position: Non-negative counter, for example the index of the token in the response. A tensor broadcasts
+            against the seeds: seeds [B, 1] and positions [T] give [B, T], which is cheaper than T calls.
 
     Returns:
-        float64 [B], multiples of 2^-48 shifted by half a step, so neither 0 nor 1 occurs.
+        float64 [B] (or the broadcast shape), multiples of 2^-48 shifted by half a step, so neither 0 nor 1 occurs.
     """
     assert seeds.dtype == torch.int64, seeds.dtype
-    mixed = _mix(_mix(seeds + _signed(_GAMMA)) + _signed(_GAMMA * (position + 1)))
+    counter = (position + 1) * _signed(_GAMMA)
+    mixed = _mix(_mix(seeds + _signed(_GAMMA)) + (_signed(counter) if isinstance(counter, int) else counter))
     return (_shift_right(mixed, 64 - _NUM_BITS).double() + 0.5) * 2.0**-_NUM_BITS
 
 

@@ -1,0 +1,143 @@
+"""Where body and head of a causal language model are, and how to run them apart.
+
+The body turns token ids into final hidden states; the head turns hidden states into logits. Run apart, prompts and
+padding never reach the head, which is most of the memory when the vocabulary is large. Whether the two together really
+are the model is checked once, when it is loaded (`verify_anatomy`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """Return the transformers model itself, out of its peft wrapper if it has one (adapters stay in place)."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def decoder_config(model: nn.Module) -> Any:
+    """Return the configuration of the text decoder (multimodal models nest it)."""
+    return causal_lm(model).config.get_text_config(decoder=True)
+
+
+def body_states(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Any = None
+) -> Tensor:
+    """Run the body: token ids [B, L] to final hidden states [B, L, H], the last norm included.
+
+    Args:
+        model: A causal language model, wrapped by peft or not.
+        input_ids: int64 [B, L].
+        attention_mask: int64 [B, L] (or [B, cached + L]), 1 for real tokens; None when there is no padding.
+        position_ids: int64 [B, L]; always passed, because what a model makes up itself is wrong under left padding.
+        cache: Keys and values of the tokens before these; filled in place.
+    """
+    output = causal_lm(model).get_decoder()(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    )
+    states: Tensor = output.last_hidden_state
+    return states
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """Return the layer that turns hidden states into logits (with its LoRA layer, if it has one)."""
+    head: nn.Module = causal_lm(model).get_output_embeddings()
+    return head
+
+
+def head_logits(head: nn.Module, hidden: Tensor, config: Any, vocab_size: int) -> Tensor:
+    """Turn hidden states [N, H] into float32 logits [N, V] of the `vocab_size` real tokens.
+
+    The matrix product runs in the precision of its surroundings (bfloat16 under autocast, with eight significant bits);
+    everything after it is float32. Rows of the head beyond `vocab_size` are padding and cut off.
+    """
+    logits: Tensor = head(hidden)[..., :vocab_size].float()
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * scale
+    if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / scale
+    if (scale := getattr(config, "lm_head_multiplier", None)) is not None:  # Falcon-H1
+        logits = logits * scale
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and gradient checkpointing off, and give every submodule its own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def verify_anatomy(model: nn.Module, argument: str) -> None:
+    """Check on a few tokens that body plus head is the model, and that left padding changes nothing.
+
+    Args:
+        model: The loaded model; neither its mode nor the random state changes.
+        argument: Name of the setting to blame, for example ``"student.path"``.
+
+    Raises:
+        ValueError: This architecture does more than body and head, or does not take masks and positions.
+    """
+    lm = causal_lm(model)
+    name = type(lm).__name__
+    implementation = lm.config._attn_implementation
+    portable = implementation in ("eager", "sdpa")
+    if not portable:  # the architecture is what is checked, and flash kernels do not run on a CPU
+        lm.set_attn_implementation("eager")
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            difference, tolerance = _anatomy_differences(model)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{argument}: {name} cannot be run as decoder body and language-model head ({error})."
+            " Use a decoder-only model with attention, such as Qwen3, Llama, Mistral or Gemma."
+        ) from error
+    finally:
+        if not portable:
+            lm.set_attn_implementation(implementation)
+    for what, value in difference.items():
+        if not value <= tolerance:
+            raise ValueError(
+                f"{argument}: {name} is not supported: {what} (largest difference {value:.2g}, tolerance"
+                f" {tolerance:.2g}). Use a decoder-only model with attention, such as Qwen3, Llama, Mistral or Gemma."
+            )
+
+
+def _anatomy_differences(model: nn.Module) -> tuple[dict[str, float], float]:
+    lm, config = causal_lm(model), decoder_config(model)
+    head = head_of(model)
+    device = next(lm.parameters()).device
+    num_ids, width, num_padding = config.vocab_size, 7, 3
+    ids = (torch.arange(width, device=device) * 7919 + 13) % num_ids
+    alone = {
+        "input_ids": ids[None],
+        "attention_mask": torch.ones(1, width, dtype=torch.int64, device=device),
+        "position_ids": torch.arange(width, device=device)[None],
+    }
+    padded = {name: nn.functional.pad(tensor, (num_padding, 0)) for name, tensor in alone.items()}
+    expected = lm(**alone, use_cache=False).logits[0].float()
+    from_parts = head_logits(head, body_states(model, **alone)[0], config, expected.shape[-1])
+    from_padded = head_logits(head, body_states(model, **padded)[0, num_padding:], config, expected.shape[-1])
+    tolerance = 1e-3 if expected.dtype == lm.dtype or lm.dtype == torch.float64 else 0.1
+    differences = {
+        "its logits are not head(body)": float((from_parts - expected).abs().max()),
+        "left padding changes its output": float((from_padded - from_parts).abs().max()),
+    }
+    return differences, tolerance * max(1.0, float(expected.abs().max()))

@@ -1,0 +1,145 @@
+"""Rollouts from the live student: no second copy of the weights, nothing to keep in step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from opd_lightning.backends.hf.anatomy import evaluation_mode
+from opd_lightning.backends.hf.decoding import NonFiniteLogits, Responses, decode
+from opd_lightning.interfaces import Problem, Prompt, Rollout, RolloutEngine, Sampling, Student, Tokenizer
+
+
+class HFEngine(RolloutEngine):
+    """Generates with the very module that is trained, through its key-value cache.
+
+    `sync` only remembers the module, so a rollout is exactly on-policy at no cost. Rows are sorted by prompt length so
+    that little is padded, and cut into batches. A rollout is a function of weights, prompt, sampling and its seed, up
+    to the rounding of batched matrix products; the global random state is never used.
+
+    Runs in the surrounding autocast context, so enter the one that training uses. With frozen float32 weights under
+    autocast every token casts them anew: give the base of a LoRA student `dtype: bfloat16` on a GPU.
+
+    Args:
+        max_batch_size: Responses generated at once; bounds the memory of the cache.
+
+    Raises:
+        ValueError: `max_batch_size` is less than 1.
+    """
+
+    def __init__(self, max_batch_size: int = 256) -> None:
+        if max_batch_size < 1:
+            raise ValueError(f"engine.max_batch_size: expected an integer of at least 1, got {max_batch_size}.")
+        self.max_batch_size = max_batch_size
+        self._student: Student | None = None
+        self._model: nn.Module | None = None
+
+    def setup(self, student: Student, device: torch.device) -> None:
+        """Remember how to run the student; it stays on its own device."""
+        self._student = student
+
+    def sync(self, model: nn.Module, weight_version: int) -> None:
+        """Remember the live module; no weight is copied."""
+        self._model = model
+        self.weight_version = weight_version
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """One rollout per seed of every prompt, in order.
+
+        Raises:
+            ValueError: A prompt is empty or leaves no room for the response, or a stop id is no token.
+            FloatingPointError: The model gives logits that are not finite.
+        """
+        assert self._student is not None, "call setup before generate"
+        assert self._model is not None, "call sync before generate"
+        stop_ids = _resolve_stop_ids(self._student.tokenizer, sampling)
+        _check_lengths(self._student, prompts, sampling)
+        requests = [(i, seed) for i, prompt in enumerate(prompts) for seed in prompt.seeds]
+        by_length = sorted(range(len(requests)), key=lambda k: len(prompts[requests[k][0]].token_ids))
+        rollouts: dict[int, Rollout] = {}
+        with torch.no_grad(), evaluation_mode(self._model), _fresh_autocast_cache():
+            for start in range(0, len(by_length), self.max_batch_size):
+                chunk = by_length[start : start + self.max_batch_size]
+                chunk_rollouts = self._respond(prompts, [requests[k] for k in chunk], sampling, stop_ids)
+                rollouts.update(zip(chunk, chunk_rollouts, strict=True))
+        return [rollouts[k] for k in range(len(requests))]
+
+    def close(self) -> None:
+        """Let go of the module."""
+        self._model = None
+
+    def _respond(
+        self, prompts: Sequence[Prompt], requests: list[tuple[int, int]], sampling: Sampling, stop_ids: Sequence[int]
+    ) -> list[Rollout]:
+        """Answer one batch of (prompt index, seed) requests."""
+        assert self._student is not None
+        assert self._model is not None
+        row_of_prompt = {i: row for row, i in enumerate(dict.fromkeys(i for i, _ in requests))}
+        prompt_of_row = [row_of_prompt[i] for i, _ in requests]
+        token_ids = [prompts[i].token_ids for i in row_of_prompt]
+        seeds = [seed for _, seed in requests]
+        try:
+            responses = decode(self._student, self._model, token_ids, prompt_of_row, seeds, sampling, stop_ids).cpu()
+        except NonFiniteLogits as error:
+            uid = prompts[requests[error.row][0]].problem.uid
+            raise FloatingPointError(
+                f"The student's logits are not finite at response token {error.position} of problem {uid!r}."
+                " Check that its weights are finite (did the last steps diverge?), the learning rate, and the precision"
+                " (float16 overflows where bfloat16 does not)."
+            ) from error
+        prompt_tensors = {i: torch.tensor(prompts[i].token_ids) for i in row_of_prompt}
+        return [
+            self._rollout(prompts[i].problem, prompt_tensors[i], seed, responses, row)
+            for row, (i, seed) in enumerate(requests)
+        ]
+
+    def _rollout(self, problem: Problem, prompt_ids: Tensor, seed: int, responses: Responses, row: int) -> Rollout:
+        assert self._student is not None
+        length = int(responses.lengths[row])
+        response_ids = responses.token_ids[row, :length].clone()  # not a view that keeps the whole batch alive
+        return Rollout(
+            problem=problem,
+            prompt_ids=prompt_ids,
+            response_ids=response_ids,
+            log_probs=responses.log_probs[row, :length].clone(),
+            finished=bool(responses.finished[row]),
+            seed=seed,
+            text=self._student.tokenizer.decode(response_ids.tolist()),
+        )
+
+
+@contextmanager
+def _fresh_autocast_cache() -> Iterator[None]:
+    """Keep casts of the weights from before (perhaps of older weights) and from here (without gradient) apart."""
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+def _resolve_stop_ids(tokenizer: Tokenizer, sampling: Sampling) -> Sequence[int]:
+    stop_ids = tokenizer.stop_ids if sampling.stop_ids is None else sampling.stop_ids
+    if unknown := [token_id for token_id in stop_ids if not 0 <= token_id < tokenizer.vocab_size]:
+        raise ValueError(
+            f"sampling.stop_ids: expected token ids between 0 and {tokenizer.vocab_size - 1}, got {unknown}."
+        )
+    return stop_ids
+
+
+def _check_lengths(student: Student, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+    limit = student.context_length - sampling.max_new_tokens
+    for prompt in prompts:
+        if not prompt.token_ids:
+            raise ValueError(
+                f"problem {prompt.problem.uid!r}: the prompt is empty. Check its messages and the template."
+            )
+        if len(prompt.token_ids) > limit:
+            raise ValueError(
+                f"problem {prompt.problem.uid!r}: {len(prompt.token_ids)} prompt tokens and"
+                f" sampling.max_new_tokens={sampling.max_new_tokens} do not fit into the student's context of"
+                f" {student.context_length} tokens. Lower max_new_tokens or leave long prompts out."
+            )

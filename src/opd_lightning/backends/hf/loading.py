@@ -1,0 +1,203 @@
+"""Read configurations, tokenizers and weights from a folder or the hub, and explain in one line what is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from opd_lightning.sandbox import resolve
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        path: Local folder, hub id, or a sandbox name such as "sandbox:student".
+        role: Who it is in messages: "student" or "teacher".
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Whether code that comes with the model may run.
+    """
+
+    path: str
+    role: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def argument(self) -> str:
+        """Name of the setting that says where the model is."""
+        return f"{self.role}.path"
+
+    @property
+    def location(self) -> str:
+        """What `from_pretrained` is given."""
+        # absolute, since adapters remember where their base model lies
+        return str(self._folder.resolve()) if self.is_folder else self.path
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a local folder (a folder wins over a hub id of the same name)."""
+        return self._folder.is_dir()
+
+    @property
+    def _folder(self) -> Path:
+        return Path(resolve(self.path)).expanduser()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options that every `from_pretrained` takes."""
+        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+
+    def check(self) -> None:
+        """Look for the files a model needs.
+
+        Raises:
+            ValueError: There is no such folder and it cannot be a hub id either, or the folder is no model.
+        """
+        if not self.is_folder:
+            if _HUB_ID.fullmatch(self.path) is None or self._folder.exists():
+                raise ValueError(
+                    f"{self.argument}: no folder {self.path!r}. Expected a folder with config.json, *.safetensors and"
+                    " tokenizer files, or a hub id such as 'Qwen/Qwen3-1.7B'."
+                )
+            return
+        folder = Path(self.location)
+        if (folder / "config.json").is_file():
+            return
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{self.argument}: {self.path!r} holds only a LoRA adapter. Put its base model here and this folder in"
+                f" {self.role}.adapter_path, or export it with the adapter merged."
+            )
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
+        raise ValueError(
+            f"{self.argument}: no config.json in {self.path!r} (found: {found}). Expected a folder in Hugging Face"
+            " format; `opd-lightning export` makes one from a checkpoint."
+        )
+
+
+def load_config(source: Source) -> Any:
+    """Load the model's configuration (no weights)."""
+    source.check()
+    with _explained(source, "configuration"):
+        return AutoConfig.from_pretrained(source.location, **source.options)
+
+
+def load_tokenizer(source: Source) -> Any:
+    """Load the tokenizer."""
+    source.check()
+    with _explained(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.options)
+    # transformers makes an empty tokenizer of the model's family when the files are missing
+    if len(tokenizer.get_vocab()) <= len(tokenizer.get_added_vocab()):
+        raise ValueError(
+            f"{source.argument}: no tokenizer in {source.path!r}. Expected tokenizer.json (or the files of its family)"
+            " beside the weights; copy them from the model it was made from."
+        )
+    return tokenizer
+
+
+def load_eos_ids(source: Source, config: Any) -> list[int]:
+    """Ids that end a generation according to generation_config.json, or to the model's configuration without one."""
+    try:
+        eos = GenerationConfig.from_pretrained(source.location, **source.options).eos_token_id
+    except OSError:  # optional file: transformers falls back to the same field of config.json
+        eos = config.get_text_config(decoder=True).eos_token_id
+    if eos is None:
+        return []
+    return [eos] if isinstance(eos, int) else list(eos)
+
+
+def load_model(
+    source: Source,
+    dtype: str,
+    attn_implementation: str | None = None,
+    quantization_config: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
+) -> Any:
+    """Load the weights, in evaluation mode as transformers leaves them.
+
+    Args:
+        source: Where from.
+        dtype: A name in `DTYPES`, or "auto" for the dtype they are stored in.
+        attn_implementation: Attention kernel; None lets transformers choose.
+        quantization_config: Passed to transformers (``{"quant_method": "bitsandbytes", "load_in_4bit": true}``).
+        device: Where quantised weights are put at once; others are loaded to the CPU.
+
+    Raises:
+        ValueError: Files are missing, damaged or do not fit the configuration, or a setting is not known.
+    """
+    source.check()
+    options: dict[str, Any] = {"dtype": DTYPES.get(dtype, dtype), "attn_implementation": attn_implementation}
+    if quantization_config is not None:
+        options |= {"quantization_config": dict(quantization_config), "device_map": {"": device}}
+    with _explained(source, "weights"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.location, output_loading_info=True, **source.options, **options
+        )
+    if missing := sorted(report["missing_keys"]):
+        # transformers only warns, and leaves them random
+        raise ValueError(
+            f"{source.argument}: {len(missing)} weights are missing from {source.path!r}, first {missing[0]!r}."
+            " The files are incomplete, or belong to another configuration; copy or download the model again."
+        )
+    return model
+
+
+def check_dtype(role: str, dtype: str) -> None:
+    """Refuse an unknown dtype name."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"{role}.dtype: expected 'auto' or one of {', '.join(DTYPES)}, got {dtype!r}.")
+
+
+def check_quantization(role: str, quantization_config: Mapping[str, Any] | None) -> None:
+    """Refuse a quantization setting that does not say which method it is for."""
+    if quantization_config is not None and "quant_method" not in quantization_config:
+        raise ValueError(
+            f"{role}.quantization_config: expected a key 'quant_method' (for example 'bitsandbytes') beside"
+            f" {sorted(quantization_config)}."
+        )
+
+
+@contextmanager
+def _explained(source: Source, what: str) -> Iterator[None]:
+    """Turn the many ways in which loading fails into one line that names the setting."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except SafetensorError as error:
+        raise ValueError(
+            f"{source.argument}: a weight file in {source.path!r} is damaged or cut short ({error})."
+            " Copy or download it again."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{source.argument}: a JSON file in {source.path!r} is damaged or cut short ({error})."
+            " Copy or download it again."
+        ) from error
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        hint = "" if source.is_folder else _hub_hint(source)
+        raise ValueError(f"{source.argument}: cannot load the {what} of {source.path!r}: {reason}.{hint}") from error
+
+
+def _hub_hint(source: Source) -> str:
+    return (
+        f" There is no such folder in {Path.cwd()}, so it was taken for a hub id: check the spelling, the network"
+        " (HF_HUB_OFFLINE, access token), or give a local folder."
+    )

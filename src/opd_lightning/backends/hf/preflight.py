@@ -1,0 +1,116 @@
+"""Do student and teacher speak the same token ids? Asked before any weights are loaded."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+from opd_lightning.backends.hf.loading import Source, load_config, load_eos_ids, load_tokenizer
+from opd_lightning.backends.hf.student import HFStudent, check_vocabulary_rows
+from opd_lightning.backends.hf.tokenizer import HFTokenizer
+from opd_lightning.interfaces import Student
+
+_PROBE = ({"role": "user", "content": "What is 1 + 1?"},)
+_NUM_NAMED = 3  # differences named in a message
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    """What the check found out.
+
+    Attributes:
+        vocab_size: V, the ids that student and teacher share.
+        context_length: Most tokens that the teacher accepts; None when its configuration names none.
+    """
+
+    vocab_size: int
+    context_length: int | None
+
+
+def check_compatibility(student: Student, source: Source) -> Compatibility:
+    """Check a teacher's tokenizer and configuration against the student, reading no weights.
+
+    Refused: different token ids; a teacher with fewer rows than ids; a teacher that ends its turn with a token which
+    does not close the student's responses (the student would learn to write it and then run on to the length limit).
+    Warned about: a different chat template (the student's is used for both) and a shorter context. More rows than ids
+    are fine: they are cut off.
+
+    Args:
+        student: Must be an `HFStudent`, since vocabularies are compared token by token.
+        source: Where the teacher comes from.
+
+    Raises:
+        ValueError: The pair cannot be distilled; the message says what to do.
+    """
+    if not isinstance(student, HFStudent):
+        raise ValueError(
+            f"teacher: a Hugging Face teacher needs an HFStudent to compare vocabularies, got {type(student).__name__}."
+        )
+    config = load_config(source)
+    teacher = HFTokenizer(
+        load_tokenizer(source),
+        load_eos_ids(source, config),
+        template_kwargs=student.template_kwargs,
+        role=source.role,
+    )
+    _compare_vocabularies(student, teacher, source)
+    check_vocabulary_rows(student.source, student.config, student.tokenizer)
+    check_vocabulary_rows(source, config, teacher)
+    _compare_stop_ids(student, teacher, source)
+    _compare_rendering(student, teacher, source)
+    limit: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and limit < student.context_length:
+        warnings.warn(
+            f"{source.argument}: the teacher's context of {limit} tokens is shorter than the student's of"
+            f" {student.context_length}; longer rollouts will be refused. Set student.max_context_length: {limit}.",
+            stacklevel=2,
+        )
+    return Compatibility(student.tokenizer.vocab_size, limit)
+
+
+def _compare_vocabularies(student: HFStudent, teacher: HFTokenizer, source: Source) -> None:
+    own, other = student.tokenizer.vocabulary, teacher.vocabulary
+    if own == other:
+        return
+    different = sorted(own.items() ^ other.items(), key=lambda item: (item[1], item[0]))
+    tokens = list(dict.fromkeys(token for token, _ in different))
+    named = "; ".join(
+        f"{token!r} is {_id(own, token)} for the student and {_id(other, token)} for the teacher"
+        for token in tokens[:_NUM_NAMED]
+    )
+    raise ValueError(
+        f"{source.argument}: the tokenizers of {student.path!r} and {source.path!r} differ in {len(tokens)} tokens:"
+        f" {named}. The teacher scores the student's own token ids, so both must have the same vocabulary: choose a"
+        " teacher of the same family."
+    )
+
+
+def _id(vocabulary: dict[str, int], token: str) -> str:
+    return f"id {vocabulary[token]}" if token in vocabulary else "no token"
+
+
+def _compare_stop_ids(student: HFStudent, teacher: HFTokenizer, source: Source) -> None:
+    missing = [i for i in teacher.stop_ids if i not in student.tokenizer.stop_ids and i < student.tokenizer.vocab_size]
+    if missing:
+        names = [teacher.name_of(token_id) for token_id in missing]
+        raise ValueError(
+            f"student.extra_stop_tokens: the teacher {source.path!r} ends its answers with {names}, which does not"
+            " close the student's responses: it would learn to write it and run on to the length limit. Set"
+            f" student.extra_stop_tokens: {names}."
+        )
+
+
+def _compare_rendering(student: HFStudent, teacher: HFTokenizer, source: Source) -> None:
+    rendered = student.tokenizer.render(_PROBE)
+    if not teacher.has_template:
+        return
+    try:
+        theirs = teacher.render(_PROBE)
+    except ValueError:  # it is not going to be used; that it differs is all that matters
+        theirs = []
+    if theirs != rendered:
+        warnings.warn(
+            f"{source.argument}: the chat templates of student and teacher differ. The student's is used for both, so"
+            " the teacher sees prompts it was not tuned on. student.chat_template can be set to the teacher's.",
+            stacklevel=3,
+        )

@@ -1,0 +1,266 @@
+"""`HFStudent`: any decoder-only model that transformers loads, trained whole or through a LoRA adapter."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from opd_lightning.backends.hf.adapters import LoraSettings, add_lora, load_adapter, named_weights
+from opd_lightning.backends.hf.anatomy import (
+    body_states,
+    causal_lm,
+    decoder_config,
+    head_logits,
+    head_of,
+    verify_anatomy,
+)
+from opd_lightning.backends.hf.loading import (
+    DTYPES,
+    Source,
+    check_dtype,
+    load_config,
+    load_eos_ids,
+    load_model,
+    load_tokenizer,
+)
+from opd_lightning.backends.hf.tokenizer import HFTokenizer
+from opd_lightning.interfaces import MicroBatch, Student
+
+
+class HFStudent(Student):
+    """A causal language model from a local folder or the hub.
+
+    The constructor reads no file; tokenizer and configuration are read on first use, weights by `load`. The model is
+    used as body and head (`anatomy`), and `load` refuses architectures that are more than that.
+
+    Args:
+        path: Local folder or hub id.
+        lora: Train a fresh low-rank adapter instead of all weights.
+        dtype: Dtype of the weights: float32 for what is trained (run it under bf16 autocast on a GPU: the small steps
+            of fine-tuning round to nothing in bfloat16 weights); bfloat16 is fine for the frozen base of an adapter.
+        attn_implementation: Attention kernel, for example "sdpa" or "flash_attention_2"; None lets transformers choose.
+        gradient_checkpointing: Recompute layer by layer in the backward pass: less memory, about a third more time.
+        trust_remote_code: Whether code that comes with the model may run.
+        revision: Branch, tag or commit on the hub.
+        chat_template: Template that replaces the tokenizer's own: its text, or a file that holds it.
+        template_kwargs: Extra variables of the template, for example ``{"enable_thinking": False}``.
+        extra_stop_tokens: Tokens that close a response besides those the model and the tokenizer name.
+        max_context_length: Use less than the context the model was made for.
+        adapter_path: Go on training this saved LoRA adapter of the model at `path`.
+
+    Raises:
+        ValueError: The settings contradict each other.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        lora: LoraSettings | None = None,
+        dtype: str = "float32",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        chat_template: str | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        extra_stop_tokens: list[int | str] | None = None,
+        max_context_length: int | None = None,
+        adapter_path: str | None = None,
+    ) -> None:
+        check_dtype("student", dtype)
+        if lora is not None and adapter_path is not None:
+            raise ValueError("student.lora: a saved adapter brings its own settings; leave out lora or adapter_path.")
+        if max_context_length is not None and max_context_length < 2:
+            raise ValueError(f"student.max_context_length: expected at least 2 tokens, got {max_context_length}.")
+        self.path = path
+        self.lora = lora
+        self.dtype = dtype
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.trust_remote_code = trust_remote_code
+        self.revision = revision
+        self.chat_template = chat_template
+        self.template_kwargs = template_kwargs
+        self.extra_stop_tokens = extra_stop_tokens
+        self.max_context_length = max_context_length
+        self.adapter_path = adapter_path
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether a LoRA adapter is trained, so that the base model is still there."""
+        return self.lora is not None or self.adapter_path is not None
+
+    @cached_property
+    def source(self) -> Source:
+        """Where the model comes from."""
+        return Source(self.path, "student", self.revision, self.trust_remote_code)
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return load_config(self.source)
+
+    @cached_property
+    def tokenizer(self) -> HFTokenizer:
+        """The student's tokenizer."""
+        tokenizer = HFTokenizer(
+            load_tokenizer(self.source),
+            load_eos_ids(self.source, self.config),
+            self.chat_template,
+            self.template_kwargs,
+            self.extra_stop_tokens,
+        )
+        tokenizer.check()
+        return tokenizer
+
+    @cached_property
+    def context_length(self) -> int:
+        """Most tokens (prompt + response) that the model accepts."""
+        limit: int | None = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if limit is None and self.max_context_length is None:
+            raise ValueError(f"student.max_context_length: the configuration of {self.path!r} names none; set it.")
+        if limit is not None and self.max_context_length is not None and self.max_context_length > limit:
+            raise ValueError(
+                f"student.max_context_length: {self.path!r} takes at most {limit} tokens,"
+                f" got {self.max_context_length}."
+            )
+        return min(length for length in (limit, self.max_context_length) if length is not None)
+
+    def load(self) -> nn.Module:
+        """Load the weights, in training mode.
+
+        transformers leaves a loaded model in evaluation mode and Lightning keeps that, but gradient checkpointing and
+        adapter dropout only work in training mode. The dropout of the model's own configuration (0 in most language
+        models) is then active too.
+
+        Raises:
+            ValueError: Files are missing or damaged, or the model is not one this project can train.
+        """
+        check_vocabulary_rows(self.source, self.config, self.tokenizer)
+        model = load_model(self.source, self.dtype, self.attn_implementation)
+        if self.lora is not None:
+            model = add_lora(model, self.lora)
+        elif self.adapter_path is not None:
+            model = load_adapter(model, self.adapter_path)
+        elif causal_lm(model).dtype in (torch.bfloat16, torch.float16):
+            warnings.warn(
+                f"student.dtype: all weights are trained in {causal_lm(model).dtype}, where steps smaller than about"
+                " 1/256 of a weight are lost. Use float32 with trainer.precision=bf16-mixed, or lora.",
+                stacklevel=2,
+            )
+        if self.gradient_checkpointing:
+            _enable_gradient_checkpointing(causal_lm(model))
+        verify_anatomy(model, self.source.argument)
+        return model.train()  # type: ignore[no-any-return]
+
+    def hidden_states(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        """Final hidden states [N, H] at `batch.rows, batch.columns`: what the head turns into next-token logits."""
+        states = body_states(model, batch.input_ids, batch.attention_mask, batch.position_ids)
+        return states[batch.rows, batch.columns]
+
+    def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        """Turn hidden states [N, H] into untempered float32 logits [N, V].
+
+        Padding rows of the head are cut off. Under autocast the head's matrix product itself is in low precision (at
+        |logit| 16 to 32 bfloat16 steps are 0.125); it is the same for rollouts and training, so they agree.
+        """
+        return head_logits(head_of(model), hidden, decoder_config(model), self.tokenizer.vocab_size)
+
+    def named_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors as a plain model folder has them, the adapter merged out of place.
+
+        For engines with their own copy of the weights.
+        """
+        return named_weights(model)
+
+    def save(self, model: nn.Module, folder: Path, *, merge_adapter: bool = True, dtype: str | None = None) -> None:
+        """Write a folder that `from_pretrained` loads: safetensors, configuration, generation config, tokenizer.
+
+        Args:
+            model: What `load` returned, trained.
+            folder: Where to; made if it does not exist.
+            merge_adapter: Write the whole model with the adapter merged in; otherwise only the adapter, which names its
+                base model. Without an adapter it makes no difference.
+            dtype: Dtype of the written weights; None keeps theirs.
+
+        Raises:
+            ValueError: A dtype for a bare adapter, or an unknown one.
+        """
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(model, PeftModel) and not merge_adapter:
+            if dtype is not None:
+                raise ValueError(f"dtype: a bare adapter keeps its own; merge it to write {dtype}.")
+            model.save_pretrained(str(folder), save_embedding_layers=False)
+        else:
+            self._save_whole_model(model, folder, dtype)
+        self.tokenizer.save(folder)
+
+    def describe(self) -> dict[str, Any]:
+        """Class path and constructor arguments as plain values: enough to build the same student again."""
+        arguments = {
+            "path": self.path,
+            "lora": None if self.lora is None else asdict(self.lora),
+            "dtype": self.dtype,
+            "attn_implementation": self.attn_implementation,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "trust_remote_code": self.trust_remote_code,
+            "revision": self.revision,
+            "chat_template": self.chat_template,
+            "template_kwargs": copy.deepcopy(self.template_kwargs),
+            "extra_stop_tokens": copy.copy(self.extra_stop_tokens),
+            "max_context_length": self.max_context_length,
+            "adapter_path": self.adapter_path,
+        }
+        cls = type(self)  # a subclass is found where it is defined, this class under its public name
+        path = "opd_lightning.backends.hf.HFStudent" if cls is HFStudent else f"{cls.__module__}.{cls.__qualname__}"
+        return {"class_path": path, "init_args": arguments}
+
+    def _save_whole_model(self, model: nn.Module, folder: Path, dtype: str | None) -> None:
+        lm = causal_lm(model)
+        weights = {
+            name: tensor.to("cpu", DTYPES[dtype] if dtype is not None and tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in named_weights(model)
+        }
+        config = copy.deepcopy(lm.config)
+        head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
+        if isinstance(model, PeftModel) and (hasattr(head, "base_layer") or hasattr(embedding, "base_layer")):
+            config.tie_word_embeddings = False  # an adapter on one of the two has parted them
+        with torch.device("meta"):
+            blank = type(lm)(config)
+        blank.load_state_dict(weights, assign=True)
+        blank.tie_weights()
+        blank.generation_config = copy.deepcopy(lm.generation_config)
+        blank.generation_config.eos_token_id = list(self.tokenizer.stop_ids)  # what closed a response in training
+        blank.generation_config.pad_token_id = self.tokenizer.pad_id
+        blank.save_pretrained(str(folder))
+
+
+def check_vocabulary_rows(source: Source, config: Any, tokenizer: HFTokenizer) -> None:
+    """Refuse a model with fewer rows than its tokenizer has ids."""
+    num_rows = config.get_text_config(decoder=True).vocab_size
+    if num_rows < tokenizer.vocab_size:
+        raise ValueError(
+            f"{source.argument}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model has only"
+            f" {num_rows} rows. The tokenizer belongs to another model, or tokens were added without resizing the"
+            " embeddings."
+        )
+
+
+def _enable_gradient_checkpointing(lm: Any) -> None:
+    # renamed in transformers 5.2x; both recompute without re-entering autograd, so frozen inputs are fine
+    enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+    try:
+        enable()
+    except ValueError as error:
+        raise ValueError(f"student.gradient_checkpointing: {error} Set it to false.") from error

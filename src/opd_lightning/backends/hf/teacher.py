@@ -1,0 +1,253 @@
+"""`HFTeacher` and `BaseModelTeacher`: frozen models that score the student's tokens in this process."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from opd_lightning.backends.hf.adapters import without_adapter
+from opd_lightning.backends.hf.anatomy import (
+    body_states,
+    decoder_config,
+    evaluation_mode,
+    head_logits,
+    head_of,
+    verify_anatomy,
+)
+from opd_lightning.backends.hf.loading import Source, check_dtype, check_quantization, load_model
+from opd_lightning.backends.hf.preflight import Compatibility, check_compatibility
+from opd_lightning.backends.hf.scores import HiddenScores
+from opd_lightning.backends.hf.student import HFStudent
+from opd_lightning.interfaces import MicroBatch, ScoreRequest, Student, Teacher
+
+EVERYTHING = ScoreRequest(top_k=sys.maxsize, arbitrary_ids=True, full_vocabulary=True)
+
+
+class HFTeacher(Teacher):
+    """A frozen causal language model from a local folder or the hub.
+
+    It runs in its own dtype whatever autocast is in force, and answers any request: the hidden states of the response
+    tokens are kept, and the head turns them into log-probabilities for what is asked, in float32, over the ids it
+    shares with the student.
+
+    Args:
+        path: Local folder or hub id.
+        dtype: Dtype of the weights; "auto" is the one they are stored in.
+        attn_implementation: Attention kernel, for example "sdpa" or "flash_attention_2"; None lets transformers choose.
+        quantization_config: Passed to transformers, for example
+            ``{"quant_method": "bitsandbytes", "load_in_4bit": true}``.
+        offload: Keep the body in (pinned) CPU memory and bring it to the device once per step, for all micro-batches
+            together. Saves the body's memory during the student's passes for one transfer per step.
+        float32_head: Use a float32 copy of the head. A bfloat16 head rounds logits between 16 and 32 to steps of 0.125,
+            as large as the differences late in training; costs memory and a slower matrix product.
+        trust_remote_code: Whether code that comes with the model may run.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        ValueError: The settings contradict each other.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        quantization_config: dict[str, Any] | None = None,
+        offload: bool = False,
+        float32_head: bool = False,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+    ) -> None:
+        check_dtype("teacher", dtype)
+        check_quantization("teacher", quantization_config)
+        if offload and quantization_config is not None:
+            raise ValueError(
+                "teacher.offload: quantised weights cannot move between devices; leave one of the two out."
+            )
+        self.dtype = dtype
+        self.attn_implementation = attn_implementation
+        self.quantization_config: Mapping[str, Any] | None = quantization_config
+        self.offload = offload
+        self.float32_head = float32_head
+        self.source = Source(path, "teacher", revision, trust_remote_code)
+        self._compatibility: Compatibility | None = None
+        self._model: Any = None
+        self._head: nn.Module | None = None
+        self._visitor: _VisitingWeights | None = None
+        self._device = torch.device("cpu")
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens (prompt + response) it accepts; None when its configuration names none. Known after preflight."""
+        assert self._compatibility is not None, "call preflight or setup first"
+        return self._compatibility.context_length
+
+    @property
+    def offer(self) -> ScoreRequest:
+        """Everything can be asked."""
+        return EVERYTHING
+
+    def preflight(self, student: Student) -> None:
+        """Check tokenizer and configuration against the student's, reading no weights.
+
+        Raises:
+            ValueError: They do not speak the same token ids (`check_compatibility`).
+        """
+        self._compatibility = check_compatibility(student, self.source)
+
+    def setup(self, student: Student, model: nn.Module, device: torch.device) -> None:
+        """Load the teacher, once."""
+        if self._compatibility is None:
+            self.preflight(student)
+        if self._model is not None:
+            return
+        self._device = device
+        loaded = load_model(self.source, self.dtype, self.attn_implementation, self.quantization_config, device)
+        loaded.requires_grad_(False).eval()
+        verify_anatomy(loaded, self.source.argument)
+        self._model = loaded
+        head = head_of(loaded)
+        if self.offload or self.float32_head:  # a tied head would go away with the embedding, or change its dtype
+            head = copy.deepcopy(head)
+        self._head = head.float() if self.float32_head else head
+        if self.offload:
+            self._visitor = _VisitingWeights(loaded.get_decoder(), device)
+        elif self.quantization_config is None:
+            loaded.to(device)
+        self._head.to(device)
+
+    def score(self, batch: MicroBatch, request: ScoreRequest) -> HiddenScores:
+        """Score the response tokens of one micro-batch."""
+        return next(iter(self.score_all([batch], request)))
+
+    def score_all(self, batches: Sequence[MicroBatch], request: ScoreRequest) -> Iterator[HiddenScores]:
+        """Score the micro-batches of one step in order; with `offload` all of them while the body is on the device."""
+        assert self._model is not None, "call setup before score"
+        _check_temperature(request)
+        if self._visitor is None:
+            for batch in batches:
+                yield self._score(batch, request)
+            return
+        with self._visitor.on_device():
+            scores = [self._score(batch, request) for batch in batches]
+        while scores:  # let go of what has been used
+            yield scores.pop(0)
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        self._model = self._head = self._visitor = None
+
+    def _score(self, batch: MicroBatch, request: ScoreRequest) -> HiddenScores:
+        assert self._compatibility is not None
+        limit, length = self._compatibility.context_length, batch.input_ids.shape[1]
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"teacher.path: a rollout of {length} tokens is longer than the context of {self.source.path!r},"
+                f" {limit} tokens. Set student.max_context_length: {limit}."
+            )
+        batch = batch.to(self._device)
+        with torch.no_grad(), self._own_precision():
+            states = body_states(self._model, batch.input_ids, batch.attention_mask, batch.position_ids)
+            hidden = states[batch.rows, batch.columns]
+        return HiddenScores(
+            hidden, batch.response_ids, self._logits, self._compatibility.vocab_size, request.temperature
+        )
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        assert self._head is not None, "the teacher was closed before its scores were used"
+        assert self._compatibility is not None
+        with self._own_precision():
+            hidden = hidden.float() if self.float32_head else hidden
+            return head_logits(self._head, hidden, decoder_config(self._model), self._compatibility.vocab_size)
+
+    def _own_precision(self) -> torch.autocast:
+        return torch.autocast(self._device.type, enabled=False)
+
+
+class BaseModelTeacher(Teacher):
+    """The base of a LoRA student as its teacher: the same module with the adapter switched off, loaded once.
+
+    It runs in the surrounding autocast context like the student, so that both agree exactly while the adapter is still
+    zero. Useful to pull a student back to where it came from, alone or (as one of several) as an anchor.
+    """
+
+    def __init__(self) -> None:
+        self._model: PeftModel | None = None
+        self._head: nn.Module | None = None
+        self._vocab_size = 0
+        self._device = torch.device("cpu")
+
+    @property
+    def offer(self) -> ScoreRequest:
+        """Everything can be asked."""
+        return EVERYTHING
+
+    def preflight(self, student: Student) -> None:
+        """Check that the student has a base model to fall back on."""
+        if not (isinstance(student, HFStudent) and student.has_adapter):
+            raise ValueError(
+                "teacher: BaseModelTeacher is the student without its adapter, but the student has none. Set"
+                " student.lora, or choose HFTeacher."
+            )
+
+    def setup(self, student: Student, model: nn.Module, device: torch.device) -> None:
+        """Remember the student's module; nothing is loaded."""
+        self.preflight(student)
+        assert isinstance(model, PeftModel), type(model)
+        head = head_of(model)
+        self._model, self._device = model, device
+        self._head = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        self._vocab_size = student.tokenizer.vocab_size
+
+    def score(self, batch: MicroBatch, request: ScoreRequest) -> HiddenScores:
+        """Score the response tokens of one micro-batch."""
+        assert self._model is not None, "call setup before score"
+        _check_temperature(request)
+        batch = batch.to(self._device)
+        with torch.no_grad(), evaluation_mode(self._model), without_adapter(self._model):
+            states = body_states(self._model, batch.input_ids, batch.attention_mask, batch.position_ids)
+            hidden = states[batch.rows, batch.columns]
+        return HiddenScores(hidden, batch.response_ids, self._logits, self._vocab_size, request.temperature)
+
+    def close(self) -> None:
+        """Let go of the student's module."""
+        self._model = self._head = None
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        assert self._model is not None
+        assert self._head is not None
+        return head_logits(self._head, hidden, decoder_config(self._model), self._vocab_size)
+
+
+class _VisitingWeights:
+    """Frozen weights that rest in CPU memory and visit the device; coming back costs nothing, as nothing changed."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._tensors = [*module.parameters(), *module.buffers()]
+        self._device = device
+        for tensor in self._tensors:
+            tensor.data = tensor.data.pin_memory() if device.type == "cuda" else tensor.data
+        self._resting = [tensor.data for tensor in self._tensors]
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        for tensor, resting in zip(self._tensors, self._resting, strict=True):
+            tensor.data = resting.to(self._device, non_blocking=True)
+        try:
+            yield
+        finally:
+            for tensor, resting in zip(self._tensors, self._resting, strict=True):
+                tensor.data = resting
+
+
+def _check_temperature(request: ScoreRequest) -> None:
+    if not request.temperature > 0:
+        raise ValueError(f"teacher temperature: expected a positive number, got {request.temperature}.")
