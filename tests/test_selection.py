@@ -106,6 +106,7 @@ def test_in_order_goes_round():
     assert selector.select(12) == [2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2, 3]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), st.lists(st.integers(0, 70), max_size=6), st.integers(0, 5))
 def test_shuffled_is_one_stream_of_whole_permutations_however_it_is_cut(num_problems, sizes, seed):
     in_pieces = start(Shuffled(), num_problems, seed)

@@ -2,7 +2,7 @@ import string
 from fractions import Fraction
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from opd_lightning.tasks.answers import MAX_ANSWER_CHARACTERS, find_answer, last_boxed, read_reference, same_answer
@@ -27,17 +27,20 @@ def written_numbers(draw, value):
     return wrap % (sign + digits + tail + unit)
 
 
+@settings(deadline=None)
 @given(st.data(), integers)
 def test_an_integer_is_itself_however_it_is_written(data, value):
     assert same_answer(str(value), data.draw(written_numbers(value))) is True
 
 
+@settings(deadline=None)
 @given(st.data(), integers, integers)
 def test_different_integers_differ_however_they_are_written(data, value, other):
     assume(value != other)
     assert same_answer(str(value), data.draw(written_numbers(other))) is False
 
 
+@settings(deadline=None)
 @given(st.integers(-999, 999), st.integers(1, 999), st.integers(1, 9))
 def test_fractions_are_compared_by_value(top, bottom, factor):
     sign, size = "-" if top < 0 else "", abs(top)
@@ -47,11 +50,13 @@ def test_fractions_are_compared_by_value(top, bottom, factor):
     assert same_answer(f"{top}/{bottom}", f"{top + bottom}/{bottom}") is False
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**9), st.integers(0, 6))
 def test_decimals_equal_the_fraction_they_stand_for(digits, places):
     assert same_answer(f"{digits}/{10**places}", f"{digits / 10**places:.{places}f}") is True
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_any_text_gets_a_verdict_that_is_symmetric(left, right):
     if left and right:
@@ -97,6 +102,7 @@ def nested(depth):
     ).map("".join)
 
 
+@settings(deadline=None)
 @given(nested(3), nested(2), nested(2))
 def test_last_complete_box_is_found_whatever_it_holds(content, before, after):
     text = rf"{before} \boxed{{1}} and then \boxed{{{content}}} {after}"
