@@ -171,7 +171,7 @@ def test_mixture_is_one_stream_and_gives_both_of_two_ranks_every_source():
     ("weights", "message"),
     [
         ({"a": 1, "math": 1}, r"'math' is not a source\. The data has the sources: a, b\."),
-        ({"a": 1}, r"'b' has no weight \(0 leaves it out\)\. The data has the sources: a, b\."),
+        ({"a": 1}, r"'b' has no weight \(0 drops it\)\. The data has the sources: a, b\."),
     ],
 )
 def test_mixture_names_must_fit_the_data(weights, message):

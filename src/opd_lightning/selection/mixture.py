@@ -44,7 +44,7 @@ class Mixture(PromptSelector):
         sources = sorted({problem.source for problem in problems})
         unknown, unnamed = sorted(set(self.weights) - set(sources)), sorted(set(sources) - set(self.weights))
         if unknown or unnamed:
-            finding = f"{unknown[0]!r} is not a source" if unknown else f"{unnamed[0]!r} has no weight (0 leaves it out)"
+            finding = f"{unknown[0]!r} is not a source" if unknown else f"{unnamed[0]!r} has no weight (0 drops it)"
             raise ValueError(f"selector.weights: {finding}. The data has the sources: {', '.join(sources)}.")
         self._num_problems, self._position = len(problems), 0
         self._offset = derive_seed(seed, "mixture")
