@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -85,15 +86,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def verify_anatomy(model: nn.Module, argument: str) -> None:
-    """Check on a few tokens that body plus head is the model, and that left padding changes nothing.
+def verify_anatomy(model: nn.Module, argument: str, *, generates: bool) -> None:
+    """Check on a few tokens that body plus head is the model, and that neither left padding nor the cache changes it.
 
     Args:
         model: The loaded model; neither its mode nor the random state changes.
         argument: Name of the setting to blame, for example ``"student.path"``.
+        generates: Whether it must also be able to continue from a cache.
 
     Raises:
-        ValueError: This architecture does more than body and head, or does not take masks and positions.
+        ValueError: This architecture does more than body and head, or does not take masks, positions or our cache.
     """
     lm = causal_lm(model)
     name = type(lm).__name__
@@ -103,8 +105,10 @@ def verify_anatomy(model: nn.Module, argument: str) -> None:
         lm.set_attn_implementation("eager")
     try:
         with torch.no_grad(), evaluation_mode(model):
-            difference, tolerance = _anatomy_differences(model)
-    except (AttributeError, TypeError) as error:
+            differences, tolerance = _anatomy_differences(model, generates)
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{argument}: {name} cannot be run as decoder body and language-model head ({error})."
             " Use a decoder-only model with attention, such as Qwen3, Llama, Mistral or Gemma."
@@ -112,7 +116,7 @@ def verify_anatomy(model: nn.Module, argument: str) -> None:
     finally:
         if not portable:
             lm.set_attn_implementation(implementation)
-    for what, value in difference.items():
+    for what, value in differences.items():
         if not value <= tolerance:
             raise ValueError(
                 f"{argument}: {name} is not supported: {what} (largest difference {value:.2g}, tolerance"
@@ -120,12 +124,12 @@ def verify_anatomy(model: nn.Module, argument: str) -> None:
             )
 
 
-def _anatomy_differences(model: nn.Module) -> tuple[dict[str, float], float]:
+def _anatomy_differences(model: nn.Module, generates: bool) -> tuple[dict[str, float], float]:
+    """Largest difference of each way of running the model from the plain one, and how much is rounding."""
     lm, config = causal_lm(model), decoder_config(model)
-    head = head_of(model)
     device = next(lm.parameters()).device
-    num_ids, width, num_padding = config.vocab_size, 7, 3
-    ids = (torch.arange(width, device=device) * 7919 + 13) % num_ids
+    width, num_padding = 7, 3
+    ids = (torch.arange(width, device=device) * 7919 + 13) % config.vocab_size
     alone = {
         "input_ids": ids[None],
         "attention_mask": torch.ones(1, width, dtype=torch.int64, device=device),
@@ -133,11 +137,25 @@ def _anatomy_differences(model: nn.Module) -> tuple[dict[str, float], float]:
     }
     padded = {name: nn.functional.pad(tensor, (num_padding, 0)) for name, tensor in alone.items()}
     expected = lm(**alone, use_cache=False).logits[0].float()
-    from_parts = head_logits(head, body_states(model, **alone)[0], config, expected.shape[-1])
-    from_padded = head_logits(head, body_states(model, **padded)[0, num_padding:], config, expected.shape[-1])
-    tolerance = 1e-3 if expected.dtype == lm.dtype or lm.dtype == torch.float64 else 0.1
+
+    def largest_difference(states: Tensor) -> float:
+        logits = head_logits(head_of(model), states, config, expected.shape[-1])
+        return float((logits - expected[-len(states) :]).abs().max())
+
     differences = {
-        "its logits are not head(body)": float((from_parts - expected).abs().max()),
-        "left padding changes its output": float((from_padded - from_parts).abs().max()),
+        "its logits are not head(body)": largest_difference(body_states(model, **alone)[0]),
+        "left padding changes its output": largest_difference(body_states(model, **padded)[0, num_padding:]),
     }
+    if generates:
+        cache = DynamicCache(config=config)
+        split = num_padding + 4
+        first = {name: tensor[:, :split] for name, tensor in padded.items()}
+        rest = {name: tensor[:, split:] for name, tensor in padded.items()} | {
+            "attention_mask": padded["attention_mask"]
+        }
+        body_states(model, **first, cache=cache)
+        differences["it does not continue from a cache"] = largest_difference(
+            body_states(model, **rest, cache=cache)[0]
+        )
+    tolerance = 1e-3 if lm.dtype in (torch.float32, torch.float64) else 0.1
     return differences, tolerance * max(1.0, float(expected.abs().max()))

@@ -159,7 +159,7 @@ class HFStudent(Student):
             )
         if self.gradient_checkpointing:
             _enable_gradient_checkpointing(causal_lm(model))
-        verify_anatomy(model, self.source.argument)
+        verify_anatomy(model, self.source.argument, generates=True)
         return model.train()  # type: ignore[no-any-return]
 
     def hidden_states(self, model: nn.Module, batch: MicroBatch) -> Tensor:

@@ -112,7 +112,7 @@ class HFTeacher(Teacher):
         self._device = device
         loaded = load_model(self.source, self.dtype, self.attn_implementation, self.quantization_config, device)
         loaded.requires_grad_(False).eval()
-        verify_anatomy(loaded, self.source.argument)
+        verify_anatomy(loaded, self.source.argument, generates=False)
         self._model = loaded
         head = head_of(loaded)
         if self.offload or self.float32_head:  # a tied head would go away with the embedding, or change its dtype
