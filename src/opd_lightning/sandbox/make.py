@@ -1,9 +1,9 @@
 """Make the sandbox models: `python -m opd_lightning.sandbox.make --output DIR --seed 0`.
 
-The student is pretrained on worked solutions by a careless pupil, who does not carry or borrow in about half of the
-steps; the teacher is the same model trained further on right solutions. So both lay out their work alike, and the
-student errs where the teacher does not. One thread and seeded draws make the run repeatable: the same machine and the
-same versions give the same bytes. Takes about 15 minutes on one CPU core.
+A base model learns to write right solutions. The student is the base tuned on the work of a careless pupil, who does
+not carry or borrow in about half of the steps; the teacher is the student tuned on right solutions again. So both lay
+out their work alike, and the student errs where the teacher does not. One thread and seeded draws make the run
+repeatable: the same machine and the same versions give the same bytes. Takes about 12 minutes on one CPU core.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ A {num_parameters:,}-parameter Qwen3 that works out sums one step at a time: `17
 | sampled accuracy (temperature 1) | {sampled:.1%} |
 | greedy accuracy | {greedy:.1%} |
 | measured on | {num_problems} test problems of `ArithmeticTask(seed=0)`, levels 1 to 4, kept out of the training data |
-| made by | `python -m opd_lightning.sandbox.make --seed {seed}` |
-| training steps | {num_steps} of {batch_size} solutions |
+| made by | `python -m opd_lightning.sandbox.make {history}` |
 | torch | {torch_version} |
 | sha256 of model.safetensors | {digest} |
 """
@@ -179,7 +178,6 @@ def save(
         sampled=measure_accuracy(model, tokenizer, problems, sampled=True),
         greedy=measure_accuracy(model, tokenizer, problems, sampled=False),
         num_problems=len(problems),
-        batch_size=BATCH_SIZE,
         torch_version=torch.__version__,
         digest=hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
         **facts,
@@ -187,39 +185,40 @@ def save(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def make(output: Path, seed: int, student_steps: int, teacher_steps: int, num_problems: int) -> None:
-    """Train, measure and write `output/student` and `output/teacher`."""
+def make(output: Path, seed: int = 0, steps: Sequence[int] = (1600, 300, 600), num_problems: int = 512) -> None:
+    """Train, measure and write `output/student` and `output/teacher`; steps are those of base, student and teacher."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     rng = random.Random(seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
-    task = ArithmeticTask(num_train=0, num_test=num_problems)
-    problems = task.problems("test")
-    held_out = {problem.uid.removeprefix("arithmetic/") for problem in [*problems, *task.problems("validation")]}
+    problems = ArithmeticTask(num_train=0, num_test=num_problems).problems("test")
+    validation = ArithmeticTask(num_train=0).problems("validation")
+    held_out = {problem.uid.removeprefix("arithmetic/") for problem in [*problems, *validation]}
+    right = draw_batches(tokenizer, 0.0, held_out, rng)
+    careless = draw_batches(tokenizer, CARELESSNESS, held_out, rng)
+    history = f"--seed {seed} --steps {' '.join(map(str, steps))}"
 
-    train(model, tokenizer, draw_batches(tokenizer, CARELESSNESS, held_out, rng), student_steps, learning_rate=3e-3)
-    story = f"It was trained on a careless pupil's work: no carrying, no borrowing in {CARELESSNESS:.0%} of the steps."
-    facts = {"name": "student", "story": story, "seed": seed, "num_steps": student_steps}
-    save(output / "student", model, tokenizer, problems, facts)
-
-    train(model, tokenizer, draw_batches(tokenizer, 0.0, held_out, rng), teacher_steps, learning_rate=2e-3)
-    story = "It is the sandbox student trained further, on right solutions only."
-    facts = {"name": "teacher", "story": story, "seed": seed, "num_steps": f"{student_steps} + {teacher_steps}"}
-    save(output / "teacher", model, tokenizer, problems, facts)
+    train(model, tokenizer, right, steps[0], learning_rate=3e-3)
+    train(model, tokenizer, careless, steps[1], learning_rate=1e-3)
+    story = (
+        f"It learnt right sums, then those of a careless pupil: no carry or borrow in {CARELESSNESS:.0%} of the steps."
+    )
+    save(output / "student", model, tokenizer, problems, {"name": "student", "story": story, "history": history})
+    train(model, tokenizer, right, steps[2], learning_rate=1e-3)
+    story = "It is the sandbox student tuned on right sums again."
+    save(output / "teacher", model, tokenizer, problems, {"name": "teacher", "story": story, "history": history})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `make` from the command line."""
     parser = argparse.ArgumentParser(description="Make the sandbox student and teacher.")
     parser.add_argument("--output", type=Path, required=True, help="folder for student/ and teacher/")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--student-steps", type=int, default=1600)
-    parser.add_argument("--teacher-steps", type=int, default=1600)
-    parser.add_argument("--problems", type=int, default=512, help="test problems to measure accuracy on")
-    options = parser.parse_args(arguments)
-    make(options.output, options.seed, options.student_steps, options.teacher_steps, options.problems)
+    parser.add_argument("--seed", type=int, default=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, nargs=3, default=argparse.SUPPRESS, metavar=("BASE", "STUDENT", "TEACHER"))
+    parser.add_argument("--num-problems", type=int, default=argparse.SUPPRESS, help="test problems to measure on")
+    make(**vars(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":
