@@ -7,6 +7,7 @@ from toys import LetterTask, adamw, make_data, make_module, make_trainer, weight
 
 from opd_lightning.backends.hf import BaseModelTeacher, HFStudent, LoraSettings
 from opd_lightning.batching import collate
+from opd_lightning.checkpoints import build_student
 from opd_lightning.interfaces import Sampling
 from opd_lightning.objectives import Objective
 from opd_lightning.schedules import WarmupDecay
@@ -275,4 +276,4 @@ def test_student_temperature_must_be_that_of_the_rollouts(tmp_path, folders):
 
 def test_the_student_description_builds_the_same_student(folders):
     spec = HFStudent(str(folders[0]), lora=LoraSettings(r=4))
-    assert HFStudent.from_description(spec.describe()).describe() == spec.describe()
+    assert build_student(spec.describe()).describe() == spec.describe()

@@ -6,12 +6,12 @@ one of ours.
 
 from __future__ import annotations
 
-import importlib
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser
 
 from opd_lightning.interfaces import Student
 
@@ -39,21 +39,36 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def build_student(description: dict[str, Any]) -> Student:
+def build_student(description: dict[str, Any], *, trust_remote_code: bool = False) -> Student:
     """Build the student a checkpoint describes.
+
+    Args:
+        description: What `Student.describe` returned.
+        trust_remote_code: Whether code that comes with the model may run; what the checkpoint says of it does not count.
 
     Raises:
         ValueError: The class is not part of this package.
     """
     class_path: str = description["class_path"]
-    module_name, _, class_name = class_path.rpartition(".")
-    if not module_name.startswith("opd_lightning."):
+    if not class_path.startswith("opd_lightning."):
         raise ValueError(f"ckpt_path: the student's class {class_path!r} is not ours; load it with your own code.")
-    student: Student = getattr(importlib.import_module(module_name), class_name).from_description(description)
+    arguments = dict(description["init_args"])
+    if "trust_remote_code" in arguments:
+        arguments["trust_remote_code"] = trust_remote_code
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Student, "student")
+    config = parser.parse_object({"student": {"class_path": class_path, "init_args": arguments}})
+    student: Student = parser.instantiate(config).student
     return student
 
 
-def export(ckpt_path: str, output: str, merge_adapter: bool = True, student_path: str | None = None) -> None:
+def export(
+    ckpt_path: str,
+    output: str,
+    merge_adapter: bool = True,
+    student_path: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
     """Write the student of a checkpoint as a Hugging Face folder that `from_pretrained` and vLLM load.
 
     Args:
@@ -61,6 +76,7 @@ def export(ckpt_path: str, output: str, merge_adapter: bool = True, student_path
         output: The folder to write; it must not exist or be empty.
         merge_adapter: Fold LoRA weights into the base model; otherwise only the adapter is written.
         student_path: Where the original student lies now, if it has moved since training.
+        trust_remote_code: Whether code that comes with the student's model may run.
     """
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -69,7 +85,7 @@ def export(ckpt_path: str, output: str, merge_adapter: bool = True, student_path
     description = checkpoint["opd_lightning"]["student"]
     if student_path is not None:
         description = {**description, "init_args": {**description["init_args"], "path": student_path}}
-    student = build_student(description)
+    student = build_student(description, trust_remote_code=trust_remote_code)
     model = student.load()
     weights = {
         name.removeprefix("student."): tensor

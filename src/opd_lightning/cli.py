@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,7 @@ def _as_data_seed(seed_everything: bool | int) -> int:
 class OPDCLI(LightningCLI):
     """LightningCLI with one seed for everything, no abbreviations, and a configuration that wins over checkpoints."""
 
-    def __init__(self, args: list[str]) -> None:
+    def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
             OPDModule,
             OPDDataModule,
@@ -75,12 +76,21 @@ class OPDCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
+MISLEADING_WARNINGS = (
+    ".*but no pre-optimization state was saved.*",  # the weights after the step are the ones wanted
+    ".*Experiment logs directory .* exists and is not empty.*",  # the other logger has just made it
+    ".*treespec, LeafSpec.*",
+)
+
+
 def main(args: list[str] | None = None) -> None:
     """Run a command; the user's mistakes end in one line and exit status 2."""
-    args = sys.argv[1:] if args is None else args
+    for message in MISLEADING_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    words = sys.argv[1:] if args is None else args
     try:
-        if args and args[0] in PLAIN_COMMANDS:
-            auto_cli(PLAIN_COMMANDS[args[0]], args=args[1:], prog=f"opd-lightning {args[0]}")
+        if words and words[0] in PLAIN_COMMANDS:
+            auto_cli(PLAIN_COMMANDS[words[0]], args=words[1:], prog=f"opd-lightning {words[0]}")
         else:
             OPDCLI(args)
     except ValueError as error:

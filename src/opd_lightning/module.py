@@ -20,6 +20,7 @@ from opd_lightning.batching import collate, cut_by_tokens
 from opd_lightning.interfaces import MicroBatch, Rollout, RolloutBatch, ScoreRequest, Student, Teacher
 from opd_lightning.metrics import Means, SumAndCount, rollout_statistics
 from opd_lightning.objectives import Objective, sum_over_chunks
+from opd_lightning.randomness import derive_seed
 from opd_lightning.stopwatch import Stopwatch
 from opd_lightning.student_module import StudentModule
 
@@ -91,6 +92,8 @@ class OPDModule(StudentModule):
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Any]:
         """Move the student towards the teacher on its own rollouts; returns the loss of every token, in nats."""
         assert batch.weight_version == self.weight_version, "rollouts must come from the weights they train"
+        # dropout must not depend on how often the global generator was used before: a resumed run has used it less
+        torch.manual_seed(derive_seed(self._data.seed, "dropout", batch.step, self.global_rank))
         self.stopwatch = Stopwatch(self.device)
         token_losses: list[tuple[Rollout, Tensor]] = []
         for share in self._shares(batch.rollouts):
