@@ -44,7 +44,7 @@ def build_student(description: dict[str, Any], *, trust_remote_code: bool = Fals
 
     Args:
         description: What `Student.describe` returned.
-        trust_remote_code: Whether code that comes with the model may run; what the checkpoint says of it does not count.
+        trust_remote_code: Whether code that comes with the model may run; what the checkpoint says does not count.
 
     Raises:
         ValueError: The class is not part of this package.

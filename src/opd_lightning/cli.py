@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from jsonargparse import auto_cli
@@ -14,20 +15,25 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from typing_extensions import override
 
-import opd_lightning.backends.hf
-import opd_lightning.objectives
-import opd_lightning.selection
-import opd_lightning.tasks  # noqa: F401 - short class names work for imported classes only
 from opd_lightning.callbacks.answers import AnswersWriter
 from opd_lightning.callbacks.rescue import RescueCheckpoint
-from opd_lightning.callbacks.samples import PrintSamples  # noqa: F401 - for its short name
 from opd_lightning.callbacks.start_validation import StartValidation
 from opd_lightning.checkpoints import check_checkpoint_file, export
 from opd_lightning.datamodule import OPDDataModule
 from opd_lightning.module import OPDModule
 
 PLAIN_COMMANDS: dict[str, Callable[..., None]] = {"export": export}
-TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+ROOMS_WITH_SHORT_NAMES = (  # `HFStudent` works in YAML for the whole path, but only once its room was imported
+    "backends.hf",
+    "callbacks.effopd",
+    "callbacks.opd_scores",
+    "callbacks.samples",
+    "callbacks.scores",
+    "objectives",
+    "schedules",
+    "selection",
+    "tasks",
+)
 
 
 def _as_data_seed(seed_everything: bool | int) -> int:
@@ -87,6 +93,8 @@ def main(args: list[str] | None = None) -> None:
     """Run a command; the user's mistakes end in one line and exit status 2."""
     for message in MISLEADING_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    for room in ROOMS_WITH_SHORT_NAMES:
+        import_module(f"opd_lightning.{room}")
     words = sys.argv[1:] if args is None else args
     try:
         if words and words[0] in PLAIN_COMMANDS:

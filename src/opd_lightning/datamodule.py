@@ -26,6 +26,7 @@ from opd_lightning.interfaces import (
     Task,
     Tokenizer,
 )
+from opd_lightning.randomness import derive_seed
 from opd_lightning.streams import HeldOutBatches, PromptStream, held_out_batches
 
 
@@ -46,6 +47,7 @@ class OPDDataModule(LightningDataModule):
         max_prompt_tokens: Longest prompt; None is what the student's context leaves beside `max_new_tokens`.
         drop_long_prompts: Leave longer prompts out with a warning instead of refusing to start.
         predict_split: Split that `predict` answers.
+        num_reserved: Training problems kept out of training, for EffOPD's scores.
         seed: Decides prompt order and every sample, together with step and position.
 
     Raises:
@@ -67,6 +69,7 @@ class OPDDataModule(LightningDataModule):
         max_prompt_tokens: int | None = None,
         drop_long_prompts: bool = False,
         predict_split: Split = "test",
+        num_reserved: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -93,8 +96,10 @@ class OPDDataModule(LightningDataModule):
         self.max_prompt_tokens = max_prompt_tokens
         self.drop_long_prompts = drop_long_prompts
         self.predict_split: Split = predict_split
+        self.num_reserved = num_reserved
         self.seed = seed
         self.stream: PromptStream | None = None
+        self._training_problems: list[Problem] = []
         self.held_out: dict[str, list[Problem]] = {}
 
     @property
@@ -111,7 +116,9 @@ class OPDDataModule(LightningDataModule):
         """Read the problems of this stage and check that every prompt fits the student's context."""
         assert self.trainer is not None
         if stage == "fit" and self.stream is None:
-            problems = self._fitting_problems("train", self.sampling)
+            self._training_problems = self._fitting_problems("train", self.sampling)
+            reserved = {problem.uid for problem in self.problems_for_scores(self.num_reserved)}
+            problems = [problem for problem in self._training_problems if problem.uid not in reserved]
             self.selector.setup(problems, self.seed)
             self.stream = PromptStream(problems, self.selector, self.prompts_per_step)
         wanted: dict[str, list[Split]] = {
@@ -126,6 +133,21 @@ class OPDDataModule(LightningDataModule):
                 self.held_out[split] = problems[: self.num_validation_problems]
         if stage == "fit":
             self._check_split_over_ranks(self.trainer.world_size)
+
+    def problems_for_scores(self, num_problems: int) -> list[Problem]:
+        """Training problems to score candidates on: a function of the seed, the reserved ones first.
+
+        Raises:
+            ValueError: There are not so many.
+        """
+        if num_problems > len(self._training_problems):
+            raise ValueError(
+                f"EffOPD score: {num_problems} prompts were asked for, but there are {len(self._training_problems)}"
+                " training problems. Lower num_prompts (or data.num_reserved)."
+            )
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "problems for scores"))
+        order = torch.randperm(len(self._training_problems), generator=generator)
+        return [self._training_problems[i] for i in order[:num_problems].tolist()]
 
     def train_dataloader(self) -> PromptStream:
         """The prompt stream of this rank."""

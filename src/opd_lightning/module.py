@@ -86,6 +86,7 @@ class OPDModule(StudentModule):
         self.num_skipped_steps = 0
         self.num_skipped_in_a_row = 0
         self.step_metrics = Means()
+        self.last_rollouts: list[Rollout] = []
 
     # ------------------------------------------------------------------------------------------------------- training
 
@@ -104,6 +105,7 @@ class OPDModule(StudentModule):
                     group, torch.split(losses, [len(rollout.response_ids) for rollout in group]), strict=True
                 )
             self.update_weights()
+        self.last_rollouts = batch.rollouts
         self.log_step(batch)
         self._data.stream.commit()
         return {"token_losses": token_losses}
@@ -157,7 +159,9 @@ class OPDModule(StudentModule):
         with self.stopwatch("optimizer"):
             norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip_norm or torch.inf)
             if torch.isfinite(norm):
-                self.step_metrics.update({"grad_norm": (norm, 1), "learning_rate": (optimizer.param_groups[0]["lr"], 1)})
+                self.step_metrics.update(
+                    {"grad_norm": (norm, 1), "learning_rate": (optimizer.param_groups[0]["lr"], 1)}
+                )
                 optimizer.step()
                 self.weight_version += 1
                 self.num_skipped_in_a_row = 0

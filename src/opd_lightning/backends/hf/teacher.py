@@ -228,24 +228,30 @@ class BaseModelTeacher(Teacher):
 
 
 class _VisitingWeights:
-    """Frozen weights that rest in CPU memory and visit the device; coming back costs nothing, as nothing changed."""
+    """Frozen weights that rest in CPU memory and visit the device; the way back costs nothing, as nothing changed."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self._tensors = [*module.parameters(), *module.buffers()]
         self._device = device
-        for tensor in self._tensors:
-            tensor.data = tensor.data.pin_memory() if device.type == "cuda" else tensor.data
-        self._resting = [tensor.data for tensor in self._tensors]
+        self._places = [
+            (part, name, tensor)
+            for part in module.modules()
+            for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+        ]
+        if device.type == "cuda":
+            for _, _, tensor in self._places:
+                tensor.data = tensor.data.pin_memory()
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        for tensor, resting in zip(self._tensors, self._resting, strict=True):
-            tensor.data = resting.to(self._device, non_blocking=True)
         try:
+            for part, name, tensor in self._places:
+                visitor = tensor.to(self._device, non_blocking=True)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                setattr(part, name, nn.Parameter(visitor, requires_grad=False) if is_parameter else visitor)
             yield
         finally:
-            for tensor, resting in zip(self._tensors, self._resting, strict=True):
-                tensor.data = resting
+            for part, name, tensor in self._places:
+                setattr(part, name, tensor)
 
 
 def _check_temperature(request: ScoreRequest) -> None:
