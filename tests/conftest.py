@@ -34,7 +34,7 @@ def make_tokenizer(characters: str = CHARACTERS, **options: Any) -> Any:
         "eos_token": "<|im_end|>",
         "pad_token": "<|pad|>",
         "unk_token": "<|unk|>",
-        "additional_special_tokens": [SPECIAL_TOKENS[i] for i in (1, 2, 4, 5)],
+        "additional_special_tokens": SPECIAL_TOKENS[1:6],
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
     }

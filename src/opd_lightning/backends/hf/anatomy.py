@@ -7,6 +7,7 @@ are the model is checked once, when it is loaded (`verify_anatomy`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -110,12 +111,14 @@ def verify_anatomy(model: nn.Module, argument: str, *, generates: bool) -> None:
         raise
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{argument}: {name} cannot be run as decoder body and language-model head ({error})."
+            f"{argument}: {name} cannot be run as decoder body and language-model head ({_first_line(error)})."
             " Use a decoder-only model with attention, such as Qwen3, Llama, Mistral or Gemma."
         ) from error
     finally:
         if not portable:
             lm.set_attn_implementation(implementation)
+    if math.isnan(tolerance):
+        raise ValueError(f"{argument}: the logits of {name} are NaN: its weights are damaged, or its dtype overflows.")
     for what, value in differences.items():
         if not value <= tolerance:
             raise ValueError(
@@ -158,4 +161,8 @@ def _anatomy_differences(model: nn.Module, generates: bool) -> tuple[dict[str, f
             body_states(model, **rest, cache=cache)[0]
         )
     tolerance = 1e-3 if lm.dtype in (torch.float32, torch.float64) else 0.1
-    return differences, tolerance * max(1.0, float(expected.abs().max()))
+    return differences, tolerance * (1.0 + float(expected.abs().max()))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

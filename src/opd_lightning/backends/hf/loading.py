@@ -142,12 +142,25 @@ def load_model(
         ValueError: Files are missing, damaged or do not fit the configuration, or a setting is not known.
     """
     source.check()
-    options: dict[str, Any] = {"dtype": DTYPES.get(dtype, dtype), "attn_implementation": attn_implementation}
+    options: dict[str, Any] = {"dtype": DTYPES.get(dtype, dtype)}
+    what = "weights"
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+        what += f" with {source.role}.attn_implementation={attn_implementation!r}"
     if quantization_config is not None:
         options |= {"quantization_config": dict(quantization_config), "device_map": {"": device}}
-    with _explained(source, "weights"):
+        what += f" with {source.role}.quantization_config={dict(quantization_config)}"
+    with _explained(source, what):
+        # what does not fit is reported below by name
         model, report = AutoModelForCausalLM.from_pretrained(
-            source.location, output_loading_info=True, **source.options, **options
+            source.location, output_loading_info=True, ignore_mismatched_sizes=True, **source.options, **options
+        )
+    if misfits := sorted(report["mismatched_keys"]):
+        name, found, expected = misfits[0]
+        raise ValueError(
+            f"{source.argument}: {len(misfits)} weights in {source.path!r} do not have the shape its config.json asks"
+            f" for, first {name!r}: expected {list(expected)}, found {list(found)}. Weights and configuration belong to"
+            " different models."
         )
     if missing := sorted(report["missing_keys"]):
         # transformers only warns, and leaves them random
@@ -191,7 +204,7 @@ def _explained(source: Source, what: str) -> Iterator[None]:
             " Copy or download it again."
         ) from error
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = str(error).strip().splitlines()[0].rstrip(".!")
         hint = "" if source.is_folder else _hub_hint(source)
         raise ValueError(f"{source.argument}: cannot load the {what} of {source.path!r}: {reason}.{hint}") from error
 

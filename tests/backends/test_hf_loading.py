@@ -1,0 +1,236 @@
+"""Bad model folders and bad pairs: one clear line each, before any weights are read where possible."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+
+import pytest
+from conftest import CHARACTERS, END_OF_TEXT, END_OF_TURN, VOCAB_SIZE, make_model, make_tokenizer, save_folder
+from safetensors.torch import load_file, save_file
+
+from opd_lightning.backends.hf import HFStudent, HFTeacher, LoraSettings, check_compatibility
+from opd_lightning.backends.hf.loading import Source
+from opd_lightning.interfaces import Student
+
+
+@pytest.fixture
+def copy(tmp_path, tiny_qwen3_folder):
+    """A copy of the student's folder to spoil."""
+    return shutil.copytree(tiny_qwen3_folder, tmp_path / "model")
+
+
+def cut(file, share=0.5):
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+
+
+def edit_weights(folder, change):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def remove_tokenizer(folder):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+
+
+def only_adapter(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+
+
+SPOILED = {
+    "no config": (lambda f: (f / "config.json").unlink(), r"student\.path: no config\.json in .*found: .*Hugging Face"),
+    "config cut": (lambda f: cut(f / "config.json"), r"student\.path: cannot load the configuration .* valid JSON"),
+    "unknown type": (
+        lambda f: (f / "config.json").write_text('{"model_type": "bar"}'),
+        r"student\.path: cannot load the configuration .*`bar`",
+    ),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"student\.path: cannot load the weights .*no file"),
+    "weights cut": (lambda f: cut(f / "model.safetensors"), r"student\.path: a weight file .* damaged or cut short"),
+    "weights empty": (lambda f: cut(f / "model.safetensors", 0), r"student\.path: a weight file .* damaged or cut"),
+    "weight missing": (
+        lambda f: edit_weights(f, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight")),
+        r"student\.path: 1 weights are missing .* 'model\.layers\.1\.mlp\.up_proj\.weight'.*incomplete",
+    ),
+    "wrong shape": (
+        lambda f: edit_weights(
+            f, lambda weights: weights.update({"model.norm.weight": weights["model.norm.weight"][:5]})
+        ),
+        r"student\.path: 1 weights in .* first 'model\.norm\.weight': expected \[32\], found \[5\]",
+    ),
+    "NaN": (
+        lambda f: edit_weights(f, lambda weights: weights["model.norm.weight"].fill_(float("nan"))),
+        r"student\.path: the logits of Qwen3ForCausalLM are NaN: its weights are damaged",
+    ),
+    "no tokenizer": (remove_tokenizer, r"student\.path: no tokenizer in .*Expected tokenizer\.json"),
+    "tokenizer cut": (lambda f: cut(f / "tokenizer.json"), r"student\.path: a JSON file in .* damaged or cut short"),
+    "only an adapter": (only_adapter, r"student\.path: .* holds only a LoRA adapter.*student\.adapter_path"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_a_spoiled_folder_is_explained_in_one_line(copy, case):
+    spoil, message = SPOILED[case]
+    spoil(copy)
+    with pytest.raises(ValueError, match=message) as caught:
+        HFStudent(str(copy)).load()
+    assert "\n" not in str(caught.value)
+    assert str(copy) in str(caught.value) or case == "NaN"
+
+
+@pytest.mark.parametrize("path", ["/nowhere/model", "./nowhere", "some/where/model", "sp ace", "~/nowhere/model"])
+def test_a_path_that_is_nothing_says_what_was_expected(path):
+    with pytest.raises(ValueError, match=r"student\.path: no folder .*config\.json, \*\.safetensors .* hub id such as"):
+        _ = HFStudent(path).tokenizer
+
+
+def test_a_file_is_no_folder(copy):
+    with pytest.raises(ValueError, match=r"student\.path: no folder '.*model\.safetensors'"):
+        HFStudent(str(copy / "model.safetensors")).load()
+
+
+def test_a_hub_id_without_network_says_so(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ValueError, match=r"teacher\.path: cannot load the configuration of 'nobody/nothing'.*hub id: check"
+    ):
+        HFTeacher("nobody/nothing").preflight(HFStudent("nobody/nothing"))
+
+
+def test_unknown_attention_implementation_is_refused(tiny_qwen3_folder):
+    with pytest.raises(
+        ValueError, match=r"student\.path: cannot load the weights with student\.attn_implementation='quick' of"
+    ):
+        HFStudent(str(tiny_qwen3_folder), attn_implementation="quick").load()
+
+
+def test_quantization_without_its_package_is_explained(tiny_teacher_folder, tiny_qwen3_folder):
+    teacher = HFTeacher(str(tiny_teacher_folder), quantization_config={"quant_method": "no_such_method"})
+    with pytest.raises(
+        ValueError, match=r"teacher\.path: cannot load the weights with teacher\.quantization_config=.*no_such_method"
+    ):
+        teacher.setup(HFStudent(str(tiny_qwen3_folder)), None, None)
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_refused_before_the_weights(tmp_path):
+    folder = save_folder(tmp_path, make_model(vocab_size=VOCAB_SIZE - 1), make_tokenizer())
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"ids up to {VOCAB_SIZE - 1}, but the model has only {VOCAB_SIZE - 1} rows"):
+        HFStudent(str(folder)).load()
+
+
+def test_sandbox_names_stand_for_folders_of_the_package():
+    assert Source("sandbox:student", "student").is_folder
+    with pytest.raises(ValueError, match=r"expected sandbox:student or sandbox:teacher, got 'sandbox:cat'"):
+        HFStudent("sandbox:cat").load()
+
+
+# ---------------------------------------------------------------------------------------------------------- the pair
+
+
+def make_pair(tmp_path, student_tokenizer=None, teacher_tokenizer=None, **teacher):
+    """Folders of a student and a teacher; the teacher's weights are taken away, since nothing here may read them."""
+    rows = {"vocab_size": teacher.pop("rows", VOCAB_SIZE + 30)}
+    student = save_folder(tmp_path / "student", make_model(), student_tokenizer or make_tokenizer())
+    tokenizer = teacher_tokenizer or make_tokenizer()
+    folder = save_folder(tmp_path / "teacher", make_model(seed=2, **rows), tokenizer, teacher.pop("eos", None))
+    (folder / "model.safetensors").unlink()
+    return HFStudent(str(student), **teacher), HFTeacher(str(folder))
+
+
+def test_a_fitting_pair_passes_without_weights_or_warnings(tmp_path):
+    student, teacher = make_pair(tmp_path, template_kwargs={"enable_thinking": False}, lora=LoraSettings(r=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        teacher.preflight(student)
+        found = check_compatibility(student, teacher.source)
+    assert (found.vocab_size, found.context_length) == (VOCAB_SIZE, 128)
+
+
+def test_different_vocabularies_are_named(tmp_path):
+    swapped = CHARACTERS.replace("ab", "ba")
+    student, teacher = make_pair(tmp_path, teacher_tokenizer=make_tokenizer(swapped))
+    message = (
+        r"teacher\.path: the tokenizers of .* differ in 2 tokens: 'a' is id 9 for the student and id 10 for the"
+        r" teacher; 'b' is id 10 for the student and id 9 for the teacher\..*same family"
+    )
+    with pytest.raises(ValueError, match=message):
+        teacher.preflight(student)
+
+
+def test_a_token_that_only_one_of_them_has_is_named(tmp_path):
+    student, teacher = make_pair(tmp_path, teacher_tokenizer=make_tokenizer(CHARACTERS + "~"))
+    with pytest.raises(ValueError, match=r"1 tokens: '~' is no token for the student and id 81 for the teacher"):
+        teacher.preflight(student)
+
+
+def test_a_teacher_with_too_few_rows_is_refused(tmp_path):
+    student, teacher = make_pair(tmp_path, rows=VOCAB_SIZE - 2)
+    with pytest.raises(ValueError, match=rf"teacher\.path: the tokenizer has ids up to .* only {VOCAB_SIZE - 2} rows"):
+        teacher.preflight(student)
+
+
+def test_a_teacher_that_ends_otherwise_needs_an_extra_stop_token(tmp_path):
+    options = {"eos_token": "<|endoftext|>"}
+    student_folder = save_folder(tmp_path / "base", make_model(), make_tokenizer(**options), eos_token_id=END_OF_TEXT)
+    _, teacher = make_pair(tmp_path, eos=[END_OF_TURN, END_OF_TEXT])
+    with pytest.raises(
+        ValueError, match=r"run on to the length limit\. Set student\.extra_stop_tokens: \['<\|im_end\|>'\]"
+    ):
+        teacher.preflight(HFStudent(str(student_folder)))
+    teacher.preflight(HFStudent(str(student_folder), extra_stop_tokens=["<|im_end|>"]))
+
+
+def test_a_student_that_also_ends_otherwise_is_fine(tmp_path):
+    student, teacher = make_pair(tmp_path, eos=END_OF_TURN, extra_stop_tokens=["!"])
+    teacher.preflight(student)
+    assert len(student.tokenizer.stop_ids) == 3
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0]['content'] }}", "{{ raise_exception('no') }}"])
+def test_different_chat_templates_are_warned_about(tmp_path, template):
+    student, teacher = make_pair(tmp_path, teacher_tokenizer=make_tokenizer(chat_template=template))
+    with pytest.warns(UserWarning, match=r"teacher\.path: the chat templates of student and teacher differ"):
+        teacher.preflight(student)
+
+
+def test_a_teacher_without_template_uses_the_students(tmp_path):
+    student, teacher = make_pair(tmp_path, teacher_tokenizer=make_tokenizer(chat_template=None))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        teacher.preflight(student)
+
+
+def test_a_student_without_template_is_refused_before_training(tmp_path):
+    student, teacher = make_pair(tmp_path, student_tokenizer=make_tokenizer(chat_template=None))
+    with pytest.raises(ValueError, match=r"student\.chat_template: the tokenizer has no chat template"):
+        teacher.preflight(student)
+
+
+def test_another_kind_of_student_is_refused(tiny_teacher_folder):
+    class Other(Student):
+        tokenizer = context_length = None
+        load = hidden_states = logits = save = describe = None
+
+    with pytest.raises(ValueError, match=r"needs an HFStudent to compare vocabularies, got Other"):
+        HFTeacher(str(tiny_teacher_folder)).preflight(Other())
+
+
+def test_eos_of_the_generation_config_may_be_one_id_or_missing(copy):
+    for content, expected in (
+        ({"eos_token_id": END_OF_TEXT}, (END_OF_TEXT, END_OF_TURN)),
+        ({"eos_token_id": [END_OF_TEXT]}, (END_OF_TEXT, END_OF_TURN)),
+        ({}, (END_OF_TURN,)),
+    ):
+        (copy / "generation_config.json").write_text(json.dumps(content))
+        assert HFStudent(str(copy)).tokenizer.stop_ids == expected
+    (copy / "generation_config.json").unlink()
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"eos_token_id": [END_OF_TURN, END_OF_TEXT]}))
+    assert HFStudent(str(copy)).tokenizer.stop_ids == (END_OF_TEXT, END_OF_TURN)
