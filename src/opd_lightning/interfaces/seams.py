@@ -61,6 +61,13 @@ class Student(ABC):
         V = `tokenizer.vocab_size`: padding rows of the head are cut off.
         """
 
+    def named_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors as a plain model folder has them, adapters merged out of place.
+
+        For engines with their own copy of the weights.
+        """
+        yield from model.state_dict().items()
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Class path and constructor arguments as plain values: enough to build the same student again."""

@@ -1,0 +1,106 @@
+"""Where a colocated vLLM runs, and what it must leave as it was: devices, process groups, threads, random state."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.seed import isolate_rng
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, which is the only way vLLM listens to, and take them back."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def launcher_variables(device: torch.device) -> tuple[dict[str, str], dict[str, str]]:
+    """Engine arguments and environment that put an in-process vLLM on this process's device.
+
+    Left alone vLLM takes the first GPU. Told that a launcher like torchrun started it, it reads its place from the
+    environment, and uses the process group that is there.
+
+    Args:
+        device: The training device of this process.
+    """
+    is_initialized = dist.is_initialized()
+    world_size = dist.get_world_size() if is_initialized else 1
+    if world_size == 1 and not device.index:
+        return {}, {}
+    variables = {
+        "RANK": str(dist.get_rank() if is_initialized else 0),
+        "LOCAL_RANK": str(device.index or 0),
+        "WORLD_SIZE": str(world_size),
+    }
+    if not is_initialized:
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    return {"distributed_executor_backend": "external_launcher"}, variables
+
+
+def visible_devices(device: torch.device, devices: Sequence[int] | None, num_shards: int) -> dict[str, str]:
+    """Environment that shows a child process its GPUs only.
+
+    Args:
+        device: The training device of this process.
+        devices: GPUs as this process counts them; None is `device`, or all when several are wanted.
+        num_shards: GPUs wanted.
+
+    Raises:
+        ValueError: Several GPUs per engine and several training processes, without saying who takes which.
+    """
+    if device.type != "cuda":
+        return {}
+    if devices is None and num_shards > 1:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError(
+                f"engine.engine_args: an engine over {num_shards} GPUs for each of {dist.get_world_size()} training"
+                " processes would share GPUs. Set tensor_parallel_size: 1 (each process generates its own share), or"
+                " use VLLMServerEngine."
+            )
+        return {}
+    wanted = [device.index or 0] if devices is None else devices
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(i) for i in wanted] if not shown else [shown.split(",")[i] for i in wanted]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names)}
+
+
+def forget_parallel_state(owns_process_group: bool) -> None:
+    """Take down vLLM's process groups after an in-process engine; the default group only if vLLM made it."""
+    from vllm.distributed import parallel_state  # type: ignore[import-not-found]
+
+    parallel_state.destroy_model_parallel()
+    if owns_process_group:
+        parallel_state.destroy_distributed_environment()
+
+
+@contextmanager
+def left_alone(device: torch.device) -> Iterator[None]:
+    """Keep vLLM from the caller's random state, thread settings and autocast."""
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    try:
+        with isolate_rng(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_num_threads = set_num_threads  # the CPU build makes it a no-op
+        if torch.get_num_threads() != num_threads:
+            torch.set_num_threads(num_threads)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

@@ -1,0 +1,128 @@
+"""What a vLLM engine is asked, in the process or over HTTP, and what its answers become.
+
+vLLM is given token ids and gives token ids; which token closes a response is said explicitly, so that no generation
+config of a model folder adds anything.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from opd_lightning.interfaces import Prompt, Rollout, Sampling, Student
+
+_LEAST_TEMPERATURE = 0.01  # vLLM raises smaller ones to this
+
+
+def resolve_stop_ids(student: Student, sampling: Sampling) -> list[int]:
+    """The ids that close a response: those of the sampling, else the student's own.
+
+    Raises:
+        ValueError: One is no token of the student's.
+    """
+    stop_ids = list(student.tokenizer.stop_ids if sampling.stop_ids is None else sampling.stop_ids)
+    vocab_size = student.tokenizer.vocab_size
+    if unknown := [token_id for token_id in stop_ids if not 0 <= token_id < vocab_size]:
+        raise ValueError(f"sampling.stop_ids: expected token ids between 0 and {vocab_size - 1}, got {unknown}.")
+    return stop_ids
+
+
+def check_prompts(prompts: Sequence[Prompt], sampling: Sampling, max_model_len: int, setting: str) -> None:
+    """Make sure that every prompt leaves room for a whole response.
+
+    Args:
+        prompts: What is asked.
+        sampling: Says how long a response may get.
+        max_model_len: Most tokens (prompt + response) that vLLM takes.
+        setting: What to raise when it is too small.
+
+    Raises:
+        ValueError: A prompt is empty or too long.
+    """
+    for prompt in prompts:
+        if not prompt.token_ids:
+            raise ValueError(
+                f"problem {prompt.problem.uid!r}: the prompt is empty. Check its messages and the template."
+            )
+        if len(prompt.token_ids) + sampling.max_new_tokens > max_model_len:
+            raise ValueError(
+                f"problem {prompt.problem.uid!r}: {len(prompt.token_ids)} prompt tokens and"
+                f" sampling.max_new_tokens={sampling.max_new_tokens} do not fit into vLLM's {max_model_len} tokens."
+                f" Raise {setting}, lower max_new_tokens, or leave long prompts out."
+            )
+
+
+def sampling_fields(sampling: Sampling, seed: int, stop_ids: Sequence[int]) -> dict[str, Any]:
+    """One request's sampling parameters, by the names that vLLM uses in Python and over HTTP.
+
+    Everything is said explicitly: what is left out, a server takes from the model's generation config.
+
+    Raises:
+        ValueError: vLLM would silently use another temperature.
+    """
+    if 0 < sampling.temperature < _LEAST_TEMPERATURE:
+        raise ValueError(
+            f"sampling.temperature: vLLM takes 0 (greedy) or at least {_LEAST_TEMPERATURE}, got {sampling.temperature}."
+        )
+    return {
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": float(sampling.temperature),
+        "top_p": float(sampling.top_p),
+        "top_k": sampling.top_k,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "seed": seed,
+        "stop_token_ids": list(stop_ids),
+        "ignore_eos": True,  # only the ids above close a response
+        "logprobs": 0,  # of the sampled token alone
+    }
+
+
+def make_rollout(
+    student: Student,
+    prompt: Prompt,
+    seed: int,
+    token_ids: Sequence[int],
+    log_probs: Sequence[float],
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+) -> Rollout:
+    """Turn vLLM's answer to one request into a rollout.
+
+    vLLM normalises log-probabilities after any top-p or top-k cut. Those before it are not known then, and NaN.
+
+    Raises:
+        FloatingPointError: The model gives logits that are not finite.
+    """
+    assert len(token_ids) == len(log_probs) > 0, (len(token_ids), len(log_probs))
+    if not all(map(math.isfinite, log_probs)):
+        raise FloatingPointError(
+            f"The student's logits are not finite for problem {prompt.problem.uid!r}. Check that its weights are finite"
+            " (did the last steps diverge?), the learning rate, and vLLM's dtype."
+        )
+    has_cut = sampling.temperature > 0 and not sampling.is_whole_distribution
+    return Rollout(
+        problem=prompt.problem,
+        prompt_ids=torch.tensor(prompt.token_ids),
+        response_ids=torch.tensor(token_ids),
+        log_probs=torch.full((len(log_probs),), torch.nan) if has_cut else torch.tensor(log_probs),
+        finished=token_ids[-1] in stop_ids,
+        seed=seed,
+        text=student.tokenizer.decode(token_ids),
+    )
+
+
+def warn_about_cut(sampling: Sampling) -> None:
+    """Say that rollouts under a cut have no log-probabilities."""
+    warnings.warn(
+        f"sampling.top_p={sampling.top_p}, sampling.top_k={sampling.top_k}: vLLM does not tell the log-probabilities"
+        " before such a cut, so those of these rollouts are NaN. Validation does not need them; training with an"
+        " importance ratio does: set top_p to 1 and top_k to 0 there, or use HFEngine.",
+        stacklevel=3,
+    )
