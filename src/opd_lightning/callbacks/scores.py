@@ -87,10 +87,10 @@ class HeldOutLoss(Score):
         if isinstance(loaders, Sequence) and len(loaders) == 1:
             loaders = loaders[0]
         if loaders is None or isinstance(loaders, Sequence | Mapping):
-            found = "none" if loaders is None else f"{len(loaders)} of them"
+            found = 0 if loaders is None else len(loaders)
             raise ValueError(
-                f"batches: without held-out batches the trainer's only validation loader is used, but there is {found}."
-                " Pass the batches."
+                "batches: expected held-out batches, or one validation loader in the trainer to take them from; got "
+                f"neither, the number of validation loaders is {found}. Pass the batches."
             )
         own = list(islice(loaders, math.ceil(self.num_batches / world_size())))
         num_common = min(gather_objects(len(own)))
