@@ -7,7 +7,7 @@ import torch
 
 from opd_lightning.backends.hf import HFStudent
 from opd_lightning.backends.vllm_colocated import VLLMColocatedEngine
-from opd_lightning.backends.vllm_placement import environment, launcher_variables, visible_devices
+from opd_lightning.backends.vllm_placement import environment, launcher_variables, process_group_kept, visible_devices
 from opd_lightning.backends.vllm_probe import check_same_model
 from opd_lightning.backends.vllm_requests import check_prompts, make_rollout, resolve_stop_ids, sampling_fields
 from opd_lightning.interfaces import Problem, Prompt, Sampling
@@ -163,3 +163,16 @@ def test_a_child_sees_its_gpus_only(monkeypatch, shown, device, devices, num_sha
     if shown:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
     assert visible_devices(device, devices, num_shards) == expected
+
+
+def test_a_process_group_of_the_training_outlives_an_engine(tmp_path):
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    destroy = dist.destroy_process_group
+    with process_group_kept(True):
+        dist.destroy_process_group(dist.new_group([0]))
+        dist.destroy_process_group()
+    assert dist.is_initialized() and dist.destroy_process_group is destroy
+    with process_group_kept(False):
+        dist.destroy_process_group()
+    assert not dist.is_initialized()

@@ -17,9 +17,9 @@ from torch import nn
 
 from opd_lightning.backends.vllm_placement import (
     environment,
-    forget_parallel_state,
     launcher_variables,
     left_alone,
+    process_group_kept,
     visible_devices,
 )
 from opd_lightning.backends.vllm_probe import check_same_model
@@ -102,6 +102,7 @@ class VLLMColocatedEngine(RolloutEngine):
         self._llm: Any = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._asleep = False
+        self._owns_process_group = False
         self._has_warned = False
 
     @property
@@ -187,11 +188,9 @@ class VLLMColocatedEngine(RolloutEngine):
     def close(self) -> None:
         """Shut vLLM down and give its memory back."""
         if self._llm is not None:
-            with left_alone(self._device):
+            with left_alone(self._device), process_group_kept(not self._owns_process_group):
                 self._llm.llm_engine.engine_core.shutdown()
                 self._llm = None
-                if not self.own_process:
-                    forget_parallel_state(self._owns_process_group)
                 gc.collect()
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()

@@ -77,13 +77,21 @@ def visible_devices(device: torch.device, devices: Sequence[int] | None, num_sha
     return {"CUDA_VISIBLE_DEVICES": ",".join(names)}
 
 
-def forget_parallel_state(owns_process_group: bool) -> None:
-    """Take down vLLM's process groups after an in-process engine; the default group only if vLLM made it."""
-    from vllm.distributed import parallel_state  # type: ignore[import-not-found]
+@contextmanager
+def process_group_kept(keep: bool) -> Iterator[None]:
+    """Shut an in-process vLLM down without the default process group, which it would take with it whoever made it."""
+    destroy = dist.destroy_process_group
 
-    parallel_state.destroy_model_parallel()
-    if owns_process_group:
-        parallel_state.destroy_distributed_environment()
+    def destroy_subgroup(group: dist.ProcessGroup | None = None) -> None:
+        if group is not None:
+            destroy(group)
+
+    if keep:
+        dist.destroy_process_group = destroy_subgroup
+    try:
+        yield
+    finally:
+        dist.destroy_process_group = destroy
 
 
 @contextmanager

@@ -7,6 +7,7 @@ weight-transfer backend is all that importing it does. Knows nothing of training
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class WeightUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
         path: A safetensors file that both can read, best in shared memory.
     """
 
-    weights: list[tuple[str, Tensor]] | None = None
+    weights: Iterable[tuple[str, Tensor]] | None = None
     path: str | None = None
 
     def __post_init__(self) -> None:
