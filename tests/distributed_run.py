@@ -27,7 +27,8 @@ def main(num_processes, student, teacher, output):
     strategy = DDPStrategy(process_group_backend="gloo") if num_processes > 1 else "auto"
     options = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
     trainer = make_trainer(output, 4, devices=num_processes, strategy=strategy, callbacks=[notes], **options)
-    module = make_module(student, teacher, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), max_tokens_per_micro_batch=64)
+    small_steps = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1)}
+    module = make_module(student, teacher, max_tokens_per_micro_batch=64, **small_steps)
     data = make_data(task=LetterTask(num_held_out=5), selector=DifficultyPool())
     trainer.fit(module, data)
     facts = {"metrics": notes.metrics, "seeds": notes.seeds, "selector": repr(data.selector.state_dict())}

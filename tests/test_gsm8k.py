@@ -1,4 +1,4 @@
-"""The whole path on real data: GSM8K, a BPE tokenizer trained on it, tiny random Qwen3 models. Quality is not the point."""
+"""The whole path on real data: GSM8K, a BPE tokenizer trained on it, tiny random models. Quality is not the point."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data" / "gsm8k"
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not DATA.exists(), reason="GSM8K is not beside the checkout")]
@@ -94,5 +95,6 @@ def test_fit_validate_predict_export(config, models, tmp_path, capfd):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     original = AutoModelForCausalLM.from_pretrained(models["student"])
     assert model.config.vocab_size == original.config.vocab_size
-    assert any(not torch.equal(a.float(), b.float()) for a, b in zip(model.parameters(), original.parameters(), strict=True))
+    pairs = zip(model.parameters(), original.parameters(), strict=True)
+    assert any(not torch.equal(after.float(), before.float()) for after, before in pairs)
     assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == TEMPLATE

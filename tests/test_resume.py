@@ -56,13 +56,13 @@ def test_stop_and_resume_equals_one_run(tmp_path, tiny_qwen3_folder, tiny_teache
 class Interrupt(ModelCheckpoint):
     """Raises in the middle of a step."""
 
-    def __init__(self, at_step, error=RuntimeError("the teacher's server is gone")):
+    def __init__(self, at_step):
         super().__init__(save_top_k=0)
-        self.at_step, self.error = at_step, error
+        self.at_step = at_step
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch.step == self.at_step:
-            raise self.error
+            raise RuntimeError("the teacher's server is gone")
 
 
 @pytest.mark.parametrize("at_step", [1, 2, 3])
@@ -74,7 +74,9 @@ def test_a_step_that_failed_is_rescued_and_done_again(tmp_path, tiny_qwen3_folde
     broken, data = module_and_data(folders, DifficultyPool)
     callbacks = [Interrupt(at_step), RescueCheckpoint()]
     with (
-        pytest.warns(UserWarning, match=rf"Stopped by RuntimeError after step {at_step}; resume with --ckpt_path .*rescue"),
+        pytest.warns(
+            UserWarning, match=rf"Stopped by RuntimeError after step {at_step}; resume with --ckpt_path .*rescue"
+        ),
         pytest.raises(RuntimeError, match="server is gone"),
     ):
         make_trainer(tmp_path, 5, callbacks=callbacks, enable_checkpointing=True).fit(broken, data)
@@ -86,7 +88,9 @@ def test_a_step_that_failed_is_rescued_and_done_again(tmp_path, tiny_qwen3_folde
 
 
 @pytest.mark.parametrize(("interval", "every_n_epochs"), [(2, None), (1.0, 1), (2, 1), (1.0, 2)])
-def test_the_predicate_agrees_with_lightning(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, interval, every_n_epochs):
+def test_the_predicate_agrees_with_lightning(
+    tmp_path, tiny_qwen3_folder, tiny_teacher_folder, interval, every_n_epochs
+):
     validated, predicted = [], []
 
     class Watch(StartValidation):
@@ -224,33 +228,48 @@ def trained_weights(root):
     return saved["state_dict"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_kill_9_and_resume_equals_one_run(tmp_path, lora):
-    finish(start(tmp_path / "whole", lora))
-    expected = trained_weights(tmp_path / "whole")
-    root = tmp_path / "killed"
-    resume = []
-    for step in (2, 3):  # kill twice, somewhere inside a step
-        process = start(root, lora, *resume)
-        wait_for_step(process, root, step)
-        time.sleep(0.05 * step)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        checkpoints = sorted((root / "saved").glob("*.ckpt"), key=lambda p: p.stat().st_mtime)
-        resume = ["--ckpt_path", str(checkpoints[-1])]
-        for path in root.rglob("metrics.csv"):
-            path.unlink()
-    check_checkpoint_file(resume[1])
-    finish(start(root, lora, *resume))
-    weights = trained_weights(root)
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Weights of whole runs, made once each."""
+    weights = {}
+
+    def run(lora):
+        if lora not in weights:
+            root = tmp_path_factory.mktemp("whole")
+            finish(start(root, lora))
+            weights[lora] = trained_weights(root)
+        return weights[lora]
+
+    return run
+
+
+def assert_equal(weights, expected):
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 @pytest.mark.slow
-def test_sigterm_saves_first_and_the_rescue_resumes_exactly(tmp_path):
-    finish(start(tmp_path / "whole", False))
+@pytest.mark.parametrize(("lora", "kill_after"), [(False, (2, 3)), (True, (4,))], ids=["full", "lora"])
+def test_kill_9_and_resume_equals_one_run(tmp_path, uninterrupted, lora, kill_after):
+    root = tmp_path / "killed"
+    resume = []
+    for step in kill_after:  # the delay puts the kill somewhere inside a step
+        process = start(root, lora, *resume)
+        wait_for_step(process, root, step)
+        time.sleep(0.05 * step)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        newest = max((root / "saved").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+        check_checkpoint_file(newest)
+        resume = ["--ckpt_path", str(newest)]
+        for path in root.rglob("metrics.csv"):
+            path.unlink()
+    finish(start(root, lora, *resume))
+    assert_equal(trained_weights(root), uninterrupted(lora))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_first_and_the_rescue_resumes_exactly(tmp_path, uninterrupted):
     root = tmp_path / "stopped"
     process = start(root, False)
     wait_for_step(process, root, 2)
@@ -259,5 +278,4 @@ def test_sigterm_saves_first_and_the_rescue_resumes_exactly(tmp_path):
     (rescue,) = root.rglob("rescue.ckpt")
     assert f"resume with --ckpt_path {rescue}".encode() in output.replace(b"\n", b"").replace(b"  ", b" ")
     finish(start(root, False, "--ckpt_path", str(rescue)))
-    expected = trained_weights(tmp_path / "whole")
-    assert all(torch.equal(weight, expected[name]) for name, weight in trained_weights(root).items())
+    assert_equal(trained_weights(root), uninterrupted(False))
