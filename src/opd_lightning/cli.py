@@ -48,6 +48,8 @@ class OPDCLI(LightningCLI):
     """LightningCLI with one seed for everything, no abbreviations, and a configuration that wins over checkpoints."""
 
     def __init__(self, args: list[str] | None = None) -> None:
+        for room in ROOMS_WITH_SHORT_NAMES:
+            import_module(f"opd_lightning.{room}")
         super().__init__(
             OPDModule,
             OPDDataModule,
@@ -93,8 +95,6 @@ def main(args: list[str] | None = None) -> None:
     """Run a command; the user's mistakes end in one line and exit status 2."""
     for message in MISLEADING_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    for room in ROOMS_WITH_SHORT_NAMES:
-        import_module(f"opd_lightning.{room}")
     words = sys.argv[1:] if args is None else args
     try:
         if words and words[0] in PLAIN_COMMANDS:
