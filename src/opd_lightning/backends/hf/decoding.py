@@ -100,7 +100,7 @@ class _LiveRows:
         masks = [[0] * (width - len(prompt)) + [1] * (len(prompt) + room) for prompt in prompts]
         has_padding = any(len(prompt) != width for prompt in prompts)
         self.model = model
-        self.width = width
+        self.num_seen = 0  # columns, padding included
         self.mask = torch.tensor(masks, device=device) if has_padding else None
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.rows = torch.arange(len(prompts), device=device)
@@ -121,8 +121,8 @@ class _LiveRows:
         self.cache.reorder_cache(indices)
 
     def _run(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        num_seen = self.cache.get_seq_length() + input_ids.shape[1]
-        mask = None if self.mask is None else self.mask[:, :num_seen]
+        self.num_seen += input_ids.shape[1]
+        mask = None if self.mask is None else self.mask[:, : self.num_seen]
         return body_states(self.model, input_ids, mask, position_ids, self.cache)[:, -1]
 
 
