@@ -57,7 +57,7 @@ def models(tmp_path_factory):
 
 def overrides(models, root):
     sources = {
-        split: json.dumps({"path": str(DATA / f"{file}.jsonl"), "limit": 40})
+        split: json.dumps({"path": str(DATA / f"{file}.jsonl"), "limit": 40, "config": None, "split": None})
         for split, file in {"train": "train", "validation": "test", "test": "test"}.items()
     }
     options = {

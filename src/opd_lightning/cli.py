@@ -21,6 +21,7 @@ from opd_lightning.callbacks.start_validation import StartValidation
 from opd_lightning.checkpoints import check_checkpoint_file, export
 from opd_lightning.datamodule import OPDDataModule
 from opd_lightning.module import OPDModule
+from opd_lightning.parser import OneLineParser, explain
 
 PLAIN_COMMANDS: dict[str, Callable[..., None]] = {"export": export}
 ROOMS_WITH_SHORT_NAMES = (  # `HFStudent` works in YAML for the whole path, but only once its room was imported
@@ -59,7 +60,9 @@ class OPDCLI(LightningCLI):
                 "num_sanity_val_steps": 0,  # StartValidation runs the whole one
                 "callbacks": [StartValidation(), AnswersWriter(), RescueCheckpoint()],
             },
+            parser_class=OneLineParser,
             parser_kwargs={"allow_abbrev": False},
+            auto_configure_optimizers=False,  # `model.optimizer` is the place
             args=args,
         )
 
@@ -98,7 +101,7 @@ def main(args: list[str] | None = None) -> None:
     words = sys.argv[1:] if args is None else args
     try:
         if words and words[0] in PLAIN_COMMANDS:
-            auto_cli(PLAIN_COMMANDS[words[0]], args=words[1:], prog=f"opd-lightning {words[0]}")
+            auto_cli(PLAIN_COMMANDS[words[0]], args=words[1:], prog=f"opd-lightning {words[0]}", as_positional=False)
         else:
             OPDCLI(args)
     except ValueError as error:

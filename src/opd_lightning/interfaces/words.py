@@ -120,6 +120,10 @@ class Rollout:
     text: str = ""
     reward: float = math.nan
 
+    def to(self, *args: Any, **kwargs: Any) -> Rollout:
+        """Nothing to move: rollouts live on the CPU."""
+        return self
+
     def graded(self, reward: float) -> Rollout:
         """Return the same rollout with its grade."""
         return replace(self, reward=reward)
