@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import END_OF_TEXT, END_OF_TURN, VOCAB_SIZE, make_model, make_tokenizer, save_folder
+from torch.profiler import ProfilerActivity, profile
 
 from opd_lightning.backends.hf import HFEngine, HFStudent, LoraSettings
 from opd_lightning.batching import collate
@@ -270,6 +271,25 @@ def test_generation_between_training_steps(tiny_qwen3_folder, lora, precision):
     if precision == "float32":
         for rollout in after:
             torch.testing.assert_close(rollout.log_probs, forward_log_probs(student, model, rollout), atol=1e-4, rtol=0)
+
+
+def test_under_autocast_weights_are_cast_once_per_call(tiny_qwen3_folder):
+    """Even where, as under Lightning, the cache of autocast is off."""
+    student = HFStudent(str(tiny_qwen3_folder))
+    model = student.load()
+    engine = make_engine(student, model)
+    counts = []
+    for num_tokens in (2, 12):
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False),
+            profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler,
+        ):
+            engine.generate(PROMPTS[:1], Sampling(max_new_tokens=num_tokens, stop_ids=NEVER))
+            assert not torch.is_autocast_cache_enabled()
+        head = list(model.lm_head.weight.shape)
+        events = profiler.events()
+        counts.append(sum(e.name == "aten::_to_copy" and e.input_shapes[:1] == [head] for e in events))
+    assert counts == [1, 1]
 
 
 def test_rollouts_carry_what_was_asked(student, model):

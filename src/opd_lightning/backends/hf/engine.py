@@ -20,8 +20,8 @@ class HFEngine(RolloutEngine):
     that little is padded, and cut into batches. A rollout is a function of weights, prompt, sampling and its seed, up
     to the rounding of batched matrix products; the global random state is never used.
 
-    Runs in the surrounding autocast context, so enter the one that training uses. With frozen float32 weights under
-    autocast every token casts them anew: give the base of a LoRA student `dtype: bfloat16` on a GPU.
+    Runs in the surrounding autocast context, so enter the one that training uses. Trained weights are cast once per
+    call, but frozen float32 weights once per token: give the base of a LoRA student `dtype: bfloat16` under autocast.
 
     Args:
         max_batch_size: Responses generated at once; bounds the memory of the cache.
@@ -60,7 +60,8 @@ class HFEngine(RolloutEngine):
         requests = [(i, seed) for i, prompt in enumerate(prompts) for seed in prompt.seeds]
         by_length = sorted(range(len(requests)), key=lambda k: len(prompts[requests[k][0]].token_ids))
         rollouts: dict[int, Rollout] = {}
-        with torch.no_grad(), evaluation_mode(self._model), _fresh_autocast_cache():
+        device_type = next(self._model.parameters()).device.type
+        with torch.no_grad(), evaluation_mode(self._model), _cached_casts(device_type):
             for start in range(0, len(by_length), self.max_batch_size):
                 chunk = by_length[start : start + self.max_batch_size]
                 chunk_rollouts = self._respond(prompts, [requests[k] for k in chunk], sampling, stop_ids)
@@ -112,11 +113,18 @@ class HFEngine(RolloutEngine):
 
 
 @contextmanager
-def _fresh_autocast_cache() -> Iterator[None]:
-    """Keep casts of the weights from before (perhaps of older weights) and from here (without gradient) apart."""
+def _cached_casts(device_type: str) -> Iterator[None]:
+    """Under autocast, cast each trained weight once per call instead of once per token.
+
+    Lightning switches the cache off. It is emptied before, as the weights may have changed, and after, as they will.
+    """
+    if not torch.is_autocast_enabled(device_type):
+        yield
+        return
     torch.clear_autocast_cache()
     try:
-        yield
+        with torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type), cache_enabled=True):
+            yield
     finally:
         torch.clear_autocast_cache()
 
