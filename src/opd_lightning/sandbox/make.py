@@ -3,7 +3,7 @@
 A base model learns to write right solutions. The student is the base tuned on the work of a careless pupil, who does
 not carry or borrow in about half of the steps; the teacher is the student tuned on right solutions again. So both lay
 out their work alike, and the student errs where the teacher does not. One thread and seeded draws make the run
-repeatable: the same machine and the same versions give the same bytes. Takes about 12 minutes on one CPU core.
+repeatable: the same machine and the same versions give the same bytes. Takes about 15 minutes on one CPU core.
 """
 
 from __future__ import annotations
@@ -170,9 +170,9 @@ def save(
     problems: Sequence[Problem],
     facts: dict[str, object],
 ) -> None:
-    """Write the model folder, tokenizer and measured model card included."""
+    """Write the model folder, tokenizer and model card included."""
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)  # a new one: a tokenizer that has padded saves that setting
     card = CARD.format(
         num_parameters=model.num_parameters(),
         sampled=measure_accuracy(model, tokenizer, problems, sampled=True),
@@ -202,9 +202,7 @@ def make(output: Path, seed: int = 0, steps: Sequence[int] = (1600, 300, 600), n
 
     train(model, tokenizer, right, steps[0], learning_rate=3e-3)
     train(model, tokenizer, careless, steps[1], learning_rate=1e-3)
-    story = (
-        f"It learnt right sums, then those of a careless pupil: no carry or borrow in {CARELESSNESS:.0%} of the steps."
-    )
+    story = f"It learnt right sums, then a careless pupil's: no carry or borrow in {CARELESSNESS:.0%} of the steps."
     save(output / "student", model, tokenizer, problems, {"name": "student", "story": story, "history": history})
     train(model, tokenizer, right, steps[2], learning_rate=1e-3)
     story = "It is the sandbox student tuned on right sums again."
