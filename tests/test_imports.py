@@ -17,7 +17,7 @@ LAYERS = [  # each room may import from earlier lines only
     {"evaluation", "streams"},
     {"datamodule", "student_module"},
     {"module"},
-    {"callbacks", "checkpoints"},
+    {"callbacks", "checkpoints", "parser"},
     {"cli"},
     {"__main__", "__init__"},
 ]

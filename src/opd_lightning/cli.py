@@ -7,10 +7,11 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import auto_cli
 from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from typing_extensions import override
@@ -21,9 +22,10 @@ from opd_lightning.callbacks.start_validation import StartValidation
 from opd_lightning.checkpoints import check_checkpoint_file, export
 from opd_lightning.datamodule import OPDDataModule
 from opd_lightning.module import OPDModule
-from opd_lightning.parser import OneLineParser, explain
+from opd_lightning.parser import PROGRAM, OneLineParser, explain
 
 PLAIN_COMMANDS: dict[str, Callable[..., None]] = {"export": export}
+COMMANDS = ("fit", "validate", "test", "predict", *PLAIN_COMMANDS)
 ROOMS_WITH_SHORT_NAMES = (  # `HFStudent` works in YAML for the whole path, but only once its room was imported
     "backends.hf",
     "callbacks.effopd",
@@ -95,17 +97,33 @@ MISLEADING_WARNINGS = (
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command; the user's mistakes end in one line and exit status 2."""
+    """Run a command; mistakes of the user end in one line and exit status 2, failures of the machine in status 1."""
     for message in MISLEADING_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     words = sys.argv[1:] if args is None else args
+    command = words[0] if words and not words[0].startswith("-") else None
     try:
-        if words and words[0] in PLAIN_COMMANDS:
-            auto_cli(PLAIN_COMMANDS[words[0]], args=words[1:], prog=f"opd-lightning {words[0]}", as_positional=False)
+        if command is not None and command not in COMMANDS:
+            raise ValueError(f"there is no command {command}; expected one of {', '.join(COMMANDS)}.")
+        if command in PLAIN_COMMANDS:
+            auto_cli(
+                PLAIN_COMMANDS[command],
+                args=words[1:],
+                prog=f"{PROGRAM} {command}",
+                as_positional=False,
+                parser_class=OneLineParser,
+                allow_abbrev=False,
+            )
         else:
             OPDCLI(args)
-    except ValueError as error:
-        if os.environ.get("OPD_LIGHTNING_TRACEBACK"):
-            raise
-        print(f"opd-lightning: error: {error}\n(OPD_LIGHTNING_TRACEBACK=1 shows where)", file=sys.stderr)
-        sys.exit(2)
+    except (ValueError, MisconfigurationException) as error:
+        _stop(error, status=2)
+    except (OSError, FloatingPointError) as error:
+        _stop(error, status=1)
+
+
+def _stop(error: Exception, status: int) -> NoReturn:
+    if os.environ.get("OPD_LIGHTNING_TRACEBACK"):
+        raise error
+    print(f"{PROGRAM}: error: {explain(str(error))}\n(OPD_LIGHTNING_TRACEBACK=1 shows where)", file=sys.stderr)
+    sys.exit(status)
