@@ -212,14 +212,16 @@ def check_wrapper(rank):
 
 def main(kind, folder):
     folder = Path(folder)
-    trainer, _, weights, reports = fit(kind, folder / kind, backward=(-0.5,))
+    trainer, _, weights, reports = fit(kind, folder / kind, backward=(-0.5,), lora="product")
     rank = trainer.global_rank
     note(folder, kind, rank, weights, reports)
     if kind == "single":
         return
     for stop in (3, 4):  # between two searches, and at one
         path = folder / kind / "checkpoints" / f"step={stop}.ckpt"
-        _, _, weights, reports = fit(kind, folder / f"{kind}-again{stop}", backward=(-0.5,), ckpt_path=path)
+        _, _, weights, reports = fit(
+            kind, folder / f"{kind}-again{stop}", backward=(-0.5,), lora="product", ckpt_path=path
+        )
         note(folder, f"{kind}-again{stop}", rank, weights, reports)
     if kind == "ddp":
         # each process on its own would decide otherwise: one likes to move, the other does not
