@@ -16,6 +16,7 @@ LAYERS = [  # each room may import from earlier lines only
     {"backends"},
     {"evaluation", "streams"},
     {"datamodule", "student_module"},
+    {"fit_checks"},
     {"module"},
     {"callbacks", "checkpoints", "parser"},
     {"cli"},

@@ -100,6 +100,7 @@ class OPDDataModule(LightningDataModule):
         self.seed = seed
         self.stream: PromptStream | None = None
         self._training_problems: list[Problem] = []
+        self.longest_prompt = 0  # tokens, among the training prompts
         self.held_out: dict[str, list[Problem]] = {}
 
     @property
@@ -236,6 +237,8 @@ class OPDDataModule(LightningDataModule):
             )
         lengths = [len(self.tokenizer.render(problem.messages)) for problem in problems]
         too_long = [(length, problem.uid) for length, problem in zip(lengths, problems, strict=True) if length > limit]
+        if split == "train":
+            self.longest_prompt = max((length for length in lengths if length <= limit), default=0)
         if not too_long:
             return problems
         longest, uid = max(too_long)

@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from opd_lightning.batching import collate, cut_by_tokens
+from opd_lightning.fit_checks import check_fit, check_teacher_context
 from opd_lightning.interfaces import MicroBatch, Rollout, RolloutBatch, ScoreRequest, Student, Teacher
 from opd_lightning.metrics import Means, SumAndCount, rollout_statistics
 from opd_lightning.objectives import Objective, sum_over_chunks
@@ -192,30 +193,19 @@ class OPDModule(StudentModule):
         """Check, before any weight is loaded, that objective, teacher, student and sampling fit together."""
         if stage != "fit":
             return
-        if self.teacher is None:
-            raise ValueError(
-                "model.teacher: `fit` needs a teacher, for example {class_path: HFTeacher, init_args: {path: ...}}."
-            )
-        if self.trainer.precision.startswith("16"):
-            raise ValueError(
-                f"trainer.precision={self.trainer.precision!r}: fp16 needs loss scaling, which would hide skipped"
-                " steps. Use bf16-mixed, or 32-true."
-            )
-        data = self._data
-        self.objective.check_sampling(data.sampling)
-        self.teacher.check(self.objective.request())
+        check_fit(
+            teacher=self.teacher,
+            objective=self.objective,
+            data=self._data,
+            precision=self.trainer.precision,
+            world_size=self.trainer.world_size,
+            updates_per_batch=self.updates_per_batch,
+            max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
+        )
+        assert self.teacher is not None
         self.score_request = self._request_with_metrics()
         self.teacher.preflight(self.spec)
-        rollouts = data.prompts_per_step // self.trainer.world_size * data.rollouts_per_prompt
-        if rollouts < self.updates_per_batch:
-            raise ValueError(
-                f"model.updates_per_batch={self.updates_per_batch}: a process has only {rollouts} rollouts per step."
-            )
-        if self.max_tokens_per_micro_batch <= data.sampling.max_new_tokens:
-            raise ValueError(
-                f"model.max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} cannot hold one response of"
-                f" sampling.max_new_tokens={data.sampling.max_new_tokens} and its prompt. Raise it."
-            )
+        check_teacher_context(self.teacher, self._data)
 
     def configure_optimizers(self) -> Any:
         """Optimiser over the trainable weights, and the scheduler if there is one."""

@@ -143,6 +143,11 @@ class Teacher(ABC):
     def offer(self) -> ScoreRequest:
         """The most this teacher can be asked for (its temperature says nothing)."""
 
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens (prompt + response) it can score; None when it does not say. Known after `preflight`."""
+        return None
+
     def check(self, request: ScoreRequest) -> None:
         """Refuse a request that goes beyond the offer.
 
