@@ -1,4 +1,4 @@
-"""Lightning checkpoints on disk: is a file whole, and the way from it to a Hugging Face folder.
+"""Lightning checkpoints on disk: written whole or not at all, checked, and turned into a Hugging Face folder.
 
 Loading never unpickles foreign objects (`weights_only=True`) and imports no class that a checkpoint names unless it is
 one of ours.
@@ -6,14 +6,58 @@ one of ours.
 
 from __future__ import annotations
 
+import os
+import pickle
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.fabric.plugins import TorchCheckpointIO
+from typing_extensions import override
 
 from opd_lightning.interfaces import Student
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and then renames it, so that it is there whole or not at all.
+
+    Lightning's own way builds the file in memory, twice, and moves it through the system's temporary folder. That one
+    may be small, or on another disk, where moving is copying and can stop half-way. Local files only; others are left
+    to Lightning.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write the checkpoint; when that fails, what was at its place before is still there.
+
+        Raises:
+            OSError: The disk is full, or the folder cannot be written to.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        part = target.with_name(f"{target.name}.part")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(target)
+        except (OSError, RuntimeError) as error:
+            reason = error if isinstance(error, OSError) else error.__context__  # torch puts its own error in front
+            part.unlink(missing_ok=True)
+            if not isinstance(reason, OSError):
+                raise
+            free = shutil.disk_usage(target.parent).free / 2**30
+            raise OSError(
+                f"the checkpoint {str(target)!r} cannot be saved: {reason.strerror} ({free:.1f} GiB free). Earlier"
+                " checkpoints are as they were: make room, and resume with --ckpt_path and the last of them."
+            ) from error
 
 
 def check_checkpoint_file(path: str | Path) -> None:
@@ -23,20 +67,37 @@ def check_checkpoint_file(path: str | Path) -> None:
         siblings = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         hint = f" Checkpoints there: {', '.join(siblings)}." if siblings else ""
         raise ValueError(f"ckpt_path: no file {str(path)!r}.{hint}")
-    if path.is_file() and not zipfile.is_zipfile(path):
+    if (path / "config.json").exists():
         raise ValueError(
-            f"ckpt_path: {str(path)!r} ({path.stat().st_size} bytes) is cut short or not a checkpoint."
-            " Use an earlier one; the run that wrote it probably died while saving."
+            f"ckpt_path: {str(path)!r} is a model folder, not a checkpoint. Set student.path to it instead."
         )
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise ValueError(_damaged(path))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of `OPDModule` onto the CPU."""
+    """Read a checkpoint of `OPDModule` onto the CPU; tensors come from the disk only when they are used.
+
+    Raises:
+        ValueError: The file is absent, damaged, or was written by something else.
+    """
     check_checkpoint_file(path)
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if "opd_lightning" not in checkpoint:
+    if Path(path).is_dir():
+        raise ValueError(f"ckpt_path: {str(path)!r} is a folder; expected one file, such as last.ckpt.")
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:  # the second one: members of the archive are missing
+        raise ValueError(_damaged(path)) from error
+    if not isinstance(checkpoint, dict) or "opd_lightning" not in checkpoint:
         raise ValueError(f"ckpt_path: {str(path)!r} was not written by OPDModule (no 'opd_lightning' entry).")
     return checkpoint
+
+
+def _damaged(path: str | Path) -> str:
+    return (
+        f"ckpt_path: {str(path)!r} ({Path(path).stat().st_size} bytes) is cut short or not a checkpoint."
+        " Use an earlier one; the run that wrote it probably died while saving."
+    )
 
 
 def build_student(description: dict[str, Any], *, trust_remote_code: bool = False) -> Student:
@@ -57,7 +118,12 @@ def build_student(description: dict[str, Any], *, trust_remote_code: bool = Fals
         arguments["trust_remote_code"] = trust_remote_code
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Student, "student")
-    config = parser.parse_object({"student": {"class_path": class_path, "init_args": arguments}})
+    try:
+        config = parser.parse_object({"student": {"class_path": class_path, "init_args": arguments}})
+    except ArgumentError as error:
+        raise ValueError(
+            f"ckpt_path: the student that the checkpoint describes cannot be built by this version: {error}"
+        ) from error
     student: Student = parser.instantiate(config).student
     return student
 

@@ -7,10 +7,12 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import auto_cli
 from lightning import Trainer
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -19,7 +21,7 @@ from typing_extensions import override
 from opd_lightning.callbacks.answers import AnswersWriter
 from opd_lightning.callbacks.rescue import RescueCheckpoint
 from opd_lightning.callbacks.start_validation import StartValidation
-from opd_lightning.checkpoints import check_checkpoint_file, export
+from opd_lightning.checkpoints import WholeCheckpoints, check_checkpoint_file, export, read_checkpoint
 from opd_lightning.datamodule import OPDDataModule
 from opd_lightning.module import OPDModule
 from opd_lightning.parser import PROGRAM, OneLineParser, explain
@@ -76,17 +78,35 @@ class OPDCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         # The original lets hyper-parameters stored in a checkpoint override the file and the flags the user just gave.
         ckpt_path = self.config[self.config.subcommand].get("ckpt_path")
-        if ckpt_path and ckpt_path not in ("best", "last", "hpc", "registry"):
+        if ckpt_path and ckpt_path not in ("best", "last", "hpc", "registry") and "://" not in ckpt_path:
             check_checkpoint_file(ckpt_path)
+            if Path(ckpt_path).is_file():  # sharded ones are folders
+                read_checkpoint(ckpt_path)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer", default={})
+        _check_trainer(config)
+        plugins = config.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, WholeCheckpoints()]
         if config.get("logger") is None:
             root = config.get("default_root_dir") or os.getcwd()
             tensorboard = TensorBoardLogger(root)
             kwargs["logger"] = [tensorboard, CSVLogger(root, version=tensorboard.version, flush_logs_every_n_steps=1)]
         return super().instantiate_trainer(**kwargs)
+
+
+def _check_trainer(config: dict[str, Any]) -> None:
+    """Say what to use instead of what Lightning would do in automatic optimisation."""
+    if config.get("gradient_clip_val"):
+        raise ValueError("trainer.gradient_clip_val: OPDModule clips by itself. Set model.gradient_clip_norm instead.")
+    if config.get("accumulate_grad_batches", 1) != 1:
+        raise ValueError(
+            "trainer.accumulate_grad_batches: OPDModule cuts a step into micro-batches of"
+            " model.max_tokens_per_micro_batch tokens by itself. For more prompts per step raise data.prompts_per_step."
+        )
 
 
 MISLEADING_WARNINGS = (

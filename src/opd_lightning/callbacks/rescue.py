@@ -51,7 +51,11 @@ class RescueCheckpoint(Callback):
         checkpoint = trainer.checkpoint_callback
         folder = getattr(checkpoint, "dirpath", None) or trainer.log_dir or trainer.default_root_dir
         path = Path(folder) / f"{self.filename}.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)
+        try:
+            trainer.save_checkpoint(path, weights_only=False)
+        except OSError as error:  # a full disk may be the reason to stop, which must stay the one reported
+            rank_zero_warn(f"No rescue: {error}")
+            return
         rank_zero_warn(
             f"Stopped by {type(exception).__name__} after step {trainer.global_step}; resume with --ckpt_path {path}"
         )
