@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from opd_lightning.interfaces import MicroBatch, Student
+from opd_lightning.interfaces import MicroBatch, Problem, Prompt, Rollout, Sampling, Student
 
+_NUM_SAMPLED = 16
 _PROBE = ({"role": "user", "content": "What is 17 + 25? Think step by step."},)
 
 
@@ -54,7 +55,40 @@ def check_same_model(
     return mean
 
 
-def _score_by_student(student: Student, model: nn.Module, token_ids: Sequence[int]) -> Tensor:
+def check_tempered_log_probs(
+    student: Student,
+    model: nn.Module,
+    generate: Callable[[Sequence[Prompt], Sampling], list[Rollout]],
+    tolerance: float,
+    max_model_len: int,
+) -> None:
+    """Check that a server tells the log-probabilities of the tempered distribution it samples from.
+
+    Args:
+        student: Runs the live model and renders the prompt.
+        model: The live model.
+        generate: The engine's.
+        tolerance: Largest mean absolute difference in nats.
+        max_model_len: Most tokens that vLLM takes.
+
+    Raises:
+        ValueError: They are those of another temperature.
+    """
+    sampling = Sampling(max_new_tokens=_NUM_SAMPLED, temperature=2.0)
+    token_ids = tuple(student.tokenizer.render(_PROBE))[: max_model_len - _NUM_SAMPLED]
+    rollout = generate([Prompt(Problem("probe", _PROBE, ""), token_ids, (0,))], sampling)[0]
+    sequence = [*token_ids, *rollout.response_ids.tolist()]
+    expected = _score_by_student(student, model, sequence, sampling.temperature)[len(token_ids) - 1 :]
+    mean = float((rollout.log_probs - expected).abs().mean())
+    if not mean <= tolerance:
+        raise ValueError(
+            f"engine: at temperature {sampling.temperature} the server's log-probabilities differ from the student's by"
+            f" {mean:.3g} nats on average (tolerated: {tolerance}). Start it with --logprobs-mode processed_logprobs,"
+            " which takes the temperature into account."
+        )
+
+
+def _score_by_student(student: Student, model: nn.Module, token_ids: Sequence[int], temperature: float = 1.0) -> Tensor:
     device = next(model.parameters()).device
     ids = torch.tensor([token_ids])
     length = ids.shape[1]
@@ -69,7 +103,8 @@ def _score_by_student(student: Student, model: nn.Module, token_ids: Sequence[in
         positions=torch.arange(length - 1),
     ).to(device)
     with torch.no_grad(), _evaluating(model):
-        log_probs = student.logits(model, student.hidden_states(model, batch)).log_softmax(-1)
+        logits = student.logits(model, student.hidden_states(model, batch))
+        log_probs = (logits / temperature).log_softmax(-1)
     return log_probs.gather(-1, batch.response_ids[:, None]).squeeze(-1).cpu()
 
 

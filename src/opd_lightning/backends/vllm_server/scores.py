@@ -1,0 +1,89 @@
+"""Teacher scores as a vLLM server gives them: the sampled token and the likeliest k of each position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_lightning.interfaces import TeacherScores
+
+
+class ListedScores(TeacherScores):
+    """Log-probabilities of the sampled tokens, and the teacher's likeliest tokens with theirs.
+
+    Args:
+        sampled: float32 [N], nats.
+        ids: int64 [N, K], likeliest first.
+        log_probs: float32 [N, K], nats.
+    """
+
+    def __init__(self, sampled: Tensor, ids: Tensor, log_probs: Tensor) -> None:
+        assert sampled.dim() == 1 and ids.shape == log_probs.shape and len(ids) == len(sampled)
+        self._sampled, self._ids, self._log_probs = sampled, ids, log_probs
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return len(self._sampled)
+
+    def slice(self, start: int, stop: int) -> ListedScores:
+        """Scores of the response tokens start..stop-1."""
+        return ListedScores(self._sampled[start:stop], self._ids[start:stop], self._log_probs[start:stop])
+
+    def sampled(self) -> Tensor:
+        """[N] log-probabilities of the sampled tokens."""
+        return self._sampled
+
+    def at(self, token_ids: Tensor) -> Tensor:
+        """Not offered: a server scores the tokens it is sent, and its own favourites."""
+        raise AssertionError("a teacher server was asked for ids it did not offer")
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k likeliest ids [N, k] and their log-probabilities [N, k], likeliest first."""
+        assert k <= self._ids.shape[1], f"asked for {k} of {self._ids.shape[1]}"
+        return self._ids[:, :k], self._log_probs[:, :k]
+
+    def full(self) -> Tensor:
+        """Not offered."""
+        raise AssertionError("a teacher server was asked for the full vocabulary, which it did not offer")
+
+
+def read_scores(
+    entries: Sequence[Mapping[str, Mapping[str, Any]] | None], token_ids: Sequence[int], first: int, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Read the scores of one sequence's response from `prompt_logprobs`.
+
+    An entry holds the actual token and the likeliest k, in no particular order and k or k + 1 of them.
+
+    Args:
+        entries: One per token of the sequence: string of the id to ``{"logprob": ...}``; None for the first.
+        token_ids: The sequence.
+        first: Index of the first response token.
+        k: Size of the top-k list; 0 leaves it empty.
+
+    Returns:
+        Sampled log-probabilities [T], ids [T, k] and their log-probabilities [T, k].
+
+    Raises:
+        ValueError: The answer does not fit the question.
+    """
+    if len(entries) != len(token_ids):
+        raise ValueError(f"teacher: the server scored {len(entries)} tokens of a sequence of {len(token_ids)}.")
+    sampled, ids, log_probs = [], [], []
+    for token_id, entry in zip(token_ids[first:], entries[first:], strict=True):
+        if entry is None or str(token_id) not in entry or len(entry) < k:
+            raise ValueError(f"teacher: the server gave no scores for token {token_id}, or fewer than {k}.")
+        sampled.append(entry[str(token_id)]["logprob"])
+        if k:
+            likeliest = sorted(((score["logprob"], int(name)) for name, score in entry.items()), reverse=True)[:k]
+            log_probs.append([log_prob for log_prob, _ in likeliest])
+            ids.append([token_id for _, token_id in likeliest])
+    num_tokens = len(sampled)
+    return (
+        torch.tensor(sampled, dtype=torch.float32),
+        torch.tensor(ids, dtype=torch.int64).view(num_tokens, k),
+        torch.tensor(log_probs, dtype=torch.float32).view(num_tokens, k),
+    )
