@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from opd_lightning.evaluation import Answers, answer, render_prompts
 from opd_lightning.interfaces import PromptBatch, Rollout, Student
 from opd_lightning.metrics import AnswerMetrics
+
+PRECISIONS = ("32-true", "bf16-mixed")
 
 
 class StudentModule(LightningModule):
@@ -37,17 +40,30 @@ class StudentModule(LightningModule):
         self.weight_version = 0
         self.answer_metrics: dict[str, AnswerMetrics] = {}
 
+    def setup(self, stage: str) -> None:
+        """Refuse precisions that would change the weights or the loss behind the student's back."""
+        if self.trainer.precision not in PRECISIONS:
+            raise ValueError(
+                f"trainer.precision={self.trainer.precision!r}: expected {' or '.join(PRECISIONS)}. fp16 would need"
+                " loss scaling, which hides skipped steps; the dtype of the weights themselves is student.dtype."
+            )
+
     def configure_model(self) -> None:
         """Load the student (once)."""
         if self.student is None:
             self.student = self.spec.load()
 
     def on_validation_start(self) -> None:
-        """Make the engine ready when there was no fit before."""
+        """Make the engine ready, and have it look at the weights again: averaged ones may be swapped in unannounced."""
         if self.trainer.state.fn != "fit":
             self._data.engine.setup(self.spec, self.device)
+        self._data.engine.invalidate()
 
     on_test_start = on_predict_start = on_validation_start
+
+    def on_validation_end(self) -> None:
+        """Have the engine look again: averaged weights may have been swapped out."""
+        self._data.engine.invalidate()
 
     def on_weights_moved(self) -> None:
         """Called by whoever changes the student's weights outside the optimiser (EffOPD)."""
@@ -119,11 +135,44 @@ class StudentModule(LightningModule):
             del checkpoint["state_dict"][name]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the version and put the frozen weights back in, so that loading stays strict."""
+        """Restore the version and put the frozen weights back in, so that loading stays strict.
+
+        Raises:
+            ValueError: The checkpoint belongs to another student, or to none.
+        """
         if "opd_lightning" not in checkpoint:
             raise ValueError("ckpt_path: not a checkpoint of opd_lightning (it has no 'opd_lightning' entry).")
+        self._check_student(checkpoint["opd_lightning"]["student"]["init_args"])
         self.weight_version = checkpoint["opd_lightning"]["weight_version"]
         checkpoint["state_dict"].update(self._frozen_weights())
+        saved, own = checkpoint["state_dict"], self.state_dict()
+        for name in sorted(saved.keys() | own.keys()):
+            shapes = [tuple(weights[name].shape) if name in weights else "absent" for weights in (saved, own)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"ckpt_path: the checkpoint does not fit student.path={self._describe()['path']!r}: {name} is"
+                    f" {shapes[0]} in the checkpoint and {shapes[1]} in the model. Use the student it was written with."
+                )
+
+    def _check_student(self, saved: dict[str, Any]) -> None:
+        own = self._describe()
+        for name in ("lora", "adapter_path"):
+            if saved.get(name) != own.get(name):
+                raise ValueError(
+                    f"student.{name}: the checkpoint was written with {saved.get(name)}, this run has {own.get(name)}."
+                    " Use the same student."
+                )
+        if saved.get("path") != own.get("path"):
+            warnings.warn(
+                f"student.path: the checkpoint was written with {saved.get('path')!r}, this run has"
+                f" {own.get('path')!r}. Fine if the folder has only moved: tokenizer, configuration and frozen weights"
+                " come from there.",
+                stacklevel=2,
+            )
+
+    def _describe(self) -> dict[str, Any]:
+        arguments: dict[str, Any] = self.spec.describe()["init_args"]
+        return arguments
 
     def _frozen_weights(self) -> dict[str, Tensor]:
         """Weights that are not trained, by their name in checkpoints; tied ones under all their names."""

@@ -208,6 +208,10 @@ class RolloutEngine(ABC):
     def sync(self, model: nn.Module, weight_version: int) -> None:
         """Take over the student's current weights and remember their version."""
 
+    def invalidate(self) -> None:
+        """Make the next `sync` take the weights over even if their version is the one it knows."""
+        self.weight_version = -1
+
     @abstractmethod
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         """One rollout per seed of every prompt, in order.
