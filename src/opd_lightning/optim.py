@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from opd_lightning.extrapolation import (
+    DEFAULT_LORA_STEP,
     Accept,
     Extrapolator,
     LineSearch,
@@ -47,7 +48,8 @@ class EffOPDOptimizer(Optimizer):
 
     Args:
         optimizer: The optimiser to wrap; its parameters are those that may move.
-        score: What to maximise: a function without arguments that returns a number for the weights as they are.
+        score: What to maximise: a function without arguments that returns a number for the weights as they are. When
+            it has an attribute `tokens` (spent so far on this process), searches report what they cost in tokens.
         schedule: "powers_of_two", an integer n (every n steps), or a list of steps.
         candidates: Positive multiples of Delta to add to the current weights, in increasing order.
         backward: Negative multiples, tried only when the first candidate fails.
@@ -57,7 +59,8 @@ class EffOPDOptimizer(Optimizer):
             "<group>.<index>".
         anchor_device: Where the older point lives; None puts it beside the weights, "cpu" saves device memory.
         min_improvement: Amount by which a candidate must beat the best so far, in units of the score.
-        lora: How LoRA pairs move: "product" takes the exact step of B A, "factors" moves A and B one by one.
+        lora: How LoRA pairs move: "factors" moves A and B one by one, "product" takes the exact step of B A (cut back
+            to rank r).
         module: The model, for names, eval mode during scoring, and FSDP2 (where it is required).
 
     Attributes:
@@ -83,7 +86,7 @@ class EffOPDOptimizer(Optimizer):
         parameters: ParameterFilter = None,
         anchor_device: str | None = None,
         min_improvement: float = LineSearch.min_improvement,
-        lora: LoraStep = "product",
+        lora: LoraStep = DEFAULT_LORA_STEP,
         module: nn.Module | None = None,
     ) -> None:
         # Optimizer.__init__ is left out on purpose: groups, state and hooks belong to the wrapped optimiser.

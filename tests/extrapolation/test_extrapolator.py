@@ -167,7 +167,7 @@ def test_new_weights_join_with_their_own_anchor():
 
 
 def test_unknown_lora_step_is_refused():
-    with pytest.raises(ValueError, match="lora: expected 'product' or 'factors', got 'both'"):
+    with pytest.raises(ValueError, match="lora: expected 'factors' or 'product', got 'both'"):
         Extrapolator(LineSearch(), Schedule(), lora="both")
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.hooks import RemovableHandle
 
 from opd_lightning.extrapolation import (
+    DEFAULT_LORA_STEP,
     Accept,
     Extrapolator,
     LineSearch,
@@ -49,7 +50,8 @@ class EffOPD(Callback):
     the weights that an edit would not reach.
 
     Args:
-        score: What to maximise: a `Score`, or a function of the module that returns a number.
+        score: What to maximise: a `Score`, or a function of the module that returns a number. When it has an attribute
+            `tokens` (spent so far on this process), searches report what they cost in tokens.
         schedule: "powers_of_two", an integer n (every n optimiser steps), or a list of steps; counted since the
             callback started, in steps of the chosen optimiser.
         candidates: Positive multiples of Delta to add to the current weights, in increasing order.
@@ -59,7 +61,8 @@ class EffOPD(Callback):
             moves all that are trainable when fit starts.
         anchor_device: Where the older point lives; None puts it beside the weights, "cpu" saves device memory.
         min_improvement: Amount by which a candidate must beat the best so far, in units of the score.
-        lora: How LoRA pairs move: "product" takes the exact step of B A, "factors" moves A and B one by one.
+        lora: How LoRA pairs move: "factors" moves A and B one by one, "product" takes the exact step of B A (cut back
+            to rank r).
         optimizer_index: Which of several optimisers' steps are counted.
 
     Attributes:
@@ -80,7 +83,7 @@ class EffOPD(Callback):
         parameters: ParameterFilter = None,
         anchor_device: str | None = None,
         min_improvement: float = LineSearch.min_improvement,
-        lora: LoraStep = "product",
+        lora: LoraStep = DEFAULT_LORA_STEP,
         optimizer_index: int = 0,
     ) -> None:
         if not callable(score):

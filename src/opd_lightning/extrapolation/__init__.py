@@ -10,9 +10,16 @@ from opd_lightning.extrapolation.line_search import Accept, LineSearch, Outcome,
 from opd_lightning.extrapolation.low_rank import extrapolate_product
 from opd_lightning.extrapolation.schedule import Schedule, ScheduleSpec
 from opd_lightning.extrapolation.shards import any_sharded, gather_objects, rank, reshard, world_size
-from opd_lightning.extrapolation.weights import AnchoredWeights, LoraStep, ParameterFilter, select_parameters
+from opd_lightning.extrapolation.weights import (
+    DEFAULT_LORA_STEP,
+    AnchoredWeights,
+    LoraStep,
+    ParameterFilter,
+    select_parameters,
+)
 
 __all__ = [
+    "DEFAULT_LORA_STEP",
     "Accept",
     "AnchoredWeights",
     "Extrapolator",

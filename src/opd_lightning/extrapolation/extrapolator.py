@@ -14,8 +14,8 @@ from torch import Tensor
 
 from opd_lightning.extrapolation.line_search import LineSearch, Outcome, Trial
 from opd_lightning.extrapolation.schedule import Schedule
-from opd_lightning.extrapolation.shards import agree
-from opd_lightning.extrapolation.weights import AnchoredWeights, LoraStep
+from opd_lightning.extrapolation.shards import agree, gather_objects
+from opd_lightning.extrapolation.weights import DEFAULT_LORA_STEP, AnchoredWeights, LoraStep
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SearchReport:
         delta_norm: Euclidean norm of Delta over all moved weights.
         cosine: Cosine of this Delta with that of the search before; NaN for the first.
         seconds: Wall-clock time of the whole search.
-        tokens: Tokens that the score spent, as far as it counts them.
+        tokens: Tokens that the score spent over all processes, as far as it counts them.
     """
 
     step: int
@@ -94,10 +94,10 @@ class Extrapolator:
         schedule: Schedule,
         *,
         anchor_device: torch.device | str | None = None,
-        lora: LoraStep = "product",
+        lora: LoraStep = DEFAULT_LORA_STEP,
     ) -> None:
-        if lora not in ("product", "factors"):
-            raise ValueError(f"lora: expected 'product' or 'factors', got {lora!r}.")
+        if lora not in ("factors", "product"):
+            raise ValueError(f"lora: expected 'factors' or 'product', got {lora!r}.")
         self.line_search = line_search
         self.schedule = schedule
         self._anchor_device = anchor_device
@@ -168,7 +168,7 @@ class Extrapolator:
                 all call it and take the mean.
             before_edit: Called before weights are read or written.
             after_edit: Called each time weights were written.
-            count_tokens: Tokens that `score` has spent so far.
+            count_tokens: Tokens that `score` has spent so far on this process.
 
         Returns:
             What happened, or None when Delta is zero or not finite (then nothing is scored).
@@ -196,7 +196,7 @@ class Extrapolator:
             delta_norm=delta_norm,
             cosine=cosine,
             seconds=seconds,
-            tokens=count_tokens() - tokens,
+            tokens=sum(gather_objects(count_tokens() - tokens)),
         )
 
     def _walk(
