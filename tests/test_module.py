@@ -284,8 +284,8 @@ def test_validation_sees_averaged_weights_and_training_does_not(tmp_path, folder
     seen = []
     for engine in (HFEngine(), CopyingEngine()):
         average = EMAWeightAveraging(decay=0.5)
-        module, recorder = run(
-            tmp_path, *folders, steps=4, data=make_data(engine=engine), callbacks=[average], module=None, **options
+        _, recorder = run(
+            tmp_path, *folders, steps=4, data=make_data(engine=engine), callbacks=[average], **options
         )
         seen.append(([m.get("val/response_length") for m in recorder.metrics], recorder.weights))
     (live, live_weights), (copied, copied_weights) = seen

@@ -83,6 +83,8 @@ class OPDDataModule(LightningDataModule):
         ):
             if value is not None and value < 1:
                 raise ValueError(f"data.{name}: expected an integer of at least 1, got {value}.")
+        if num_reserved < 0:
+            raise ValueError(f"data.num_reserved: expected an integer of at least 0, got {num_reserved}.")
         self.task = task
         self.engine = engine if engine is not None else _default_engine()
         self.selector = selector if selector is not None else _default_selector()
@@ -109,6 +111,16 @@ class OPDDataModule(LightningDataModule):
         return self._module.spec.tokenizer  # type: ignore[no-any-return]
 
     @property
+    def resume_settings(self) -> dict[str, Any]:
+        """What a run must share with the run whose checkpoint it resumes."""
+        assert self.stream is not None
+        return {
+            "data.prompts_per_step": self.prompts_per_step,
+            "data.selector": type(self.selector).__name__,
+            "data.task (number of training problems)": len(self.stream.problems),
+        }
+
+    @property
     def _module(self) -> Any:
         assert self.trainer is not None
         return self.trainer.lightning_module
@@ -120,6 +132,11 @@ class OPDDataModule(LightningDataModule):
             self._training_problems = self._fitting_problems("train", self.sampling)
             reserved = {problem.uid for problem in self.problems_for_scores(self.num_reserved)}
             problems = [problem for problem in self._training_problems if problem.uid not in reserved]
+            if not problems:
+                raise ValueError(
+                    f"data.num_reserved={self.num_reserved} leaves none of the {len(self._training_problems)} training"
+                    " problems. Lower it."
+                )
             self.selector.setup(problems, self.seed)
             self.stream = PromptStream(problems, self.selector, self.prompts_per_step)
         wanted: dict[str, list[Split]] = {
@@ -132,8 +149,6 @@ class OPDDataModule(LightningDataModule):
             if split not in self.held_out and not (stage == "fit" and self.trainer.limit_val_batches == 0):
                 problems = self._fitting_problems(split, self.validation_sampling)
                 self.held_out[split] = problems[: self.num_validation_problems]
-        if stage == "fit":
-            self._check_split_over_ranks(self.trainer.world_size)
 
     def problems_for_scores(self, num_problems: int) -> list[Problem]:
         """Training problems to score candidates on: a function of the seed, the reserved ones first.
@@ -227,7 +242,15 @@ class OPDDataModule(LightningDataModule):
         """Problems of the split whose prompts leave room for a whole response."""
         problems = self.task.problems(split)
         if not problems:
-            raise ValueError(f"data.task: {type(self.task).__name__} has no problems in its {split!r} split.")
+            skip = " or set trainer.limit_val_batches: 0" if split == "validation" else ""
+            raise ValueError(
+                f"data.task: {type(self.task).__name__} has no problems in its {split!r} split. Give it some{skip}."
+            )
+        if any(not 0 <= stop_id < self.tokenizer.vocab_size for stop_id in sampling.stop_ids or ()):
+            raise ValueError(
+                f"sampling.stop_ids: expected token ids from 0 to {self.tokenizer.vocab_size - 1}, got"
+                f" {sampling.stop_ids}."
+            )
         context = self._module.spec.context_length
         limit = min(self.max_prompt_tokens or context, context - sampling.max_new_tokens)
         if limit < 1:
@@ -242,22 +265,20 @@ class OPDDataModule(LightningDataModule):
         if not too_long:
             return problems
         longest, uid = max(too_long)
+        own_limit = "" if limit != self.max_prompt_tokens else f", data.max_prompt_tokens is {limit}"
         finding = (
             f"{len(too_long)} of {len(problems)} {split} prompts are longer than {limit} tokens (longest: {longest}"
-            f" tokens, problem {uid!r}; the student's context is {context} tokens and sampling.max_new_tokens is"
-            f" {sampling.max_new_tokens})."
+            f" tokens, problem {uid!r}; the student's context is {context} tokens, sampling.max_new_tokens is"
+            f" {sampling.max_new_tokens}{own_limit})."
         )
-        if not self.drop_long_prompts or len(too_long) == len(problems):
-            raise ValueError(f"{finding} Set data.drop_long_prompts: true, or lower max_new_tokens.")
+        if len(too_long) == len(problems):
+            raise ValueError(
+                f"{finding} None is left: {'raise max_prompt_tokens' if own_limit else 'lower max_new_tokens'}."
+            )
+        if not self.drop_long_prompts:
+            raise ValueError(f"{finding} Set data.drop_long_prompts: true, or change these numbers.")
         warnings.warn(f"{finding} They are left out.", stacklevel=2)
         return [problem for length, problem in zip(lengths, problems, strict=True) if length <= limit]
-
-    def _check_split_over_ranks(self, world_size: int) -> None:
-        if self.prompts_per_step % world_size:
-            raise ValueError(
-                f"data.prompts_per_step={self.prompts_per_step} cannot be split evenly over {world_size} processes."
-                f" Choose a multiple of {world_size}."
-            )
 
 
 def _default_engine() -> RolloutEngine:

@@ -1,9 +1,20 @@
-"""Do objective, teacher, data and trainer fit together? Asked before any weight is loaded.
+"""Do objective, teacher, data and trainer fit together, and do they fit the checkpoint to be resumed?
 
-Knows the settings only; what a teacher's tokenizer says is the teacher's own `preflight`.
+Asked as early as possible, most of it before any weight is loaded. Knows the settings only; what a teacher's tokenizer
+says is the teacher's own `preflight`.
 """
 
 from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from opd_lightning.datamodule import OPDDataModule
 from opd_lightning.interfaces import Teacher
@@ -15,8 +26,7 @@ def check_fit(
     teacher: Teacher | None,
     objective: Objective,
     data: OPDDataModule,
-    precision: str,
-    world_size: int,
+    trainer: Trainer,
     updates_per_batch: int,
     max_tokens_per_micro_batch: int,
 ) -> None:
@@ -29,14 +39,14 @@ def check_fit(
         raise ValueError(
             "model.teacher: `fit` needs a teacher, for example {class_path: HFTeacher, init_args: {path: ...}}."
         )
-    if precision.startswith("16"):
-        raise ValueError(
-            f"trainer.precision={precision!r}: fp16 needs loss scaling, which would hide skipped steps. Use bf16-mixed,"
-            " or 32-true."
-        )
     objective.check_sampling(data.sampling)
     teacher.check(objective.request())
-    num_rollouts = data.prompts_per_step // world_size * data.rollouts_per_prompt
+    if data.prompts_per_step % trainer.world_size:
+        raise ValueError(
+            f"data.prompts_per_step={data.prompts_per_step} cannot be split evenly over {trainer.world_size} processes."
+            f" Choose a multiple of {trainer.world_size}."
+        )
+    num_rollouts = data.prompts_per_step // trainer.world_size * data.rollouts_per_prompt
     if num_rollouts < updates_per_batch:
         raise ValueError(
             f"model.updates_per_batch={updates_per_batch}: a process has only {num_rollouts} rollouts per step. Lower"
@@ -48,6 +58,13 @@ def check_fit(
             f"model.max_tokens_per_micro_batch={max_tokens_per_micro_batch} cannot hold one rollout: the longest prompt"
             f" has {data.longest_prompt} tokens and sampling.max_new_tokens is {data.sampling.max_new_tokens}. Raise"
             f" it to at least {longest}."
+        )
+    assert data.stream is not None
+    interval = trainer.val_check_interval
+    if isinstance(interval, int) and interval > len(data.stream) and trainer.check_val_every_n_epoch is not None:
+        raise ValueError(
+            f"trainer.val_check_interval={interval}: one pass over the data has only {len(data.stream)} steps. Set"
+            " trainer.check_val_every_n_epoch: null, which counts steps across passes."
         )
 
 
@@ -64,3 +81,59 @@ def check_teacher_context(teacher: Teacher, data: OPDDataModule) -> None:
             f" {data.longest_prompt} and sampling.max_new_tokens is {data.sampling.max_new_tokens}. Set"
             " data.max_prompt_tokens and sampling.max_new_tokens so that both fit."
         )
+
+
+def check_optimizer(make_optimizer: OptimizerCallable, make_lr_scheduler: LRSchedulerCallable | None) -> dict[str, Any]:
+    """Build optimiser and scheduler for a single number, and say what they are.
+
+    Returns:
+        Their class names and the optimiser's settings, for `check_resume`.
+
+    Raises:
+        ValueError: One of them refuses its settings, or the scheduler cannot be stepped without a metric.
+    """
+    try:
+        optimizer = make_optimizer([nn.Parameter(torch.zeros(1, 1))])
+    except ValueError as error:
+        raise ValueError(f"model.optimizer: {error}") from error
+    settings = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+    try:
+        scheduler = make_lr_scheduler(optimizer) if make_lr_scheduler is not None else None
+    except ValueError as error:
+        raise ValueError(f"model.lr_scheduler: {error}") from error
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            "model.lr_scheduler: ReduceLROnPlateau waits for a metric, but schedulers are stepped after every optimiser"
+            " step. Use another one, such as WarmupDecay."
+        )
+    return {
+        "model.optimizer": type(getattr(optimizer, "optimizer", optimizer)).__name__,  # EffOPDOptimizer wraps one
+        "model.optimizer.init_args": settings,
+        "model.lr_scheduler": None if scheduler is None else type(scheduler).__name__,
+    }
+
+
+def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse settings that the state in a checkpoint does not fit, and warn about those that it overrides.
+
+    Args:
+        saved: Settings of the run that wrote the checkpoint, by name.
+        current: The same of this run.
+
+    Raises:
+        ValueError: They differ.
+    """
+    for name, value in current.items():
+        if isinstance(value, dict):
+            kept = {key: saved[name][key] for key in value if key in saved[name] and saved[name][key] != value[key]}
+            if kept:
+                warnings.warn(
+                    f"{name}: a resumed run keeps the checkpoint's settings; {kept} stay, and this run's are ignored."
+                    " To change them, start a new run from the checkpoint's weights.",
+                    stacklevel=2,
+                )
+        elif saved[name] != value:
+            raise ValueError(
+                f"{name}: the checkpoint was written with {saved[name]}, this run has {value}. Resume with the same, or"
+                " start a new run from the checkpoint's weights (opd-lightning export, then student.path)."
+            )

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from opd_lightning.batching import collate, cut_by_tokens
-from opd_lightning.fit_checks import check_fit, check_teacher_context
+from opd_lightning.fit_checks import check_fit, check_optimizer, check_resume, check_teacher_context
 from opd_lightning.interfaces import MicroBatch, Rollout, RolloutBatch, ScoreRequest, Student, Teacher
 from opd_lightning.metrics import Means, SumAndCount, rollout_statistics
 from opd_lightning.objectives import Objective, sum_over_chunks
@@ -88,6 +88,7 @@ class OPDModule(StudentModule):
         self.num_skipped_in_a_row = 0
         self.step_metrics = Means()
         self.last_rollouts: list[Rollout] = []
+        self.resume_settings: dict[str, Any] = {}  # what a resumed run must share
 
     # ------------------------------------------------------------------------------------------------------- training
 
@@ -181,7 +182,7 @@ class OPDModule(StudentModule):
             stacklevel=2,
         )
         if self.num_skipped_in_a_row >= self.max_skipped_steps:
-            raise RuntimeError(
+            raise FloatingPointError(
                 f"model.max_skipped_steps: {self.num_skipped_in_a_row} steps in a row had a non-finite gradient. The"
                 " weights are those of the last good step. Lower the learning rate, train in fp32 or bf16-mixed, or"
                 " look at the teacher's scores; then resume from the last checkpoint."
@@ -191,14 +192,14 @@ class OPDModule(StudentModule):
 
     def setup(self, stage: str) -> None:
         """Check, before any weight is loaded, that objective, teacher, student and sampling fit together."""
+        super().setup(stage)
         if stage != "fit":
             return
         check_fit(
             teacher=self.teacher,
             objective=self.objective,
             data=self._data,
-            precision=self.trainer.precision,
-            world_size=self.trainer.world_size,
+            trainer=self.trainer,
             updates_per_batch=self.updates_per_batch,
             max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
         )
@@ -206,6 +207,10 @@ class OPDModule(StudentModule):
         self.score_request = self._request_with_metrics()
         self.teacher.preflight(self.spec)
         check_teacher_context(self.teacher, self._data)
+        self.resume_settings = {
+            **self._data.resume_settings,
+            **check_optimizer(self.make_optimizer, self.make_lr_scheduler),
+        }
 
     def configure_optimizers(self) -> Any:
         """Optimiser over the trainable weights, and the scheduler if there is one."""
@@ -230,13 +235,15 @@ class OPDModule(StudentModule):
             self.teacher.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the counters of skipped steps."""
+        """Add the counters of skipped steps, and what a resumed run must share."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["opd_lightning"]["skipped"] = [self.num_skipped_steps, self.num_skipped_in_a_row]
+        checkpoint["opd_lightning"]["settings"] = self.resume_settings
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counters of skipped steps."""
         super().on_load_checkpoint(checkpoint)
+        check_resume(checkpoint["opd_lightning"]["settings"], self.resume_settings)
         self.num_skipped_steps, self.num_skipped_in_a_row = checkpoint["opd_lightning"]["skipped"]
 
     # ------------------------------------------------------------------------------------------------------- internals

@@ -150,7 +150,7 @@ class StudentModule(LightningModule):
             shapes = [tuple(weights[name].shape) if name in weights else "absent" for weights in (saved, own)]
             if shapes[0] != shapes[1]:
                 raise ValueError(
-                    f"ckpt_path: the checkpoint does not fit student.path={self._describe()['path']!r}: {name} is"
+                    f"ckpt_path: the checkpoint does not fit student.path={self._describe().get('path')!r}: {name} is"
                     f" {shapes[0]} in the checkpoint and {shapes[1]} in the model. Use the student it was written with."
                 )
 
