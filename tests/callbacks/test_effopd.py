@@ -1,6 +1,7 @@
 """The callback in real fits: when it acts, what it leaves alone, what a resumed run does."""
 
 import random
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -8,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -405,6 +407,12 @@ def test_it_helps_at_a_small_learning_rate(tmp_path):
         with torch.no_grad():
             scores.append(held_out(module))
     assert scores[1] > scores[0] + 0.1
+
+
+def test_strategies_that_hold_other_copies_of_the_weights_are_refused():
+    trainer = SimpleNamespace(strategy=FSDPStrategy())
+    with pytest.raises(ValueError, match=r"strategy: EffOPD cannot edit weights under FSDPStrategy\. Use"):
+        EffOPD(held_out).setup(trainer, Regression(), "fit")
 
 
 def test_settings_are_checked_at_once():
