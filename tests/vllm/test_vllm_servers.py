@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,8 @@ class RealServer:
         raise AssertionError(self.log.read_text()[-4000:])
 
     def kill(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
@@ -80,7 +82,7 @@ def folder(tmp_path_factory):
         head_dim=32,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=255,
+        max_position_embeddings=256,
         tie_word_embeddings=True,
         vocab_size=VOCAB_SIZE + 3,
     )
@@ -150,9 +152,12 @@ def test_teacher_scores_are_those_of_the_hugging_face_teacher(server, student, f
         teacher.setup(student, torch.nn.Module(), CPU)
     for batch, scores in zip(batches, remote.score_all(batches, request), strict=True):
         expected = local.score(batch, request)
-        torch.testing.assert_close(scores.sampled(), expected.sampled(), rtol=0, atol=1e-3)
+        # the server normalises over padding rows too, which in this untrained model take up to half a percent
+        torch.testing.assert_close(scores.sampled(), expected.sampled(), rtol=0, atol=1e-2)
         ids, log_probs = expected.topk(16)
-        torch.testing.assert_close(scores.topk(16)[1], log_probs, rtol=0, atol=1e-3)
+        torch.testing.assert_close(scores.topk(16)[1], log_probs, rtol=0, atol=1e-2)
+        differences = (scores.sampled()[:, None] - scores.topk(16)[1]) - (expected.sampled()[:, None] - log_probs)
+        assert differences.abs().max() < 1e-4  # and the same for every token of a position
         assert (scores.topk(16)[0] == ids).float().mean() > 0.99  # ties may come in another order
     remote.close()
 

@@ -82,7 +82,7 @@ class VLLMServerTeacher(Teacher):
         pool = self._open()
         self._served = check_served_model(pool, self.model, student.tokenizer, self.max_top_k)
         self._vocab_size = student.tokenizer.vocab_size
-        if self._served.max_model_len <= student.context_length:
+        if self._served.max_model_len < student.context_length:
             warnings.warn(
                 f"teacher: the server takes {self._served.max_model_len} tokens, one of which it needs for itself; the"
                 f" student's context is {student.context_length}. Longer rollouts will be refused: set"
