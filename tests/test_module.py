@@ -179,7 +179,10 @@ def test_a_step_with_a_non_finite_gradient_is_skipped_and_counted(tmp_path, fold
 
 def test_a_run_of_non_finite_gradients_stops_with_the_last_good_weights(tmp_path, folders):
     module = make_module(*folders, objective=NanAt({1, 2, 3}), max_skipped_steps=3)
-    with warnings.catch_warnings(), pytest.raises(FloatingPointError, match="3 steps in a row had a non-finite gradient"):
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(FloatingPointError, match="3 steps in a row had a non-finite gradient"),
+    ):
         warnings.simplefilter("ignore")
         run(tmp_path, *folders, module=module, steps=9)
     assert all(torch.isfinite(weight).all() for weight in weights_of(module).values())
@@ -284,9 +287,7 @@ def test_validation_sees_averaged_weights_and_training_does_not(tmp_path, folder
     seen = []
     for engine in (HFEngine(), CopyingEngine()):
         average = EMAWeightAveraging(decay=0.5)
-        _, recorder = run(
-            tmp_path, *folders, steps=4, data=make_data(engine=engine), callbacks=[average], **options
-        )
+        _, recorder = run(tmp_path, *folders, steps=4, data=make_data(engine=engine), callbacks=[average], **options)
         seen.append(([m.get("val/response_length") for m in recorder.metrics], recorder.weights))
     (live, live_weights), (copied, copied_weights) = seen
     assert live == copied
