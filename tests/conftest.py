@@ -7,6 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
+
+# A busy machine is not a failure: the first example of a test also pays for torch's lazy initialisation.
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
