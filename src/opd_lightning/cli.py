@@ -28,6 +28,7 @@ from opd_lightning.parser import PROGRAM, OneLineParser, explain
 
 PLAIN_COMMANDS: dict[str, Callable[..., None]] = {"export": export}
 COMMANDS = ("fit", "validate", "test", "predict", *PLAIN_COMMANDS)
+DESCRIPTION = f"On-policy distillation of language models. Commands without a trainer: {', '.join(PLAIN_COMMANDS)}."
 ROOMS_WITH_SHORT_NAMES = (  # `HFStudent` works in YAML for the whole path, but only once its room was imported
     "backends.hf",
     "callbacks.effopd",
@@ -65,8 +66,9 @@ class OPDCLI(LightningCLI):
                 "callbacks": [StartValidation(), AnswersWriter(), RescueCheckpoint()],
             },
             parser_class=OneLineParser,
-            parser_kwargs={"allow_abbrev": False},
+            parser_kwargs={"allow_abbrev": False, "description": DESCRIPTION},
             auto_configure_optimizers=False,  # `model.optimizer` is the place
+            save_config_kwargs={"overwrite": True},  # a resumed run may log into the same folder
             args=args,
         )
 
@@ -121,10 +123,11 @@ def main(args: list[str] | None = None) -> None:
     for message in MISLEADING_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     words = sys.argv[1:] if args is None else args
-    command = words[0] if words and not words[0].startswith("-") else None
+    command = words[0] if words else ""
     try:
-        if command is not None and command not in COMMANDS:
-            raise ValueError(f"there is no command {command}; expected one of {', '.join(COMMANDS)}.")
+        if not command.startswith("-") and command not in COMMANDS:
+            found = f"there is no command {command}" if command else "no command"
+            raise ValueError(f"{found}; expected one of {', '.join(COMMANDS)}.")
         if command in PLAIN_COMMANDS:
             auto_cli(
                 PLAIN_COMMANDS[command],
