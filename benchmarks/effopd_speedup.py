@@ -88,33 +88,32 @@ class Arm:
         return " ".join([self.method, f"lr={self.lr:g}", f"prompts={self.prompts}", *extras])
 
 
-CAUTIOUS = ("opd", "effopd-accuracy", "effopd-kl", "effopd-fixed", "two-sided-kl")
+PAPER = ("effopd-accuracy", "effopd-kl", "effopd-fixed")
 GROUPS: dict[str, tuple[int, list[Arm]]] = {  # number of seeds, arms; most important first
-    "cautious": (5, [Arm(method, 1e-4, max_steps=64) for method in CAUTIOUS]),
-    "slow": (3, [Arm(m, 5e-5, max_steps=96) for m in ("opd", "effopd-kl", "effopd-accuracy", "fine-fixed")]),
+    "cautious": (5, [Arm(method, 1e-4, max_steps=64) for method in ("opd", *PAPER)]),
+    "slow": (3, [Arm(m, 5e-5, max_steps=96) for m in ("opd", "effopd-kl", "effopd-fixed", "effopd-accuracy")]),
     "tuned": (
-        4,
+        3,
         [
             Arm("opd", 5e-4, averaged=True),
             Arm("two-sided-kl", 5e-4),
-            Arm("fine-fixed", 5e-4),
+            Arm("two-sided-fixed", 5e-4),
             Arm("opd", 1e-3, warmup=4, decay=24, averaged=True, max_steps=24),
             Arm("two-sided-kl", 1e-3),
             Arm("opd", 1e-3, averaged=True),
-            Arm("opd", 3e-4, averaged=True),
+            Arm("opd", 3e-4),
         ],
     ),
     "large": (
         3,
         [
-            Arm("opd", 5e-4, prompts=256, averaged=True),
-            Arm("two-sided-kl", 5e-4, prompts=256),
-            Arm("opd", 1e-3, prompts=256, averaged=True),
-            Arm("two-sided-kl", 1e-3, prompts=256),
-            Arm("opd", 1e-3, prompts=256, warmup=4, decay=24, averaged=True, max_steps=24),
+            Arm("opd", 1e-3, prompts=256, averaged=True, max_steps=24),
+            Arm("two-sided-kl", 1e-3, prompts=256, max_steps=24),
+            Arm("opd", 5e-4, prompts=256, averaged=True, max_steps=24),
+            Arm("two-sided-kl", 5e-4, prompts=256, max_steps=24),
         ],
     ),
-    "cheaper": (5, [Arm(method, 1e-4, max_steps=64) for method in ("fine-fixed", "fine-kl")]),
+    "every-4": (5, [Arm(method, 1e-4, max_steps=64) for method in ("two-sided-kl", "fine-fixed", "fine-kl")]),
 }
 
 
