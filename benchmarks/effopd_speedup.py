@@ -91,7 +91,7 @@ class Arm:
 PAPER = ("effopd-accuracy", "effopd-kl", "effopd-fixed")
 GROUPS: dict[str, tuple[int, list[Arm]]] = {  # number of seeds, arms; most important first
     "cautious": (5, [Arm(method, 1e-4, max_steps=64) for method in ("opd", *PAPER)]),
-    "slow": (3, [Arm(m, 5e-5, max_steps=96) for m in ("opd", "effopd-kl", "effopd-fixed", "effopd-accuracy")]),
+    "slow": (5, [Arm(m, 5e-5, max_steps=96) for m in ("opd", "effopd-kl", "effopd-fixed", "effopd-accuracy")]),
     "tuned": (
         3,
         [
@@ -113,6 +113,7 @@ GROUPS: dict[str, tuple[int, list[Arm]]] = {  # number of seeds, arms; most impo
             Arm("two-sided-kl", 5e-4, prompts=256, max_steps=24),
         ],
     ),
+    "no-harm": (3, [Arm(method, 5e-4) for method in ("effopd-accuracy", "effopd-fixed")]),
     "every-4": (5, [Arm(method, 1e-4, max_steps=64) for method in ("two-sided-kl", "fine-fixed", "fine-kl")]),
 }
 
