@@ -303,3 +303,33 @@ def test_student_temperature_must_be_that_of_the_rollouts(tmp_path, folders):
 def test_the_student_description_builds_the_same_student(folders):
     spec = HFStudent(str(folders[0]), lora=LoraSettings(r=4))
     assert build_student(spec.describe()).describe() == spec.describe()
+
+
+def test_limited_passes_are_refused(tmp_path, folders):
+    with pytest.raises(ValueError, match=r"limit_train_batches.*Set trainer.max_steps"):
+        run(tmp_path, *folders, limit_train_batches=2)
+
+
+def test_fast_dev_run_works(tmp_path, folders):
+    run(tmp_path, *folders, fast_dev_run=True)
+
+
+def test_later_updates_without_a_correction_are_warned_about(tmp_path, folders):
+    with pytest.warns(UserWarning, match="updates_per_batch=2: the later updates train on rollouts of older weights"):
+        run(tmp_path, *folders, module=make_module(*folders, updates_per_batch=2), steps=2)
+
+
+def test_a_second_run_with_the_same_data_module_starts_from_the_start(tmp_path, folders):
+    data = make_data()
+    _, first = run(tmp_path, *folders, steps=2, data=data)
+    _, second = run(tmp_path, *folders, steps=2, data=data)
+    seeds = [[[rollout.seed for rollout in batch.rollouts] for batch in notes.batches] for notes in (first, second)]
+    assert seeds[0] == seeds[1]
+
+
+def test_only_validation_is_cut_by_its_number_of_problems(tmp_path, folders):
+    data = make_data(num_validation_problems=2)
+    trainer = make_trainer(tmp_path, 1, limit_val_batches=1.0)
+    module = make_module(*folders)
+    assert trainer.validate(module, data, verbose=False)[0]["val/num_problems"] == 2
+    assert trainer.test(module, data, verbose=False)[0]["test/num_problems"] == 6

@@ -167,6 +167,18 @@ def test_another_data_set_is_refused(tmp_path, tiny_qwen3_folder, tiny_teacher_f
         make_trainer(tmp_path, 2).fit(module, data, ckpt_path=tmp_path / "stop.ckpt")
 
 
+def test_another_seed_is_refused(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
+    folders = tiny_qwen3_folder, tiny_teacher_folder
+    module, data = module_and_data(folders)
+    trainer = make_trainer(tmp_path, 1)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "stop.ckpt")
+    module, data = module_and_data(folders)
+    data.seed = 5
+    with pytest.raises(ValueError, match=r"seed.*the checkpoint was written with 0, this run has 5"):
+        make_trainer(tmp_path, 2).fit(module, data, ckpt_path=tmp_path / "stop.ckpt")
+
+
 # ------------------------------------------------------------------------------------- real processes, the real command
 
 CONFIG = """

@@ -115,6 +115,7 @@ MISLEADING_WARNINGS = (
     ".*but no pre-optimization state was saved.*",  # the weights after the step are the ones wanted
     ".*Experiment logs directory .* exists and is not empty.*",  # the other logger has just made it
     ".*treespec, LeafSpec.*",
+    ".*The dirpath has changed from.*",  # of the checkpoint callback, which evaluation does not use
 )
 
 
@@ -122,6 +123,7 @@ def main(args: list[str] | None = None) -> None:
     """Run a command; mistakes of the user end in one line and exit status 2, failures of the machine in status 1."""
     for message in MISLEADING_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    sys.path.insert(0, os.getcwd())  # classes of the user's own folder, as under `python -m`
     words = sys.argv[1:] if args is None else args
     command = words[0] if words else ""
     try:
@@ -134,6 +136,7 @@ def main(args: list[str] | None = None) -> None:
                 args=words[1:],
                 prog=f"{PROGRAM} {command}",
                 as_positional=False,
+                description=str(PLAIN_COMMANDS[command].__doc__).splitlines()[0],
                 parser_class=OneLineParser,
                 allow_abbrev=False,
             )

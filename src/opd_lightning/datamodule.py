@@ -43,7 +43,7 @@ class OPDDataModule(LightningDataModule):
         validation_sampling: How validation, test and predict answers are sampled; None is `sampling`.
         validation_samples: Answers per problem there (the n of avg@n and pass@n).
         validation_batch_size: Problems answered at once per process.
-        num_validation_problems: Only the first so many problems of the validation and test splits; None is all of them.
+        num_validation_problems: Only the first so many problems of the validation split; None is all of them.
         max_prompt_tokens: Longest prompt; None is what the student's context leaves beside `max_new_tokens`.
         drop_long_prompts: Leave longer prompts out with a warning instead of refusing to start.
         predict_split: Split that `predict` answers.
@@ -115,6 +115,7 @@ class OPDDataModule(LightningDataModule):
         """What a run must share with the run whose checkpoint it resumes."""
         assert self.stream is not None
         return {
+            "seed_everything (data.seed)": self.seed,
             "data.prompts_per_step": self.prompts_per_step,
             "data.selector": type(self.selector).__name__,
             "data.task (number of training problems)": len(self.stream.problems),
@@ -128,7 +129,7 @@ class OPDDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the problems of this stage and check that every prompt fits the student's context."""
         assert self.trainer is not None
-        if stage == "fit" and self.stream is None:
+        if stage == "fit" and (self.stream is None or self.trainer.global_step == 0):  # a new run starts from the start
             self._training_problems = self._fitting_problems("train", self.sampling)
             reserved = {problem.uid for problem in self.problems_for_scores(self.num_reserved)}
             problems = [problem for problem in self._training_problems if problem.uid not in reserved]
@@ -148,7 +149,8 @@ class OPDDataModule(LightningDataModule):
         for split in wanted[stage]:
             if split not in self.held_out and not (stage == "fit" and self.trainer.limit_val_batches == 0):
                 problems = self._fitting_problems(split, self.validation_sampling)
-                self.held_out[split] = problems[: self.num_validation_problems]
+                num_problems = self.num_validation_problems if split == "validation" else None
+                self.held_out[split] = problems[:num_problems]
 
     def problems_for_scores(self, num_problems: int) -> list[Problem]:
         """Training problems to score candidates on: a function of the seed, the reserved ones first.
@@ -251,11 +253,12 @@ class OPDDataModule(LightningDataModule):
                 f"sampling.stop_ids: expected token ids from 0 to {self.tokenizer.vocab_size - 1}, got"
                 f" {sampling.stop_ids}."
             )
+        setting = "data.sampling" if sampling is self.sampling else "data.validation_sampling"
         context = self._module.spec.context_length
         limit = min(self.max_prompt_tokens or context, context - sampling.max_new_tokens)
         if limit < 1:
             raise ValueError(
-                f"sampling.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in the student's"
+                f"{setting}.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in the student's"
                 f" context of {context} tokens. Lower it."
             )
         lengths = [len(self.tokenizer.render(problem.messages)) for problem in problems]
@@ -268,7 +271,7 @@ class OPDDataModule(LightningDataModule):
         own_limit = "" if limit != self.max_prompt_tokens else f", data.max_prompt_tokens is {limit}"
         finding = (
             f"{len(too_long)} of {len(problems)} {split} prompts are longer than {limit} tokens (longest: {longest}"
-            f" tokens, problem {uid!r}; the student's context is {context} tokens, sampling.max_new_tokens is"
+            f" tokens, problem {uid!r}; the student's context is {context} tokens, {setting}.max_new_tokens is"
             f" {sampling.max_new_tokens}{own_limit})."
         )
         if len(too_long) == len(problems):

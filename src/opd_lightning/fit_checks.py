@@ -39,6 +39,17 @@ def check_fit(
         raise ValueError(
             "model.teacher: `fit` needs a teacher, for example {class_path: HFTeacher, init_args: {path: ...}}."
         )
+    if trainer.limit_train_batches not in (None, 1.0) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise ValueError(
+            "trainer.limit_train_batches: the prompt stream goes on where it stopped, so passes would differ in length"
+            " and validations be lost. Set trainer.max_steps and trainer.val_check_interval instead."
+        )
+    if updates_per_batch > 1 and objective.effective_importance == "none":
+        warnings.warn(
+            f"model.updates_per_batch={updates_per_batch}: the later updates train on rollouts of older weights, and"
+            " this objective does not correct for that (objective.importance).",
+            stacklevel=2,
+        )
     objective.check_sampling(data.sampling)
     teacher.check(objective.request())
     if data.prompts_per_step % trainer.world_size:
@@ -124,7 +135,9 @@ def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
         ValueError: They differ.
     """
     for name, value in current.items():
-        if isinstance(value, dict):
+        if name not in saved:
+            warnings.warn(f"{name}: an older checkpoint, which does not say; not compared.", stacklevel=2)
+        elif isinstance(value, dict):
             kept = {key: saved[name][key] for key in value if key in saved[name] and saved[name][key] != value[key]}
             if kept:
                 warnings.warn(

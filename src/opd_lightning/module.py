@@ -164,8 +164,8 @@ class OPDModule(StudentModule):
                 self.step_metrics.update(
                     {"grad_norm": (norm, 1), "learning_rate": (optimizer.param_groups[0]["lr"], 1)}
                 )
+                self.weight_version += 1  # before the step: one that is interrupted has changed the weights too
                 optimizer.step()
-                self.weight_version += 1
                 self.num_skipped_in_a_row = 0
                 if scheduler is not None:
                     scheduler.step()

@@ -120,8 +120,10 @@ class StudentModule(LightningModule):
     def _log_answers(self, stage: str) -> None:
         for prefix, metric in self.answer_metrics.items():
             for name, value in metric.compute().items():
-                shown = not prefix and name.startswith(("avg_at", "pass_at"))
-                self.log(f"{stage}/{prefix}{name}", value, prog_bar=shown, batch_size=1)
+                shown = not prefix and (
+                    name.startswith("avg_at") or (name.startswith("pass_at") and name != "pass_at_1")
+                )
+                self.log(f"{stage}/{prefix}{name}", value, prog_bar=shown, batch_size=1, sync_dist=True)
             metric.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -102,6 +102,11 @@ class EffOPD(Callback):
         self._step_counter: RemovableHandle | None = None
         self.last_search: SearchReport | None = None
 
+    @property
+    def has_pending_search(self) -> bool:
+        """Whether optimiser steps call for a search that has not been finished."""
+        return self._extrapolator.is_due
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies whose weights cannot be edited in place."""
         if stage == "fit" and isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):

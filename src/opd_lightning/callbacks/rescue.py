@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 
 class RescueCheckpoint(Callback):
-    """Saves `rescue.ckpt` on SIGTERM, on Ctrl-C and on any exception during `fit`.
+    """Saves `rescue.ckpt` on SIGTERM, on Ctrl-C and on any exception during `fit`, validations included.
 
-    It lies beside the other checkpoints and resumes as if nothing had happened. On several processes only SIGTERM is
-    rescued: the ranks agree on that one, while an exception on one of them leaves the others waiting. A step whose
-    weights were already partly changed (`updates_per_batch` > 1) is not saved.
+    It lies beside the other checkpoints and resumes as if nothing had happened. What cannot be exact is not saved, and
+    said: a step or an EffOPD search that has changed the weights in part, and a validation of averaged weights. On
+    several processes only SIGTERM is rescued: the ranks agree on that one, while an exception on one of them leaves the
+    others waiting.
 
     Args:
         filename: Name of the file, without extension.
@@ -42,11 +43,11 @@ class RescueCheckpoint(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if trainer.state.fn != "fit" or not trainer.training or trainer.global_step == 0:
+        if trainer.state.fn != "fit" or trainer.global_step == 0:
             return
-        if trainer.world_size > 1 and not isinstance(exception, SIGTERMException):
-            return
-        if not self.is_between_steps and getattr(pl_module, "weight_version", None) != self.version_before_step:
+        name = type(exception).__name__
+        if reason := self._inexactness(trainer, pl_module, exception):
+            rank_zero_warn(f"Stopped by {name}; no rescue is saved, since {reason}. Resume from the last checkpoint.")
             return
         checkpoint = trainer.checkpoint_callback
         folder = getattr(checkpoint, "dirpath", None) or trainer.log_dir or trainer.default_root_dir
@@ -56,6 +57,22 @@ class RescueCheckpoint(Callback):
         except OSError as error:  # a full disk may be the reason to stop, which must stay the one reported
             rank_zero_warn(f"No rescue: {error}")
             return
-        rank_zero_warn(
-            f"Stopped by {type(exception).__name__} after step {trainer.global_step}; resume with --ckpt_path {path}"
-        )
+        rank_zero_warn(f"Stopped by {name} after step {trainer.global_step}; resume with --ckpt_path {path}")
+
+    def _inexactness(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> str | None:
+        """Why a checkpoint written now would not resume exactly, if it would not."""
+        if trainer.world_size > 1 and not isinstance(exception, SIGTERMException):
+            return "the other processes cannot take part"
+        if any(getattr(callback, "has_pending_search", False) for callback in trainer_callbacks(trainer)):
+            return "a search was under way"
+        if not self.is_between_steps and getattr(pl_module, "weight_version", None) != self.version_before_step:
+            return "a step had changed the weights in part"
+        if trainer.validating and any(isinstance(c, WeightAveraging) for c in trainer_callbacks(trainer)):
+            return "averaged weights were in place for the validation"
+        return None
+
+
+def trainer_callbacks(trainer: Trainer) -> list[Callback]:
+    """The trainer's callbacks, under a type that says so."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks

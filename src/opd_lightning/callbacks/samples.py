@@ -35,9 +35,10 @@ def coloured_response(tokenizer: Tokenizer, rollout: Rollout, divergences: Tenso
 
 
 class PrintSamples(Callback):
-    """Prints some rollouts of a step: prompt, response coloured by per-token loss, reward, mean loss.
+    """Prints some rollouts of a step: prompt, response coloured by the divergence of each token, reward, mean loss.
 
-    Works with `OPDModule`, whose `training_step` returns the per-token losses.
+    Works with `OPDModule`, whose `training_step` returns the loss of every token. The loss of a direct objective is a
+    divergence; that of a score function is a surrogate, so those responses are printed without colours.
 
     Args:
         every_n_steps: Print at every so many training batches, the first included.
@@ -70,4 +71,7 @@ class PrintSamples(Callback):
             header.append(f"  loss/token {losses.mean():.4f}  tokens {len(losses)}", style="not bold")
             self.console.print(header)
             self.console.print(Text(str(rollout.problem.messages[-1]["content"]).strip(), style="dim"))
-            self.console.print(coloured_response(tokenizer, rollout, losses))
+            if pl_module.objective.estimator == "direct":  # type: ignore[union-attr]
+                self.console.print(coloured_response(tokenizer, rollout, losses))
+            else:
+                self.console.print(Text(rollout.text))
