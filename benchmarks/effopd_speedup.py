@@ -44,15 +44,19 @@ KL_BAR, ACCURACY_BAR = 0.035, 0.87
 NUM_HELD_OUT, EVALUATE_EVERY, AVERAGE_DECAY = 128, 2, 0.8
 
 TWO_SIDED: dict[str, Any] = {"schedule": 4, "backward": (-0.5,)}
+DENSE = [1, 2, *range(4, 97, 4)]  # as the paper begins, and no long pause later
+DOUBLING = (1.0, 2.0, 4.0, 8.0)
 FINE = (0.5, 1.0, 2.0, 4.0, 8.0)
 METHODS: dict[str, Callable[[], EffOPD] | None] = {
     "opd": None,
     "effopd-accuracy": lambda: EffOPD(TaskAccuracy(50)),
     "effopd-kl": lambda: EffOPD(TeacherKL(50)),
     "effopd-fixed": lambda: EffOPD(TeacherKLOnFixedRollouts(50)),
-    "every4-accuracy": lambda: EffOPD(TaskAccuracy(50), schedule=4),
     "two-sided-kl": lambda: EffOPD(TeacherKL(50), **TWO_SIDED),
-    "two-sided-kl16": lambda: EffOPD(TeacherKL(16), **TWO_SIDED),
+    "dense-fixed": lambda: EffOPD(TeacherKLOnFixedRollouts(50), schedule=DENSE, candidates=DOUBLING),
+    "dense-two-sided-fixed": lambda: EffOPD(
+        TeacherKLOnFixedRollouts(50), schedule=DENSE, candidates=DOUBLING, backward=(-0.5,)
+    ),
     "fine-kl": lambda: EffOPD(TeacherKL(50), candidates=FINE, **TWO_SIDED),
     "fine-fixed": lambda: EffOPD(TeacherKLOnFixedRollouts(50), candidates=FINE, **TWO_SIDED),
     "two-sided-fixed": lambda: EffOPD(TeacherKLOnFixedRollouts(50), **TWO_SIDED),
@@ -92,6 +96,7 @@ PAPER = ("effopd-accuracy", "effopd-kl", "effopd-fixed")
 GROUPS: dict[str, tuple[int, list[Arm]]] = {  # number of seeds, arms; most important first
     "cautious": (5, [Arm(method, 1e-4, max_steps=64) for method in ("opd", *PAPER)]),
     "slow": (5, [Arm(m, 5e-5, max_steps=96) for m in ("opd", "effopd-kl", "effopd-fixed", "effopd-accuracy")]),
+    "remedy": (5, [Arm("dense-fixed", 5e-5, max_steps=96), Arm("dense-fixed", 1e-4, max_steps=64)]),
     "tuned": (
         3,
         [
@@ -111,9 +116,11 @@ GROUPS: dict[str, tuple[int, list[Arm]]] = {  # number of seeds, arms; most impo
             Arm("two-sided-kl", 1e-3, prompts=256, max_steps=24),
             Arm("opd", 5e-4, prompts=256, averaged=True, max_steps=24),
             Arm("two-sided-kl", 5e-4, prompts=256, max_steps=24),
+            Arm("dense-two-sided-fixed", 5e-4, prompts=256, max_steps=24),
         ],
     ),
-    "no-harm": (3, [Arm(method, 5e-4) for method in ("effopd-accuracy", "effopd-fixed")]),
+    "confirm": (8, [Arm(method, 5e-5, max_steps=96) for method in ("opd", "dense-fixed")]),
+    "no-harm": (3, [Arm(method, 5e-4) for method in ("dense-two-sided-fixed", "effopd-accuracy")]),
     "every-4": (5, [Arm(method, 1e-4, max_steps=64) for method in ("two-sided-kl", "fine-fixed", "fine-kl")]),
 }
 
