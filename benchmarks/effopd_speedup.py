@@ -112,15 +112,22 @@ GROUPS: dict[str, tuple[int, list[Arm]]] = {  # number of seeds, arms; most impo
     "large": (
         3,
         [
-            Arm("opd", 1e-3, prompts=256, averaged=True, max_steps=24),
+            Arm("opd", 1e-3, prompts=256, max_steps=24),
             Arm("two-sided-kl", 1e-3, prompts=256, max_steps=24),
-            Arm("opd", 5e-4, prompts=256, averaged=True, max_steps=24),
-            Arm("two-sided-kl", 5e-4, prompts=256, max_steps=24),
+            Arm("opd", 5e-4, prompts=256, max_steps=24),
             Arm("dense-two-sided-fixed", 5e-4, prompts=256, max_steps=24),
         ],
     ),
     "confirm": (8, [Arm(method, 5e-5, max_steps=96) for method in ("opd", "dense-fixed")]),
-    "no-harm": (3, [Arm(method, 5e-4) for method in ("dense-two-sided-fixed", "effopd-accuracy")]),
+    "no-harm": (
+        3,
+        [
+            Arm("dense-two-sided-fixed", 5e-4),
+            Arm("opd", 2e-3, averaged=True, max_steps=32),
+            Arm("two-sided-kl", 2e-3, max_steps=32),
+            Arm("effopd-accuracy", 5e-4),
+        ],
+    ),
     "every-4": (5, [Arm(method, 1e-4, max_steps=64) for method in ("two-sided-kl", "fine-fixed", "fine-kl")]),
 }
 
