@@ -10,7 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from jsonargparse import auto_cli
+from jsonargparse.typing import PositiveInt
 from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -75,6 +77,17 @@ class OPDCLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_as_data_seed)
+        parser.add_argument(
+            "--num_threads",
+            type=PositiveInt | None,
+            default=None,
+            help="CPU threads of torch; null leaves the choice to torch. Tiny models are fastest with 1.",
+        )
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        if num_threads := self.config[self.config.subcommand].num_threads:
+            torch.set_num_threads(num_threads)
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -115,6 +128,7 @@ MISLEADING_WARNINGS = (
     ".*but no pre-optimization state was saved.*",  # the weights after the step are the ones wanted
     ".*Experiment logs directory .* exists and is not empty.*",  # the other logger has just made it
     ".*treespec, LeafSpec.*",
+    ".*LightningCLI's args parameter is intended to run.*",
     ".*The dirpath has changed from.*",  # of the checkpoint callback, which evaluation does not use
 )
 
