@@ -215,13 +215,14 @@ class VLLMColocatedEngine(RolloutEngine):
             "generation_config": "vllm",
             "disable_log_stats": True,
         }
-        variables = {_IN_PROCESS: "1" if self.own_process else "0"}
+        # left to itself the CPU build pins its threads, and with them the training's, to the first cores
+        variables = {_IN_PROCESS: "1" if self.own_process else "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         if self.own_process:
             variables |= visible_devices(self._device, self.devices, self.num_shards)
         else:
             arguments, place = launcher_variables(self._device)
             defaults |= arguments
-            variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} | place  # else it pins the training process to a core
+            variables |= place
         self._owns_process_group = not torch.distributed.is_initialized()
         logging.getLogger("vllm.renderers").setLevel(logging.ERROR)  # it misses the tokenizer, which nobody needs
         with environment(variables):
