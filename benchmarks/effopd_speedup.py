@@ -92,6 +92,7 @@ class Arm:
         return " ".join([self.method, f"lr={self.lr:g}", f"prompts={self.prompts}", *extras])
 
 
+CAUTIOUS = (5e-5, 1e-4)
 PAPER = ("effopd-accuracy", "effopd-kl", "effopd-fixed")
 GROUPS: dict[str, tuple[int, list[Arm]]] = {  # number of seeds, arms; most important first
     "cautious": (5, [Arm(method, 1e-4, max_steps=64) for method in ("opd", *PAPER)]),
@@ -118,7 +119,7 @@ GROUPS: dict[str, tuple[int, list[Arm]]] = {  # number of seeds, arms; most impo
             Arm("dense-two-sided-fixed", 5e-4, prompts=256, max_steps=24),
         ],
     ),
-    "confirm": (8, [Arm(method, 5e-5, max_steps=96) for method in ("opd", "dense-fixed")]),
+    "confirm": (7, [Arm(method, 5e-5, max_steps=96) for method in ("opd", "dense-fixed")]),
     "no-harm": (
         3,
         [
@@ -168,8 +169,9 @@ class Trajectory(Callback):
             self.tokens += report.tokens
             self.searches.append(asdict(report) | {"accepted": report.accepted})
         step = trainer.global_step
-        # far from the bar on its own rollouts, a run cannot be there on held-out ones, unless a search has moved it
+        # a slow run far from the bar on its own rollouts is not there on held-out ones, unless a search has moved it
         near = float(trainer.callback_metrics["train/loss"]) < 1.5 * KL_BAR or (report and report.step == step)
+        near = near or self.arm.lr > max(CAUTIOUS)
         if step % EVALUATE_EVERY == 0 and (near or step % 8 == 0 or step == self.arm.max_steps):
             self.evaluate(trainer, pl_module)
             trainer.should_stop = self.has_arrived()
