@@ -110,6 +110,18 @@ def test_requests_say_everything(student, folder):
         assert set(body.get("logit_bias", {})) == {str(i) for i in range(VOCAB_SIZE, rows)}
 
 
+def test_rollouts_are_told_of_as_they_come(student, folder):
+    with serve(FakeVLLM(folder)) as url:
+        engine = make_engine(url)
+        engine.setup(student, CPU)
+        engine.sync(student.load(), 0)
+        told = []
+        engine.on_rollout = told.append
+        rollouts = engine.generate(make_prompts(student), WARM)
+        engine.close()
+    assert sorted(rollout.seed for rollout in told) == [rollout.seed for rollout in rollouts]
+
+
 def test_weights_that_a_server_has_are_not_sent_again(student, folder):
     fake = FakeVLLM(folder)
     with serve(fake) as url:

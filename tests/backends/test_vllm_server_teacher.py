@@ -230,6 +230,24 @@ def test_all_micro_batches_are_under_way_before_the_first_is_used(student, fake)
         teacher.close()
 
 
+def test_rollouts_told_early_are_not_asked_for_again(student, fake):
+    request = ScoreRequest(top_k=2)
+    with serve(fake) as url:
+        teacher = set_up(student, url)
+        expected = [scores.sampled() for scores in teacher.score_all(make_batches(), request)]
+        fake.requests.clear()
+        early = make_rollouts()[:4]
+        for rollout in [*early, early[0]]:
+            teacher.prefetch(rollout, request)
+        scores = [scores.sampled() for scores in teacher.score_all(make_batches(), request)]
+        assert len(fake.requests) == 5
+        for a, b in zip(scores, expected, strict=True):
+            assert torch.equal(a, b)
+        teacher.prefetch(early[0], request)  # of the next step
+        assert len(teacher._early) == 1
+        teacher.close()
+
+
 def test_a_server_is_not_given_more_than_it_may_have(student, fake):
     with serve(fake) as url:
         teacher = VLLMServerTeacher(patient(url, max_in_flight=2))

@@ -157,6 +157,7 @@ class VLLMColocatedEngine(RolloutEngine):
         """
         assert self._llm is not None and self._student is not None, "call setup and sync before generate"
         from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
 
         stop_ids = resolve_stop_ids(self._student, sampling)
         check_prompts(prompts, sampling, self.max_model_len, "engine.engine_args.max_model_len")
@@ -164,26 +165,31 @@ class VLLMColocatedEngine(RolloutEngine):
             self._has_warned = True
             warn_about_cut(sampling)
         requests = [(prompt, seed) for prompt in prompts for seed in prompt.seeds]
+        rollouts: dict[str, Rollout] = {}
         with left_alone(self._device):
             self._wake()
-            outputs = self._llm.generate(
-                [TokensPrompt(prompt_token_ids=list(prompt.token_ids)) for prompt, _ in requests],
-                [
-                    SamplingParams(**sampling_fields(sampling, seed, stop_ids), detokenize=False, flat_logprobs=True)
-                    for _, seed in requests
-                ],
-                use_tqdm=False,
-            )
+            engine = self._llm.llm_engine
+            for i, (prompt, seed) in enumerate(requests):
+                params = SamplingParams(
+                    **sampling_fields(sampling, seed, stop_ids),
+                    detokenize=False,
+                    flat_logprobs=True,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
+                engine.add_request(str(i), TokensPrompt(prompt_token_ids=list(prompt.token_ids)), params)
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    prompt, seed = requests[int(output.request_id)]
+                    answer = output.outputs[0]
+                    token_ids, log_probs = list(answer.token_ids), answer.logprobs.logprobs
+                    rollout = make_rollout(self._student, prompt, seed, token_ids, log_probs, sampling, stop_ids)
+                    rollouts[output.request_id] = rollout
+                    if self.on_rollout is not None:
+                        self.on_rollout(rollout)
             if self.sleep:
                 self._llm.sleep(level=1)
                 self._asleep = True
-        answers = [output.outputs[0] for output in outputs]
-        return [
-            make_rollout(
-                self._student, prompt, seed, list(answer.token_ids), answer.logprobs.logprobs, sampling, stop_ids
-            )
-            for (prompt, seed), answer in zip(requests, answers, strict=True)
-        ]
+        return [rollouts[str(i)] for i in range(len(requests))]
 
     def close(self) -> None:
         """Shut vLLM down and give its memory back."""

@@ -6,7 +6,7 @@ Knows nothing of Lightning, transformers or vLLM; every backend, task and select
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,9 @@ class Teacher(ABC):
         for batch in batches:
             yield self.score(batch, request)
 
+    def prefetch(self, rollout: Rollout, request: ScoreRequest) -> None:  # noqa: B027 - most cannot
+        """Begin to score a rollout whose step is not complete yet; `score_all` will ask for it soon."""
+
     def close(self) -> None:  # noqa: B027 - most have nothing to release
         """Release what `setup` took."""
 
@@ -199,6 +202,7 @@ class RolloutEngine(ABC):
     """Generates responses with the student's current weights."""
 
     weight_version: int = -1  # version of the weights last synced; -1 before the first sync
+    on_rollout: Callable[[Rollout], None] | None = None  # told of each rollout early, by engines that can; any thread
 
     @abstractmethod
     def setup(self, student: Student, device: torch.device) -> None:

@@ -174,9 +174,20 @@ class VLLMServerEngine(RolloutEngine):
                 }
                 if self._bias:
                     body["logit_bias"] = self._bias
-                read = partial(_read, self._student, prompt, seed, sampling, stop_ids)
+                read = partial(self._read, prompt, seed, sampling, stop_ids)
                 futures.append(self._pool.submit("/v1/completions", body, read))
         return wait_for(futures)
+
+    def _read(
+        self, prompt: Prompt, seed: int, sampling: Sampling, stop_ids: Sequence[int], answer: Mapping[str, Any]
+    ) -> Rollout:
+        assert self._student is not None
+        choice = answer["choices"][0]
+        token_ids, log_probs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        rollout = make_rollout(self._student, prompt, seed, token_ids, log_probs, sampling, stop_ids)
+        if self.on_rollout is not None:
+            self.on_rollout(rollout)
+        return rollout
 
     def _push(self) -> None:
         """Send the live weights; on several processes all read them (shards are gathered) and the first sends."""
@@ -242,20 +253,6 @@ class VLLMServerEngine(RolloutEngine):
         }
         entries = self._pool.post("/v1/completions", body)["choices"][0]["prompt_logprobs"]
         return [entry[str(token_id)]["logprob"] for token_id, entry in zip(token_ids[1:], entries[1:], strict=True)]
-
-
-def _read(
-    student: Student,
-    prompt: Prompt,
-    seed: int,
-    sampling: Sampling,
-    stop_ids: Sequence[int],
-    answer: Mapping[str, Any],
-) -> Rollout:
-    choice = answer["choices"][0]
-    return make_rollout(
-        student, prompt, seed, choice["token_ids"], choice["logprobs"]["token_logprobs"], sampling, stop_ids
-    )
 
 
 def _rank() -> int:

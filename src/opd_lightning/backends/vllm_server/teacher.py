@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from opd_lightning.backends.vllm_server.client import Connection, ServerPool, wait_for
 from opd_lightning.backends.vllm_server.preflight import ServedModel, check_served_model
 from opd_lightning.backends.vllm_server.scores import ListedScores, read_scores
-from opd_lightning.interfaces import MicroBatch, ScoreRequest, Student, Teacher
+from opd_lightning.interfaces import MicroBatch, Rollout, ScoreRequest, Student, Teacher
 
 _Parts = tuple[Tensor, Tensor, Tensor]
 
@@ -24,7 +25,8 @@ class VLLMServerTeacher(Teacher):
 
     Offers the sampled token and the teacher's own top k, in nats at temperature 1; not the student's ids and not the
     full vocabulary. All micro-batches of a step are requested before the first is used, so the servers work while the
-    student trains on what is there. Cost per token and k is mostly JSON (about 70 bytes for the sampled token alone,
+    student trains on what is there; with an engine that tells of rollouts early, scoring begins while others are still
+    being generated. Cost per token and k is mostly JSON (about 70 bytes for the sampled token alone,
     1.3 kB for k = 20): `model.top_k_metrics: 0` saves what only the metrics ask for.
 
     The served model normalises over all rows of its head. Rows beyond the vocabulary get next to nothing from a trained
@@ -53,6 +55,9 @@ class VLLMServerTeacher(Teacher):
         self._served: ServedModel | None = None
         self._device = torch.device("cpu")
         self._vocab_size = 0
+        self._early: dict[_Question, Future[_Parts]] = {}
+        self._is_scoring = False
+        self._lock = threading.Lock()
 
     @property
     def offer(self) -> ScoreRequest:
@@ -100,6 +105,17 @@ class VLLMServerTeacher(Teacher):
         """Score the response tokens of one micro-batch."""
         return next(iter(self.score_all([batch], request)))
 
+    def prefetch(self, rollout: Rollout, request: ScoreRequest) -> None:
+        """Request the scores of a rollout now; a new step forgets what the last one did not use."""
+        token_ids = torch.cat([rollout.prompt_ids, rollout.response_ids]).tolist()
+        with self._lock:
+            if self._is_scoring:
+                self._forget_early()
+                self._is_scoring = False
+            question = _Question(tuple(token_ids), len(rollout.prompt_ids), request.top_k)
+            if question not in self._early:
+                self._early[question] = self._submit(question)
+
     def score_all(self, batches: Sequence[MicroBatch], request: ScoreRequest) -> Iterator[ListedScores]:
         """Score the micro-batches of one step in order, all requested before the first is used.
 
@@ -108,12 +124,15 @@ class VLLMServerTeacher(Teacher):
             ServerUnreachable: No answer.
         """
         self.check(request)
+        with self._lock:
+            self._is_scoring = True
         pending = [self._request(batch, request.top_k) for batch in batches]
         while pending:  # let go of what has been used
             yield self._gather(pending.pop(0))
 
     def close(self) -> None:
         """Close the connections."""
+        self._early = {}
         if self._pool is not None:
             self._pool.close()
         self._pool = self._served = None
@@ -124,25 +143,32 @@ class VLLMServerTeacher(Teacher):
         return self._pool
 
     def _request(self, batch: MicroBatch, k: int) -> list[Future[_Parts]]:
+        questions = [_Question(tuple(token_ids), first, k) for token_ids, first in _sequences(batch)]
+        with self._lock:
+            return [self._early.get(question) or self._submit(question) for question in questions]
+
+    def _submit(self, question: _Question) -> Future[_Parts]:
         assert self._pool is not None and self._served is not None, "call setup before score"
-        futures = []
-        for token_ids, first in _sequences(batch):
-            if len(token_ids) >= self._served.max_model_len:
-                raise ValueError(
-                    f"teacher: a rollout of {len(token_ids)} tokens does not fit into the server's"
-                    f" {self._served.max_model_len}, one of which it needs for itself. Start it with a larger"
-                    f" --max-model-len, or set student.max_context_length: {self._served.max_model_len - 1}."
-                )
-            body = {
-                "model": self._served.name,
-                "prompt": token_ids,
-                "max_tokens": 1,
-                "temperature": 0.0,
-                "prompt_logprobs": k,
-            }
-            use = partial(_read, token_ids=token_ids, first=first, k=k)
-            futures.append(self._pool.submit("/v1/completions", body, use))
-        return futures
+        num_tokens, limit = len(question.token_ids), self._served.max_model_len
+        if num_tokens >= limit:
+            raise ValueError(
+                f"teacher: a rollout of {num_tokens} tokens does not fit into the server's {limit}, one of which it"
+                " needs for itself. Start it with a larger --max-model-len, or set"
+                f" student.max_context_length: {limit - 1}."
+            )
+        body = {
+            "model": self._served.name,
+            "prompt": question.token_ids,
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": question.k,
+        }
+        return self._pool.submit("/v1/completions", body, question.read)
+
+    def _forget_early(self) -> None:
+        for future in self._early.values():
+            future.cancel()
+        self._early = {}
 
     def _gather(self, futures: list[Future[_Parts]]) -> ListedScores:
         parts = wait_for(futures)
@@ -156,8 +182,16 @@ class VLLMServerTeacher(Teacher):
         return ListedScores(*(column.to(self._device, non_blocking=True) for column in (sampled, ids, log_probs)))
 
 
-def _read(answer: Mapping[str, Any], token_ids: Sequence[int], first: int, k: int) -> _Parts:
-    return read_scores(answer["choices"][0]["prompt_logprobs"], token_ids, first, k)
+@dataclass(frozen=True)
+class _Question:
+    """A sequence, where its response begins, and how long a top-k list is wanted."""
+
+    token_ids: tuple[int, ...]
+    first: int
+    k: int
+
+    def read(self, answer: Mapping[str, Any]) -> _Parts:
+        return read_scores(answer["choices"][0]["prompt_logprobs"], self.token_ids, self.first, self.k)
 
 
 def _sequences(batch: MicroBatch) -> Iterator[tuple[list[int], int]]:
