@@ -26,8 +26,8 @@ class VLLMServerTeacher(Teacher):
     Offers the sampled token and the teacher's own top k, in nats at temperature 1; not the student's ids and not the
     full vocabulary. All micro-batches of a step are requested before the first is used, so the servers work while the
     student trains on what is there; with an engine that tells of rollouts early, scoring begins while others are still
-    being generated. Cost per token and k is mostly JSON (about 70 bytes for the sampled token alone,
-    1.3 kB for k = 20): `model.top_k_metrics: 0` saves what only the metrics ask for.
+    being generated. What it costs is mostly JSON: about 70 bytes per token for the sampled token alone, 1.3 kB for
+    k = 20. With an objective that needs the sampled token only, `max_top_k: 0` saves what the metrics would ask for.
 
     The served model normalises over all rows of its head. Rows beyond the vocabulary get next to nothing from a trained
     model; where one is among the top k, the run stops.
@@ -39,7 +39,8 @@ class VLLMServerTeacher(Teacher):
     Args:
         connection: The servers and how patient to be; all serve the same model.
         model: Name under which it is served; None takes the first that the server lists.
-        max_top_k: Most entries of the teacher's top-k list, as granted by the server's ``--max-logprobs``.
+        max_top_k: Most entries of the teacher's top-k list, as granted by the server's ``--max-logprobs``; metrics that
+            need such a list are left out when it is shorter than `model.top_k_metrics`.
 
     Raises:
         ValueError: A setting is out of range.
