@@ -73,7 +73,7 @@ class Row:
     @property
     def is_plain(self) -> bool:
         """Whether it is OPD without searches."""
-        return self.settings["method"] == "opd"
+        return bool(self.settings["method"] == "opd")
 
     @property
     def always_reached(self) -> bool:
@@ -225,12 +225,11 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(len(PANELS), 3, figsize=(11, 3 * len(PANELS)), layout="constrained", sharey=True)
     for (title, arms), line in zip(PANELS.items(), axes, strict=True):
         for (arm, label), color in zip(arms.items(), COLORS, strict=False):
-            for run in (run for run in runs if run["arm"] == arm):
+            for i, run in enumerate(run for run in runs if run["arm"] == arm):
                 for axis, cost in zip(line, ("step", "seconds", "tokens"), strict=True):
                     costs = [point[cost] for point in run["trajectory"]]
                     divergences = [point["kl"] for point in run["trajectory"]]
-                    axis.plot(costs, divergences, color=color, alpha=0.6, linewidth=1.2, label=label)
-                label = None
+                    axis.plot(costs, divergences, color=color, alpha=0.6, linewidth=1.2, label=None if i else label)
         for axis, cost in zip(line, ("optimiser steps", "processor seconds", "generated tokens"), strict=True):
             axis.axhline(runs[0]["settings"]["bar"]["kl"], color="black", linewidth=0.8, linestyle=":")
             axis.set(yscale="log", xlabel=cost)
