@@ -9,7 +9,7 @@ from opd_lightning.interfaces import Sampling
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(max_new_tokens=24, temperature=0.0)
-ENGINE_ARGS = {"block_size": 32, "enforce_eager": True, "kv_cache_memory_bytes": 2**28}
+ENGINE_ARGS = {"block_size": 32, "enforce_eager": True, "kv_cache_memory_bytes": 2**28, "max_num_batched_tokens": 256}
 
 
 class Pair:

@@ -33,7 +33,7 @@ GREEDY = Sampling(max_new_tokens=24, temperature=0.0)
 WARM = Sampling(max_new_tokens=24, temperature=0.7)
 FLAGS = [
     *("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--block-size", "32", "--max-logprobs", "20"),
-    *("--kv-cache-memory-bytes", str(2**28), "--logprobs-mode", "processed_logprobs"),
+    *("--kv-cache-memory-bytes", str(2**28), "--logprobs-mode", "processed_logprobs", "--no-enable-chunked-prefill"),
     *("--worker-extension-cls", "opd_lightning.backends.vllm_worker.WorkerExtension"),
     *("--weight-transfer-config", '{"backend": "opd_lightning"}'),
 ]
