@@ -1,7 +1,7 @@
 """Answer problems with an engine and mark the answers.
 
-The one place that turns problems into graded rollouts: training, validation, test, predict and EffOPD scores all come
-here. Does not know Lightning; the caller syncs the engine's weights and enters autocast.
+The one place that turns problems into prompts and graded rollouts: training, validation, test, predict and EffOPD
+scores all come here. Does not know Lightning; the caller syncs the engine's weights and enters autocast.
 """
 
 from __future__ import annotations
@@ -60,6 +60,12 @@ def render_prompts(
     ]
 
 
+def grade(task: Task, rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The same rollouts with their rewards."""
+    rewards = task.grade_all([rollout.problem for rollout in rollouts], [rollout.text for rollout in rollouts])
+    return [rollout.graded(reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
+
+
 def answer(
     engine: RolloutEngine, task: Task, prompts: Sequence[Prompt], sampling: Sampling, *, num_samples: int
 ) -> Answers:
@@ -67,7 +73,6 @@ def answer(
     started = time.perf_counter()
     rollouts = engine.generate(prompts, sampling)
     generated = time.perf_counter()
-    rewards = task.grade_all([rollout.problem for rollout in rollouts], [rollout.text for rollout in rollouts])
-    graded = [rollout.graded(reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
+    graded = grade(task, rollouts)
     seconds = {"generate": generated - started, "grade": time.perf_counter() - generated}
     return Answers(rollouts=graded, num_samples=num_samples, seconds=seconds)

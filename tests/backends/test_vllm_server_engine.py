@@ -116,8 +116,7 @@ def test_rollouts_are_told_of_as_they_come(student, folder):
         engine.setup(student, CPU)
         engine.sync(student.load(), 0)
         told = []
-        engine.on_rollout = told.append
-        rollouts = engine.generate(make_prompts(student), WARM)
+        rollouts = engine.generate(make_prompts(student), WARM, told.append)
         engine.close()
     assert sorted(rollout.seed for rollout in told) == [rollout.seed for rollout in rollouts]
 

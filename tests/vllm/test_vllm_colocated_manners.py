@@ -30,10 +30,8 @@ def test_a_rollout_is_a_function_of_its_seed(tied_pair):
     first, again = tied_pair.vllm.generate(prompts, WARM), tied_pair.vllm.generate(prompts, WARM)
     assert tokens(first) == tokens(again)
     told = []
-    tied_pair.vllm.on_rollout = told.append
-    backwards = tied_pair.vllm.generate(prompts[::-1], WARM)
+    backwards = tied_pair.vllm.generate(prompts[::-1], WARM, told.append)
     assert sorted(map(id, told)) == sorted(map(id, backwards))  # the same objects, as they were finished
-    tied_pair.vllm.on_rollout = None
     by_seed = {rollout.seed: rollout.response_ids.tolist() for rollout in backwards}
     assert all(by_seed[rollout.seed] == rollout.response_ids.tolist() for rollout in first)
     assert len({str(rollout.response_ids.tolist()) for rollout in first}) == len(first)

@@ -9,6 +9,7 @@ import gc
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from opd_lightning.backends.vllm_requests import (
     warn_about_cut,
 )
 from opd_lightning.backends.vllm_weights import folder_weights, shared_memory_folder, write_blank_model, write_weights
-from opd_lightning.interfaces import Prompt, Rollout, RolloutEngine, Sampling, Student
+from opd_lightning.interfaces import Listener, Prompt, Rollout, RolloutEngine, Sampling, Student
 
 _OURS = ("model", "tokenizer", "load_format", "skip_tokenizer_init", "worker_extension_cls", "weight_transfer_config")
 _IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
@@ -46,7 +47,6 @@ class VLLMColocatedEngine(RolloutEngine):
     already has does nothing: whoever changes weights outside the optimiser must raise it (`on_weights_moved`).
 
     After the first sync vLLM and the student score the same tokens, and the engine refuses to go on if they disagree.
-
     Log-probabilities are those of the tempered distribution (`logprobs_mode: processed_logprobs`); under a top-p or
     top-k cut they are not known and NaN. A rollout is a function of weights, prompt, sampling and its seed up to the
     rounding of batched matrix products; the draws differ from `HFEngine`'s. The global random state, torch's thread
@@ -57,7 +57,8 @@ class VLLMColocatedEngine(RolloutEngine):
     Args:
         engine_args: Arguments of `vllm.LLM`, for example gpu_memory_utilization, max_model_len, enforce_eager,
             quantization, kv_cache_dtype. Where not given: dtype is bfloat16 on a GPU and float32 on a CPU,
-            max_model_len the student's context, gpu_memory_utilization 0.4 (the rest is for training).
+            max_model_len the student's context, gpu_memory_utilization 0.4 (the rest is for training), and on a CPU
+            prompts are prefilled whole.
         sleep: Give vLLM's GPU memory back between generations: its weights wait in CPU memory, its cache is dropped.
         own_process: Run vLLM in a child process; weights then go through a file in shared memory. Always so with
             `devices`, and with tensor_parallel_size or pipeline_parallel_size above 1.
@@ -95,6 +96,7 @@ class VLLMColocatedEngine(RolloutEngine):
                 f" {devices}."
             )
         self.own_process = own_process or devices is not None or self.num_shards > 1
+        self.generates_apart = self.own_process
         self.devices = devices
         self.max_mean_mismatch = max_mean_mismatch
         self._student: Student | None = None
@@ -148,7 +150,7 @@ class VLLMColocatedEngine(RolloutEngine):
                     self._student, model, self._score_tokens, self._tolerance, self.max_model_len, "engine"
                 )
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_rollout: Listener = None) -> list[Rollout]:
         """One rollout per seed of every prompt, in order.
 
         Raises:
@@ -166,7 +168,8 @@ class VLLMColocatedEngine(RolloutEngine):
             warn_about_cut(sampling)
         requests = [(prompt, seed) for prompt in prompts for seed in prompt.seeds]
         rollouts: dict[str, Rollout] = {}
-        with left_alone(self._device):
+        # what random state and threads a child has is its own; here another thread may be training meanwhile
+        with nullcontext() if self.own_process else left_alone(self._device):
             self._wake()
             engine = self._llm.llm_engine
             for i, (prompt, seed) in enumerate(requests):
@@ -184,8 +187,8 @@ class VLLMColocatedEngine(RolloutEngine):
                     token_ids, log_probs = list(answer.token_ids), answer.logprobs.logprobs
                     rollout = make_rollout(self._student, prompt, seed, token_ids, log_probs, sampling, stop_ids)
                     rollouts[output.request_id] = rollout
-                    if self.on_rollout is not None:
-                        self.on_rollout(rollout)
+                    if on_rollout is not None:
+                        on_rollout(rollout)
             if self.sleep:
                 self._llm.sleep(level=1)
                 self._asleep = True
@@ -221,6 +224,8 @@ class VLLMColocatedEngine(RolloutEngine):
             "generation_config": "vllm",
             "disable_log_stats": True,
         }
+        if self._device.type == "cpu":  # a seeded request whose prompt is cut in two stops the CPU build
+            defaults["enable_chunked_prefill"] = False
         # left to itself the CPU build pins its threads, and with them the training's, to the first cores
         variables = {_IN_PROCESS: "1" if self.own_process else "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         if self.own_process:
@@ -280,8 +285,7 @@ class VLLMColocatedEngine(RolloutEngine):
             SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False),
             use_tqdm=False,
         )[0]
-        entries = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
-        return [entry[token_id].logprob for token_id, entry in entries]
+        return [entry[i].logprob for i, entry in zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)]
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -15,8 +15,10 @@ from opd_lightning.interfaces.seams import (
     Teacher,
     TeacherScores,
     Tokenizer,
+    WeightsLost,
 )
 from opd_lightning.interfaces.words import (
+    Listener,
     Message,
     MicroBatch,
     Problem,
@@ -29,6 +31,7 @@ from opd_lightning.interfaces.words import (
 )
 
 __all__ = [
+    "Listener",
     "Message",
     "MicroBatch",
     "Outcome",
@@ -48,4 +51,5 @@ __all__ = [
     "Teacher",
     "TeacherScores",
     "Tokenizer",
+    "WeightsLost",
 ]

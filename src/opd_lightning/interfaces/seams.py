@@ -6,7 +6,7 @@ Knows nothing of Lightning, transformers or vLLM; every backend, task and select
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opd_lightning.interfaces.words import Message, MicroBatch, Problem, Prompt, Rollout, Sampling, Split
+from opd_lightning.interfaces.words import Listener, Message, MicroBatch, Problem, Prompt, Rollout, Sampling, Split
 
 
 class Tokenizer(ABC):
@@ -198,11 +198,15 @@ class Teacher(ABC):
         """Release what `setup` took."""
 
 
+class WeightsLost(ConnectionError):
+    """An engine no longer has the weights it was given, and cannot be given them again from where it is asked."""
+
+
 class RolloutEngine(ABC):
     """Generates responses with the student's current weights."""
 
     weight_version: int = -1  # version of the weights last synced; -1 before the first sync
-    on_rollout: Callable[[Rollout], None] | None = None  # told of each rollout early, by engines that can; any thread
+    generates_apart: bool = False  # whether `generate` may run in a thread while the student's weights change
 
     @abstractmethod
     def setup(self, student: Student, device: torch.device) -> None:
@@ -217,10 +221,11 @@ class RolloutEngine(ABC):
         self.weight_version = -1
 
     @abstractmethod
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_rollout: Listener = None) -> list[Rollout]:
         """One rollout per seed of every prompt, in order.
 
-        Leaves the global random state and the model's mode unchanged.
+        Leaves the global random state and the model's mode unchanged. Tells `on_rollout` of each rollout as it is
+        finished, from any thread, if it can.
         """
 
     def close(self) -> None:  # noqa: B027 - most have nothing to release

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -129,6 +129,10 @@ class Rollout:
         return replace(self, reward=reward)
 
 
+Listener = Callable[[Rollout], None] | None
+"""Told of rollouts one by one."""
+
+
 @dataclass
 class PromptBatch:
     """What the prompt stream yields: the problems of one step for this process.
@@ -161,6 +165,7 @@ class RolloutBatch:
         step: Step of the prompt stream.
         sampling: How they were sampled.
         seconds: Wall-clock seconds of each part ("sync", "generate", "grade").
+        staleness: Steps trained since the weights that generated them: 0 on-policy, 1 when generated one step ahead.
     """
 
     rollouts: list[Rollout]
@@ -168,6 +173,7 @@ class RolloutBatch:
     step: int
     sampling: Sampling
     seconds: dict[str, float] = field(default_factory=dict)
+    staleness: int = 0
 
     @property
     def num_response_tokens(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from opd_lightning.backends.hf.anatomy import evaluation_mode
 from opd_lightning.backends.hf.decoding import NonFiniteLogits, Responses, decode
-from opd_lightning.interfaces import Problem, Prompt, Rollout, RolloutEngine, Sampling, Student, Tokenizer
+from opd_lightning.interfaces import Listener, Problem, Prompt, Rollout, RolloutEngine, Sampling, Student, Tokenizer
 
 
 class HFEngine(RolloutEngine):
@@ -46,7 +46,7 @@ class HFEngine(RolloutEngine):
         self._model = model
         self.weight_version = weight_version
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_rollout: Listener = None) -> list[Rollout]:
         """One rollout per seed of every prompt, in order.
 
         Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from opd_lightning.backends.vllm_server.client import Connection, ServerPool, Se
 from opd_lightning.backends.vllm_server.preflight import ServedModel, check_served_model
 from opd_lightning.backends.vllm_server.transfer import FileTransfer, WeightTransfer
 from opd_lightning.backends.vllm_weights import folder_weights
-from opd_lightning.interfaces import Prompt, Rollout, RolloutEngine, Sampling, Student
+from opd_lightning.interfaces import Listener, Prompt, Rollout, RolloutEngine, Sampling, Student, WeightsLost
 
 _MOST_BIASED = 1024  # token ids whose logits a vLLM request may change
 
@@ -57,6 +58,8 @@ class VLLMServerEngine(RolloutEngine):
         ValueError: A setting is out of range.
     """
 
+    generates_apart = True
+
     def __init__(
         self,
         connection: Connection,
@@ -77,6 +80,7 @@ class VLLMServerEngine(RolloutEngine):
         self._kept_rows: int | None = None
         self._bias: dict[str, float] = {}
         self._run = ""
+        self._syncing_thread = 0
         self._has_warned = False
 
     def setup(self, student: Student, device: torch.device) -> None:
@@ -115,13 +119,14 @@ class VLLMServerEngine(RolloutEngine):
         if is_first:
             self._look_for_padding_rows(model)
         self._live, self.weight_version = model, weight_version
+        self._syncing_thread = threading.get_ident()
         self._push()
         if is_first:
             limit = self.max_mean_mismatch
             check_same_model(self._student, model, self._score_tokens, limit, self._max_model_len, "engine")
             check_tempered_log_probs(self._student, model, self.generate, limit, self._max_model_len)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_rollout: Listener = None) -> list[Rollout]:
         """One rollout per seed of every prompt, in order.
 
         Raises:
@@ -136,7 +141,7 @@ class VLLMServerEngine(RolloutEngine):
             self._has_warned = True
             warn_about_cut(sampling)
         while True:
-            rollouts = self._ask_for_rollouts(prompts, sampling, stop_ids)
+            rollouts = self._ask_for_rollouts(prompts, sampling, stop_ids, on_rollout)
             if not self._strangers():
                 return rollouts
             self._push_again()
@@ -161,7 +166,7 @@ class VLLMServerEngine(RolloutEngine):
         return f"{self._run}:{self.weight_version}"
 
     def _ask_for_rollouts(
-        self, prompts: Sequence[Prompt], sampling: Sampling, stop_ids: Sequence[int]
+        self, prompts: Sequence[Prompt], sampling: Sampling, stop_ids: Sequence[int], on_rollout: Listener
     ) -> list[Rollout]:
         assert self._pool is not None and self._student is not None and self._served is not None
         futures = []
@@ -174,19 +179,25 @@ class VLLMServerEngine(RolloutEngine):
                 }
                 if self._bias:
                     body["logit_bias"] = self._bias
-                read = partial(self._read, prompt, seed, sampling, stop_ids)
+                read = partial(self._read, prompt, seed, sampling, stop_ids, on_rollout)
                 futures.append(self._pool.submit("/v1/completions", body, read))
         return wait_for(futures)
 
     def _read(
-        self, prompt: Prompt, seed: int, sampling: Sampling, stop_ids: Sequence[int], answer: Mapping[str, Any]
+        self,
+        prompt: Prompt,
+        seed: int,
+        sampling: Sampling,
+        stop_ids: Sequence[int],
+        on_rollout: Listener,
+        answer: Mapping[str, Any],
     ) -> Rollout:
         assert self._student is not None
         choice = answer["choices"][0]
         token_ids, log_probs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
         rollout = make_rollout(self._student, prompt, seed, token_ids, log_probs, sampling, stop_ids)
-        if self.on_rollout is not None:
-            self.on_rollout(rollout)
+        if on_rollout is not None:
+            on_rollout(rollout)
         return rollout
 
     def _push(self) -> None:
@@ -201,8 +212,9 @@ class VLLMServerEngine(RolloutEngine):
         _barrier()
 
     def _push_again(self) -> None:
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            raise ConnectionError(
+        is_alone = not dist.is_initialized() or dist.get_world_size() == 1
+        if not is_alone or threading.get_ident() != self._syncing_thread:  # which may be changing the weights now
+            raise WeightsLost(
                 f"engine: {' and '.join(self._strangers())} no longer has this run's weights: restarted, or used by"
                 " another run. Resume from the last checkpoint."
             )
