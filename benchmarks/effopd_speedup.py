@@ -164,6 +164,8 @@ def run(arm: Arm, seed: int) -> dict[str, Any]:
         enable_model_summary=False,
     )
     trainer.fit(module, data)
+    if trainer.received_sigterm:
+        raise SystemExit("stopped in the middle of a run, which is not recorded")
     bar = {"kl": target.kl, "accuracy": target.accuracy}
     facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "bar": bar}
     return {
@@ -184,8 +186,8 @@ def main(groups: list[str]) -> None:
     torch.set_num_threads(1)
     FOLDER.mkdir(exist_ok=True)
     for group in groups or list(GROUPS):
-        num_seeds, arms = GROUPS[group]
-        for seed in range(num_seeds):
+        seeds, arms = GROUPS[group]
+        for seed in seeds:
             for arm in arms:
                 path = RESULTS[arm.target]
                 lines = path.read_text().splitlines() if path.exists() else []

@@ -143,13 +143,17 @@ def arms(*methods: str, **options: Any) -> list[Arm]:
 SLOW: dict[str, Any] = {"lr": 5e-5, "max_steps": 96}
 HALF_SLOW: dict[str, Any] = {"lr": 1e-4, "max_steps": 64}
 FAR: dict[str, Any] = {"prompts": 256, "max_steps": 64, "target": "far", "evaluate_every": 4}
+PAPER_RATIO: dict[str, Any] = {"prompts": 1024, "evaluate_every": 1}
 PAPER = ("effopd-accuracy", "effopd-kl", "effopd-fixed")
-GROUPS: dict[str, tuple[int, list[Arm]]] = {  # number of seeds, arms; most important first
-    "cautious": (5, arms("opd", *PAPER, **HALF_SLOW)),
-    "slow": (5, arms("opd", "effopd-kl", "effopd-fixed", "effopd-accuracy", **SLOW)),
-    "remedy": (5, [*arms("dense-fixed", **SLOW), *arms("dense-fixed", **HALF_SLOW)]),
+FIRST_FIVE, FIRST_THREE = range(5), range(3)
+# Seconds are compared within a session only. Seeds 0 to 4 belong to the first, later seeds to the second.
+FRESH_FIVE, FRESH_THREE = range(5, 10), range(5, 8)
+GROUPS: dict[str, tuple[range, list[Arm]]] = {  # seeds, arms; most important first
+    "cautious": (FIRST_FIVE, arms("opd", *PAPER, **HALF_SLOW)),
+    "slow": (FIRST_FIVE, arms("opd", "effopd-kl", "effopd-fixed", "effopd-accuracy", **SLOW)),
+    "remedy": (FIRST_FIVE, [*arms("dense-fixed", **SLOW), *arms("dense-fixed", **HALF_SLOW)]),
     "tuned": (
-        3,
+        FIRST_THREE,
         [
             Arm("opd", 5e-4, averaged=True),
             *arms("two-sided-kl", "two-sided-fixed", lr=5e-4),
@@ -160,15 +164,15 @@ GROUPS: dict[str, tuple[int, list[Arm]]] = {  # number of seeds, arms; most impo
         ],
     ),
     "large": (
-        3,
+        FIRST_THREE,
         [
             *arms("opd", "two-sided-kl", lr=1e-3, prompts=256, max_steps=24),
             *arms("opd", "dense-two-sided-fixed", lr=5e-4, prompts=256, max_steps=24),
         ],
     ),
-    "confirm": (12, arms("opd", "dense-fixed", **SLOW)),  # seeds 0 to 4 designed it, the others confirm
+    "every-4": (FIRST_FIVE, arms("two-sided-kl", "fine-fixed", "fine-kl", **HALF_SLOW)),
     "no-harm": (
-        3,
+        FIRST_THREE,
         [
             Arm("dense-two-sided-fixed", 5e-4),
             Arm("opd", 2e-3, averaged=True, max_steps=32),
@@ -176,12 +180,25 @@ GROUPS: dict[str, tuple[int, list[Arm]]] = {  # number of seeds, arms; most impo
             Arm("effopd-accuracy", 5e-4),
         ],
     ),
+    "confirm": (range(5, 12), arms("opd", "dense-fixed", **SLOW)),
+    "too-large": (
+        FRESH_FIVE,
+        [
+            Arm("opd", 2e-3, averaged=True, max_steps=32),
+            *arms("two-sided-kl", "dense-two-sided-fixed", lr=2e-3, max_steps=32),
+            Arm("opd", 5e-4, averaged=True),
+            Arm("dense-two-sided-fixed", 5e-4),
+        ],
+    ),
     "baselines": (
-        5,
-        [*arms("alphaopd-accuracy", "exopd-1.25", **HALF_SLOW), *arms("alphaopd-accuracy", "exopd-1.25", **SLOW)],
+        FRESH_THREE,
+        [
+            *arms("alphaopd-accuracy", "exopd-1.25", **SLOW),
+            *arms("opd", "alphaopd-accuracy", "exopd-1.25", **HALF_SLOW),
+        ],
     ),
     "baselines-more": (
-        3,
+        FRESH_THREE,
         [
             *arms("exopd-1.25", "exopd-1.5", lr=5e-4),
             *arms("alphaopd-kl-rescaled", "exopd-1.5", **HALF_SLOW),
@@ -189,17 +206,35 @@ GROUPS: dict[str, tuple[int, list[Arm]]] = {  # number of seeds, arms; most impo
         ],
     ),
     "sizes": (
-        3,
-        arms("effopd-accuracy-10", "effopd-accuracy-200", "effopd-fixed-10", "effopd-fixed-64", **SLOW),
+        FRESH_THREE,
+        [
+            *arms("effopd-accuracy-10", "effopd-accuracy", "effopd-accuracy-200", **SLOW),
+            *arms("effopd-fixed-10", "effopd-fixed", "effopd-fixed-64", **SLOW),
+        ],
     ),
-    "difficulty": (3, arms(*(f"effopd-accuracy-level-{level}" for level in (1, 2, 3)), **SLOW)),
+    "difficulty": (FRESH_THREE, arms(*(f"effopd-accuracy-level-{level}" for level in (1, 2, 3)), **SLOW)),
     "ideas": (
-        3,
+        FRESH_THREE,
         [
             *arms("adaptive-fixed", "moments-along-fixed", "moments-forgotten-fixed", "gradient-fixed", **SLOW),
             Arm("adaptive-fixed", 5e-4),
         ],
     ),
-    "every-4": (5, arms("two-sided-kl", "fine-fixed", "fine-kl", **HALF_SLOW)),
-    "far-explore": (1, [Arm("opd", lr, averaged=True, **FAR) for lr in (1e-3, 5e-4, 2e-3)]),
+    "paper-ratio": (  # 50 scored prompts beside 1,024 rollouts
+        FRESH_THREE,
+        [
+            *arms("opd", "two-sided-kl", lr=5e-4, max_steps=16, **PAPER_RATIO),
+            *arms("effopd-kl", "effopd-accuracy", "opd", lr=1e-4, max_steps=64, **PAPER_RATIO),
+        ],
+    ),
+    "far-explore": (range(1), [Arm("opd", lr, averaged=True, **FAR) for lr in (1e-3, 5e-4, 2e-3)]),
+    "far": (
+        range(1, 4),
+        [
+            Arm("opd", 1e-3, averaged=True, **FAR),
+            *arms("two-sided-kl", "dense-two-sided-fixed", lr=1e-3, **FAR),
+            *arms("two-sided-kl", "dense-two-sided-fixed", lr=2e-3, **FAR),
+            *[Arm("opd", lr, warmup=4, decay=48, averaged=True, **FAR) for lr in (1e-3, 2e-3)],
+        ],
+    ),
 }
