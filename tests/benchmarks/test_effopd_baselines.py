@@ -1,8 +1,6 @@
-"""The identities that make AlphaOPD and ExOPD what they claim to be (the scripts are loaded by path)."""
+"""The identities that make AlphaOPD and ExOPD what they claim to be."""
 
-import importlib.util
-from pathlib import Path
-
+import effopd_baselines as baselines
 import pytest
 import torch
 from toys import make_data, make_module, make_trainer, weights_of
@@ -10,11 +8,6 @@ from toys import make_data, make_module, make_trainer, weights_of
 from opd_lightning.backends.hf import HFTeacher
 from opd_lightning.interfaces import Score
 from opd_lightning.objectives import DenseScores, Objective
-
-PATH = Path(__file__).parents[2] / "benchmarks" / "effopd_baselines.py"
-_SPEC = importlib.util.spec_from_file_location("effopd_baselines", PATH)
-baselines = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(baselines)
 
 
 def random_scores(seed, num_tokens=4, vocabulary=7):
