@@ -127,7 +127,7 @@ def expected_over_samples(case, objective, sampling_log_probs):
     return total
 
 
-@pytest.mark.parametrize("importance", ["none", "truncated", "ppo"])
+@pytest.mark.parametrize("importance", ["none", "truncated", "masked", "ppo"])
 @pytest.mark.parametrize("divergence", REFERENCES, ids=repr)
 def test_the_sampled_token_is_unbiased_on_policy(divergence, importance):
     case = make_case()

@@ -161,6 +161,14 @@ def test_truncated_importance_is_capped(ratio, used):
 
 
 @pytest.mark.parametrize(
+    ("ratio", "used"), [(0.19, 0.0), (0.21, 0.21), (1.0, 1.0), (4.9, 4.9), (5.1, 0.0), (30.0, 0.0)]
+)
+def test_masked_importance_leaves_out_what_is_too_far_off(ratio, used):
+    objective = Objective(support="sampled_token", estimator="score_function", importance="masked")
+    assert slope(objective, math.log(ratio), -0.4) == pytest.approx(used * 0.4)
+
+
+@pytest.mark.parametrize(
     ("ratio", "advantage", "expected"),
     [
         (1.0, 0.5, -0.5),  # inside: the plain policy gradient

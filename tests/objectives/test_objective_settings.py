@@ -29,6 +29,7 @@ REFUSED = [
     ({"student_temperature": math.nan}, r"objective\.student_temperature"),
     ({"teacher_temperature": -1.0}, r"objective\.teacher_temperature"),
     ({"teacher_temperature": math.inf}, r"objective\.teacher_temperature"),
+    ({**SAMPLED, "importance": "masked", "importance_cap": 1.0}, r"objective\.importance_cap: .*wants more than 1"),
     ({**SAMPLED, "importance_cap": 0.5}, r"objective\.importance_cap: expected a finite number of at least 1"),
     ({**SAMPLED, "importance": "ppo", "clip_low": 1.0}, r"objective\.clip_low: expected a number between 0 and 1"),
     ({**SAMPLED, "importance": "ppo", "clip_high": 0.0}, r"objective\.clip_high"),

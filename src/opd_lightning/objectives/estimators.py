@@ -6,6 +6,7 @@ of the divergence at the current weights.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -65,7 +66,7 @@ def sampled_token_losses(
     rollout_log_probs: Tensor,
     divergence: Divergence,
     *,
-    importance: Literal["truncated", "ppo", "none"],
+    importance: Literal["truncated", "masked", "ppo", "none"],
     importance_cap: float,
     clip_low: float,
     clip_high: float,
@@ -76,7 +77,9 @@ def sampled_token_losses(
     "truncated" multiplies A by sg[min(ratio, cap)], ratio = p / p_rollout: it corrects each token for the difference
     between the engine that drew it and the student that trains on it; the cap bounds the variance and leaves a small
     bias. "ppo" is -min(ratio A, clip(ratio, 1 - low, 1 + high) A) (arXiv 1707.06347, Eq. 7): a token gets no gradient
-    once its ratio has left the interval in the direction that A asks for.
+    once its ratio has left the interval in the direction that A asks for. "masked" weights by the ratio as it is and
+    leaves tokens out whose ratio is above the cap or below its inverse: such a token says more about the difference of
+    the two models than about the teacher.
 
     Args:
         student_log_probs: [n] log p of the sampled tokens with gradient.
@@ -84,7 +87,7 @@ def sampled_token_losses(
         rollout_log_probs: [n] their log-probabilities when they were drawn.
         divergence: Gives the reward.
         importance: Which correction.
-        importance_cap: Largest ratio of "truncated".
+        importance_cap: Largest ratio of "truncated" and "masked".
         clip_low: How far below 1 the ratio of "ppo" may go.
         clip_high: How far above 1 the ratio of "ppo" may go.
         advantage_clip: Bound on |reward|.
@@ -98,4 +101,7 @@ def sampled_token_losses(
     if importance == "truncated":
         return -log_ratio.detach().exp().clamp(max=importance_cap) * advantages * student
     ratio = log_ratio.exp()
+    if importance == "masked":
+        weight = ratio.detach() * (log_ratio.detach().abs() <= math.log(importance_cap))
+        return -weight * advantages * student
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)

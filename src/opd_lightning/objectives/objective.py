@@ -85,9 +85,10 @@ class Objective:
             "normalized".
         centered: Subtract the w-mean of the advantages of each position.
         importance: Correction of the sampled token's score function for tokens drawn with older weights or by another
-            engine: a "truncated" ratio, the "ppo" clipped surrogate (for more than one update per rollout batch), or
-            "none". null means "truncated" there. Candidate supports take the expectation analytically and need none.
-        importance_cap: Largest ratio of "truncated".
+            engine: a "truncated" ratio, a "masked" one (tokens too far off are left out), the "ppo" clipped surrogate
+            (for more than one update per rollout batch), or "none". null means "truncated" there. Candidate supports
+            take the expectation analytically and need none.
+        importance_cap: Largest ratio of "truncated"; "masked" also leaves out what is below its inverse.
         clip_low: How far below 1 the ratio of "ppo" may go.
         clip_high: How far above 1 the ratio of "ppo" may go.
         advantage_clip: Bound on the absolute reward, before centring; null leaves it free.

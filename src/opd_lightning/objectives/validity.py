@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from opd_lightning.objectives.objective import Objective
 
 Estimator = Literal["direct", "score_function"]
-Importance = Literal["truncated", "ppo", "none"]
+Importance = Literal["truncated", "masked", "ppo", "none"]
 
 VOCABULARIES: dict[str, Any] = {
     "support": Support,
@@ -56,7 +56,7 @@ def check_objective(objective: Objective) -> None:
         _check_top_k(objective)
     if objective.estimator == "direct":
         _check_direct(objective)
-    elif objective.support != "sampled_token" and objective.importance in ("truncated", "ppo"):
+    elif objective.support != "sampled_token" and objective.importance in ("truncated", "masked", "ppo"):
         raise ValueError(
             f"objective.importance: with support='{objective.support}' the expectation over tokens is taken "
             "analytically under the current student, so there is no sampled token whose ratio "
@@ -83,6 +83,8 @@ def _check_numbers(objective: Objective) -> None:
     for name, (holds, wanted) in ranges.items():
         if not holds:
             raise ValueError(f"objective.{name}: expected {wanted}, got {getattr(objective, name)}.")
+    if objective.importance == "masked" and objective.importance_cap == 1:
+        raise ValueError("objective.importance_cap: importance='masked' wants more than 1, which leaves nothing.")
 
 
 def _check_sampled_token(objective: Objective) -> None:
@@ -151,8 +153,8 @@ def _warn_about_ignored(objective: Objective) -> None:
     ignored = {
         "k": (objective.k != DEFAULT_K and not has_lists, "a top-k support"),
         "importance_cap": (
-            objective.importance_cap != DEFAULT_IMPORTANCE_CAP and importance != "truncated",
-            "importance='truncated'",
+            objective.importance_cap != DEFAULT_IMPORTANCE_CAP and importance not in ("truncated", "masked"),
+            "importance='truncated' or 'masked'",
         ),
         "clip_low": (objective.clip_low != DEFAULT_CLIP and importance != "ppo", "importance='ppo'"),
         "clip_high": (objective.clip_high != DEFAULT_CLIP and importance != "ppo", "importance='ppo'"),
