@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
-from toys import LetterTask, make_data, make_module, make_trainer, weights_of
+from toys import CopyEngine, LetterTask, make_data, make_module, make_trainer, weights_of
 
 from opd_lightning.selection import DifficultyPool
 
@@ -21,12 +21,17 @@ class Notes(Callback):
         self.seeds.append([rollout.seed for rollout in batch.rollouts])
 
 
+def make_strategy(num_processes):
+    return DDPStrategy(process_group_backend="gloo") if num_processes > 1 else "auto"
+
+
 def main(num_processes, student, teacher, output):
     output = Path(output)
     notes = Notes()
-    strategy = DDPStrategy(process_group_backend="gloo") if num_processes > 1 else "auto"
     options = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
-    trainer = make_trainer(output, 4, devices=num_processes, strategy=strategy, callbacks=[notes], **options)
+    trainer = make_trainer(
+        output, 4, devices=num_processes, strategy=make_strategy(num_processes), callbacks=[notes], **options
+    )
     small_steps = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1)}
     module = make_module(student, teacher, max_tokens_per_micro_batch=64, **small_steps)
     data = make_data(task=LetterTask(num_held_out=5), selector=DifficultyPool())
@@ -34,6 +39,17 @@ def main(num_processes, student, teacher, output):
     facts = {"metrics": notes.metrics, "seeds": notes.seeds, "selector": repr(data.selector.state_dict())}
     (output / f"rank{trainer.global_rank}.json").write_text(json.dumps(facts))
     torch.save(weights_of(module), output / f"rank{trainer.global_rank}.pt")
+    run_ahead(num_processes, student, teacher, output)
+
+
+def run_ahead(num_processes, student, teacher, output):
+    """Generation one step ahead: a whole run, and one that is stopped and resumed."""
+    for name, steps, checkpoint in (("whole", 4, None), ("first", 2, None), ("resumed", 4, output / "first.ckpt")):
+        trainer = make_trainer(output, steps, devices=num_processes, strategy=make_strategy(num_processes))
+        module = make_module(student, teacher, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+        trainer.fit(module, make_data(engine=CopyEngine(), generate_ahead=True), ckpt_path=checkpoint)
+        trainer.save_checkpoint(output / f"{name}.ckpt")
+        torch.save(weights_of(module), output / f"ahead_{name}_rank{trainer.global_rank}.pt")
 
 
 if __name__ == "__main__":

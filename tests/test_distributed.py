@@ -60,3 +60,14 @@ def test_metrics_are_reduced_over_processes(runs):
 @pytest.mark.slow
 def test_the_selector_sees_the_outcomes_of_all_processes(runs):
     assert facts(runs[1])["selector"] == facts(runs[2], 0)["selector"] == facts(runs[2], 1)["selector"]
+
+
+@pytest.mark.slow
+def test_generated_ahead_and_resumed_on_two_processes_equals_the_whole_run(runs):
+    for rank in (0, 1):
+        whole, resumed = (torch.load(runs[2] / f"ahead_{name}_rank{rank}.pt") for name in ("whole", "resumed"))
+        for name, weight in torch.load(runs[1] / "ahead_whole_rank0.pt").items():
+            assert torch.equal(resumed[name], whole[name]), name
+            torch.testing.assert_close(whole[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+    groups = torch.load(runs[2] / "first.ckpt", weights_only=True)["OPDDataModule"]["ahead"]["groups"]
+    assert [len(group) for group in groups] == [2] * 4

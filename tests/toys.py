@@ -1,5 +1,7 @@
 """A toy task and short runs for tests that need the whole trainer on tiny real models."""
 
+import copy
+import time
 from pathlib import Path
 
 import torch
@@ -10,6 +12,31 @@ from opd_lightning.datamodule import OPDDataModule
 from opd_lightning.interfaces import Problem, Sampling, Task
 from opd_lightning.module import OPDModule
 from opd_lightning.selection import Shuffled
+
+
+class CopyEngine(HFEngine):
+    """Generates with a copy of the weights, as vLLM does; remembers which versions it was given."""
+
+    generates_apart = True
+
+    def __init__(self, delay=0.0):
+        super().__init__()
+        self.delay, self.versions, self.failures = delay, [], []
+
+    def sync(self, model, weight_version):
+        if weight_version != self.weight_version:
+            super().sync(copy.deepcopy(model), weight_version)
+            self.versions.append(weight_version)
+
+    def generate(self, prompts, sampling, on_rollout=None):
+        time.sleep(self.delay)
+        if self.failures and (error := self.failures.pop(0)):
+            raise error
+        rollouts = super().generate(prompts, sampling)
+        for rollout in rollouts:
+            if on_rollout is not None:
+                on_rollout(rollout)
+        return rollouts
 
 
 class LetterTask(Task):

@@ -7,16 +7,18 @@ before `training_step` whatever its fetcher does: the rollouts of a step always 
 from __future__ import annotations
 
 import time
-import warnings
 from typing import Any
 
 import torch
 from lightning import LightningDataModule
 
-from opd_lightning.evaluation import answer, render_prompts
+from opd_lightning.ahead import AheadEngine, generate
+from opd_lightning.evaluation import Answers, grade, render_prompts
+from opd_lightning.extrapolation import gather_objects
 from opd_lightning.interfaces import (
     Outcome,
     Problem,
+    Prompt,
     PromptBatch,
     PromptSelector,
     RolloutBatch,
@@ -26,8 +28,9 @@ from opd_lightning.interfaces import (
     Task,
     Tokenizer,
 )
+from opd_lightning.prompt_limits import check_not_empty, check_stop_ids, keep_fitting
 from opd_lightning.randomness import derive_seed
-from opd_lightning.streams import HeldOutBatches, PromptStream, held_out_batches
+from opd_lightning.streams import HeldOutBatches, PromptStream, held_out_batches, join_shares
 
 
 class OPDDataModule(LightningDataModule):
@@ -49,6 +52,8 @@ class OPDDataModule(LightningDataModule):
         predict_split: Split that `predict` answers.
         num_reserved: Training problems kept out of training, for EffOPD's scores.
         seed: Decides prompt order and every sample, together with step and position.
+        generate_ahead: Generate the next step's rollouts while this step trains, with the weights from before it: off
+            policy by one step. The engine needs its own copy of the weights (docs/vllm.md).
 
     Raises:
         ValueError: A number is out of range, or a split has no problems.
@@ -71,22 +76,24 @@ class OPDDataModule(LightningDataModule):
         predict_split: Split = "test",
         num_reserved: int = 0,
         seed: int = 0,
+        generate_ahead: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("prompts_per_step", prompts_per_step),
-            ("rollouts_per_prompt", rollouts_per_prompt),
-            ("validation_samples", validation_samples),
-            ("validation_batch_size", validation_batch_size),
-            ("num_validation_problems", num_validation_problems),
-            ("max_prompt_tokens", max_prompt_tokens),
+        for name, value, least in (
+            ("prompts_per_step", prompts_per_step, 1),
+            ("rollouts_per_prompt", rollouts_per_prompt, 1),
+            ("validation_samples", validation_samples, 1),
+            ("validation_batch_size", validation_batch_size, 1),
+            ("num_validation_problems", num_validation_problems, 1),
+            ("max_prompt_tokens", max_prompt_tokens, 1),
+            ("num_reserved", num_reserved, 0),
         ):
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name}: expected an integer of at least 1, got {value}.")
-        if num_reserved < 0:
-            raise ValueError(f"data.num_reserved: expected an integer of at least 0, got {num_reserved}.")
+            if value is not None and value < least:
+                raise ValueError(f"data.{name}: expected an integer of at least {least}, got {value}.")
         self.task = task
-        self.engine = engine if engine is not None else _default_engine()
+        engine = engine if engine is not None else _default_engine()
+        self.ahead = AheadEngine(engine) if generate_ahead else None
+        self.engine = self.ahead or engine
         self.selector = selector if selector is not None else _default_selector()
         self.sampling = sampling
         self.prompts_per_step = prompts_per_step
@@ -117,6 +124,7 @@ class OPDDataModule(LightningDataModule):
         return {
             "seed_everything (data.seed)": self.seed,
             "data.prompts_per_step": self.prompts_per_step,
+            "data.generate_ahead": self.ahead is not None,
             "data.selector": type(self.selector).__name__,
             "data.task (number of training problems)": len(self.stream.problems),
         }
@@ -140,6 +148,7 @@ class OPDDataModule(LightningDataModule):
                 )
             self.selector.setup(problems, self.seed)
             self.stream = PromptStream(problems, self.selector, self.prompts_per_step)
+            self.load_state_dict({})
         wanted: dict[str, list[Split]] = {
             "fit": ["validation"],
             "validate": ["validation"],
@@ -191,48 +200,67 @@ class OPDDataModule(LightningDataModule):
         return self.generate(batch) if self.trainer.training else batch
 
     def generate(self, batch: PromptBatch) -> RolloutBatch:
-        """Sync the engine, generate, grade, and let the selector see the outcomes of all ranks."""
-        assert self.trainer is not None
-        module = self._module
+        """Generate, or take what was generated ahead; grade; let the selector see the outcomes of all ranks."""
+        prompts, seconds = self._render(batch), {"sync": 0.0}
+        generation = self.ahead.take(batch, prompts) if self.ahead else None
+        if generation is None:
+            seconds["sync"] = self._sync()
+            with self.trainer.precision_plugin.forward_context():  # type: ignore[union-attr]  # this hook is outside
+                generation = generate(self.engine, prompts, self.sampling, self._module.prefetch, step=batch.step)
         started = time.perf_counter()
+        rollouts = grade(self.task, generation.rollouts)
+        seconds["grade"] = time.perf_counter() - started
+        groups = Answers(rollouts, self.rollouts_per_prompt, seconds).by_problem()
+        rewards = [tuple(rollout.reward for rollout in group) for group in groups]
+        outcomes = [Outcome(*pair) for pair in zip(batch.indices, rewards, strict=True)]
+        self.selector.observe(join_shares(gather_objects(outcomes)))
+        if self.ahead:
+            assert self.stream is not None
+            following = self.stream.draw_ahead()
+            seconds["sync"] += self._sync()
+            self.ahead.start(self._render(following), self.sampling, self._module.prefetch, step=following.step)
+        return RolloutBatch(
+            rollouts=rollouts,
+            weight_version=generation.weight_version,
+            step=batch.step,
+            sampling=self.sampling,
+            seconds=generation.seconds | seconds,
+            staleness=generation.staleness,
+        )
+
+    def commit(self) -> None:
+        """The last batch has been trained: from now on checkpoints continue after it."""
+        assert self.stream is not None
+        self.stream.commit()
+        if self.ahead:
+            self.ahead.commit()
+
+    def state_dict(self) -> dict[str, Any]:
+        """With `generate_ahead`, the next step's rollouts: the weights that made them are in no checkpoint."""
+        return {"ahead": self.ahead.state_dict(self.rollouts_per_prompt)} if self.ahead else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict`, or start over from an empty one."""
+        if self.ahead:
+            self.ahead.load_state_dict(state_dict.get("ahead"))
+
+    def teardown(self, stage: str) -> None:
+        """Close the engine."""
+        self.engine.close()
+
+    def _sync(self) -> float:
+        module, started = self._module, time.perf_counter()
         self.engine.sync(module.student, module.weight_version)
-        synced = time.perf_counter() - started
-        prompts = render_prompts(
+        return time.perf_counter() - started
+
+    def _render(self, batch: PromptBatch) -> list[Prompt]:
+        return render_prompts(
             self.tokenizer,
             batch.problems,
             batch.positions,
             num_samples=self.rollouts_per_prompt,
             seed_parts=(self.seed, "train", batch.step),
         )
-        # this hook runs outside autocast and with gradients on
-        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            answers = answer(self.engine, self.task, prompts, self.sampling, num_samples=self.rollouts_per_prompt)
-        outcomes = [
-            Outcome(index, tuple(rollout.reward for rollout in group))
-            for index, group in zip(batch.indices, answers.by_problem(), strict=True)
-        ]
-        self.selector.observe(self._gather(outcomes))
-        return RolloutBatch(
-            rollouts=answers.rollouts,
-            weight_version=self.engine.weight_version,
-            step=batch.step,
-            sampling=self.sampling,
-            seconds={"sync": synced, **answers.seconds},
-        )
-
-    def teardown(self, stage: str) -> None:
-        """Close the engine."""
-        self.engine.close()
-
-    def _gather(self, outcomes: list[Outcome]) -> list[Outcome]:
-        """Outcomes of all ranks in the step's global order, the same on each of them."""
-        assert self.trainer is not None
-        world_size = self.trainer.world_size
-        if world_size == 1:
-            return outcomes
-        gathered: list[list[Outcome]] = [[] for _ in range(world_size)]
-        torch.distributed.all_gather_object(gathered, outcomes)
-        return [gathered[i % world_size][i // world_size] for i in range(self.prompts_per_step)]
 
     def _held_out_loader(self, split: Split) -> HeldOutBatches:
         assert self.trainer is not None
@@ -243,45 +271,21 @@ class OPDDataModule(LightningDataModule):
     def _fitting_problems(self, split: Split, sampling: Sampling) -> list[Problem]:
         """Problems of the split whose prompts leave room for a whole response."""
         problems = self.task.problems(split)
-        if not problems:
-            skip = " or set trainer.limit_val_batches: 0" if split == "validation" else ""
-            raise ValueError(
-                f"data.task: {type(self.task).__name__} has no problems in its {split!r} split. Give it some{skip}."
-            )
-        if any(not 0 <= stop_id < self.tokenizer.vocab_size for stop_id in sampling.stop_ids or ()):
-            raise ValueError(
-                f"sampling.stop_ids: expected token ids from 0 to {self.tokenizer.vocab_size - 1}, got"
-                f" {sampling.stop_ids}."
-            )
-        setting = "data.sampling" if sampling is self.sampling else "data.validation_sampling"
-        context = self._module.spec.context_length
-        limit = min(self.max_prompt_tokens or context, context - sampling.max_new_tokens)
-        if limit < 1:
-            raise ValueError(
-                f"{setting}.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in the student's"
-                f" context of {context} tokens. Lower it."
-            )
-        lengths = [len(self.tokenizer.render(problem.messages)) for problem in problems]
-        too_long = [(length, problem.uid) for length, problem in zip(lengths, problems, strict=True) if length > limit]
-        if split == "train":
-            self.longest_prompt = max((length for length in lengths if length <= limit), default=0)
-        if not too_long:
-            return problems
-        longest, uid = max(too_long)
-        own_limit = "" if limit != self.max_prompt_tokens else f", data.max_prompt_tokens is {limit}"
-        finding = (
-            f"{len(too_long)} of {len(problems)} {split} prompts are longer than {limit} tokens (longest: {longest}"
-            f" tokens, problem {uid!r}; the student's context is {context} tokens, {setting}.max_new_tokens is"
-            f" {sampling.max_new_tokens}{own_limit})."
+        check_not_empty(problems, type(self.task).__name__, split)
+        check_stop_ids(sampling, self.tokenizer.vocab_size)
+        problems, longest = keep_fitting(
+            problems,
+            [len(self.tokenizer.render(problem.messages)) for problem in problems],
+            split=split,
+            setting="data.sampling" if sampling is self.sampling else "data.validation_sampling",
+            context=self._module.spec.context_length,
+            max_new_tokens=sampling.max_new_tokens,
+            max_prompt_tokens=self.max_prompt_tokens,
+            drop=self.drop_long_prompts,
         )
-        if len(too_long) == len(problems):
-            raise ValueError(
-                f"{finding} None is left: {'raise max_prompt_tokens' if own_limit else 'lower max_new_tokens'}."
-            )
-        if not self.drop_long_prompts:
-            raise ValueError(f"{finding} Set data.drop_long_prompts: true, or change these numbers.")
-        warnings.warn(f"{finding} They are left out.", stacklevel=2)
-        return [problem for length, problem in zip(lengths, problems, strict=True) if length <= limit]
+        if split == "train":
+            self.longest_prompt = longest
+        return problems
 
 
 def _default_engine() -> RolloutEngine:

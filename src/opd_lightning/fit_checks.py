@@ -50,6 +50,12 @@ def check_fit(
             " this objective does not correct for that (objective.importance).",
             stacklevel=2,
         )
+    if data.ahead and objective.support == "sampled_token" and objective.effective_importance == "none":
+        warnings.warn(
+            "data.generate_ahead: rollouts come from weights one step older, and this objective does not correct for"
+            " that. Set objective.importance: truncated.",
+            stacklevel=2,
+        )
     objective.check_sampling(data.sampling)
     teacher.check(objective.request())
     if data.prompts_per_step % trainer.world_size:

@@ -94,7 +94,8 @@ class OPDModule(StudentModule):
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Any]:
         """Move the student towards the teacher on its own rollouts; returns the loss of every token, in nats."""
-        assert batch.weight_version == self.weight_version, "rollouts must come from the weights they train"
+        is_fresh = batch.weight_version == self.weight_version
+        assert is_fresh or batch.staleness, "rollouts must come from the weights they train"
         # dropout must not depend on how often the global generator was used before: a resumed run has used it less
         torch.manual_seed(derive_seed(self._data.seed, "dropout", batch.step, self.global_rank))
         self.stopwatch = Stopwatch(self.device)
@@ -109,7 +110,7 @@ class OPDModule(StudentModule):
             self.update_weights()
         self.last_rollouts = batch.rollouts
         self.log_step(batch)
-        self._data.stream.commit()
+        self._data.commit()
         return {"token_losses": token_losses}
 
     def accumulate_gradients(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
@@ -151,6 +152,11 @@ class OPDModule(StudentModule):
             self.step_metrics.update(result.statistics.sums, result.statistics.maxima)
             token_losses.append(result.token_losses.cpu())
         return token_losses
+
+    def prefetch(self, rollout: Rollout, step: int) -> None:
+        """Let a teacher that can begin to score a rollout of this step, from any thread."""
+        assert self.teacher is not None
+        self.teacher.prefetch(rollout, self.score_request, step)
 
     def update_weights(self) -> None:
         """Clip and step; skip the step when the gradient is not finite."""
@@ -287,6 +293,7 @@ class OPDModule(StudentModule):
         self.step_metrics.reset()
         values["skipped_steps"] = float(self.num_skipped_steps)
         values["weight_version"] = float(self.weight_version)
+        values["staleness"] = float(batch.staleness)
         shown = ("reverse_kl", "accuracy")
         for name, value in values.items():
             self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=1)

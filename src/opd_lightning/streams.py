@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from opd_lightning.interfaces import Problem, PromptBatch, PromptSelector
+
+T = TypeVar("T")
 
 
 class PromptStream(Iterable[PromptBatch]):
@@ -24,6 +26,7 @@ class PromptStream(Iterable[PromptBatch]):
         self.selector = selector
         self.batch_size = batch_size
         self.step = 0  # batches yielded since the start of training
+        self._ahead: list[int] = []  # indices of the next batch, where it is chosen already
         self.rank, self.world_size = 0, 1
         self.commit()
 
@@ -34,15 +37,24 @@ class PromptStream(Iterable[PromptBatch]):
     def __iter__(self) -> Iterator[PromptBatch]:
         """Yield what is left of the current pass, or a whole new one."""
         for _ in range(self.step % len(self), len(self)):
-            indices = self.selector.select(self.batch_size)
+            indices = self._ahead or self.selector.select(self.batch_size)
+            self._ahead = []
             self.step += 1
-            mine = range(self.rank, self.batch_size, self.world_size)
-            yield PromptBatch(
-                problems=[self.problems[indices[i]] for i in mine],
-                indices=[indices[i] for i in mine],
-                positions=list(mine),
-                step=self.step - 1,
-            )
+            yield self._make_batch(indices, self.step - 1)
+
+    def draw_ahead(self) -> PromptBatch:
+        """Choose now what will be yielded next, and return it."""
+        self._ahead = self.selector.select(self.batch_size)
+        return self._make_batch(self._ahead, self.step)
+
+    def _make_batch(self, indices: Sequence[int], step: int) -> PromptBatch:
+        mine = range(self.rank, self.batch_size, self.world_size)
+        return PromptBatch(
+            problems=[self.problems[indices[i]] for i in mine],
+            indices=[indices[i] for i in mine],
+            positions=list(mine),
+            step=step,
+        )
 
     def commit(self) -> None:
         """Declare the last batch trained: from now on checkpoints continue after it."""
@@ -50,6 +62,7 @@ class PromptStream(Iterable[PromptBatch]):
             "step": self.step,
             "batch_size": self.batch_size,
             "selector": self.selector.state_dict(),
+            "ahead": list(self._ahead),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -69,6 +82,7 @@ class PromptStream(Iterable[PromptBatch]):
             )
         self.step = state["step"]
         self.selector.load_state_dict(state["selector"])
+        self._ahead = list(state.get("ahead", ()))  # absent from older checkpoints
         self.commit()
 
 
@@ -96,3 +110,8 @@ def held_out_batches(problems: Sequence[Problem], size: int, rank: int, world_si
     mine = list(range(rank, len(problems), world_size))
     chunks = [mine[start : start + size] for start in range(0, max(1, len(mine)), size)]
     return HeldOutBatches([PromptBatch([problems[i] for i in chunk], chunk, chunk, step=0) for chunk in chunks])
+
+
+def join_shares(shares: Sequence[Sequence[T]]) -> list[T]:
+    """What the ranks hold, by rank, in the global order of the positions that were dealt out to them."""
+    return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]

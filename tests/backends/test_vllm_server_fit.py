@@ -21,7 +21,7 @@ def folders(tmp_path_factory):
     ]
 
 
-def make_run(folders, urls, **connection):
+def make_run(folders, urls, generate_ahead=False, **connection):
     engine = VLLMServerEngine(Connection([urls[0]], **connection))
     teacher = VLLMServerTeacher(Connection([urls[1]], **connection), max_top_k=0)
     module = make_module(
@@ -30,7 +30,7 @@ def make_run(folders, urls, **connection):
         objective=Objective(support="sampled_token", estimator="score_function"),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
     )
-    return module, make_data(engine=engine, sampling=Sampling(max_new_tokens=6))
+    return module, make_data(engine=engine, sampling=Sampling(max_new_tokens=6), generate_ahead=generate_ahead)
 
 
 class Watch(Callback):
@@ -50,6 +50,30 @@ def test_every_step_is_on_policy(folders, tmp_path):
         make_trainer(tmp_path, 3, callbacks=[watch]).fit(module, data)
     assert len(watch.mismatch) == 3 and max(watch.mismatch) < 1e-4
     assert module.weight_version == 3
+
+
+@pytest.mark.parametrize("generate_ahead", [False, True])
+def test_the_teacher_is_asked_as_rollouts_come_and_nothing_twice(folders, tmp_path, generate_ahead):
+    student, teacher = map(FakeVLLM, folders)
+
+    class Count(Callback):
+        asked = ()
+
+        def on_train_start(self, trainer, pl_module):
+            teacher.requests.clear()
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.asked += (len(teacher.requests),)
+
+    with serve(student) as student_url, serve(teacher) as teacher_url:
+        module, data = make_run(folders, (student_url, teacher_url), generate_ahead, patience=5.0)
+        count, watch = Count(), Watch()
+        make_trainer(tmp_path, 3, callbacks=[count, watch]).fit(module, data)
+        teacher_requests = [body["prompt"] for _, body in teacher.requests]
+    assert count.asked[0] > 0  # before the first step began to train
+    assert len(teacher_requests) == 8 * (4 if generate_ahead else 3)
+    if not generate_ahead:
+        assert max(watch.mismatch) < 1e-4
 
 
 @pytest.mark.slow

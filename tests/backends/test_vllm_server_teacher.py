@@ -238,13 +238,18 @@ def test_rollouts_told_early_are_not_asked_for_again(student, fake):
         fake.requests.clear()
         early = make_rollouts()[:4]
         for rollout in [*early, early[0]]:
-            teacher.prefetch(rollout, request)
+            teacher.prefetch(rollout, request, 0)
         scores = [scores.sampled() for scores in teacher.score_all(make_batches(), request)]
         assert len(fake.requests) == 5
         for a, b in zip(scores, expected, strict=True):
             assert torch.equal(a, b)
-        teacher.prefetch(early[0], request)  # of the next step
-        assert len(teacher._early) == 1
+        fake.requests.clear()
+        teacher.prefetch(early[0], request, 1)  # a coming step may already be generated while this one is scored
+        list(teacher.score_all(make_batches()[:1], request))
+        list(teacher.score_all(make_batches()[:1], request))  # an EffOPD score in between
+        assert len(fake.requests) == 1
+        teacher.prefetch(early[1], request, 2)
+        assert set(teacher._early) == {1, 2}
         teacher.close()
 
 

@@ -31,15 +31,17 @@ class Notes(Callback):
         self.versions.append(batch.weight_version)
 
 
-def fit(folders, folder, max_steps, *, ckpt_path=None, callbacks=(), lora=None):
+def fit(folders, folder, max_steps, *, ckpt_path=None, callbacks=(), lora=None, generate_ahead=False):
     notes = Notes()
     module = make_module(
         *folders,
         student_options={"lora": lora},
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=5e-3),
     )
-    engine = VLLMColocatedEngine({"enforce_eager": True, "kv_cache_memory_bytes": 2**28, "block_size": 32})
-    data = make_data(engine=engine, sampling=Sampling(max_new_tokens=12, temperature=1.0))
+    engine_args = {"enforce_eager": True, "kv_cache_memory_bytes": 2**28, "block_size": 32}
+    engine = VLLMColocatedEngine(engine_args, own_process=generate_ahead)
+    sampling = Sampling(max_new_tokens=12, temperature=1.0)
+    data = make_data(engine=engine, sampling=sampling, generate_ahead=generate_ahead)
     checkpoints = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
     options = {"enable_checkpointing": True, "callbacks": [notes, checkpoints, *callbacks]}
     trainer = make_trainer(folder, max_steps, **options)
@@ -64,3 +66,15 @@ def test_rollouts_after_an_effopd_move_come_from_the_moved_weights(folders, tmp_
     assert effopd.last_search.accepted
     assert notes.versions[2] > notes.versions[1] + 1  # candidates were tried in between
     assert max(notes.mismatch) < 1e-4
+
+
+def test_a_run_that_generates_one_step_ahead_is_resumed_exactly(folders, tmp_path):
+    whole, notes = fit(folders, tmp_path / "whole", 4, generate_ahead=True)
+    assert notes.versions == [0, 0, 1, 2]
+    assert notes.mismatch[0] < 1e-4 < min(notes.mismatch[1:])  # the difference of one step, and no more
+    resumed, later = fit(
+        folders, tmp_path / "resumed", 4, ckpt_path=tmp_path / "whole" / "step=2.ckpt", generate_ahead=True
+    )
+    assert later.rollouts == notes.rollouts[2:]
+    for name, weight in weights_of(resumed).items():
+        assert torch.equal(weight, weights_of(whole)[name]), name

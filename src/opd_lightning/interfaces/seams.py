@@ -191,7 +191,7 @@ class Teacher(ABC):
         for batch in batches:
             yield self.score(batch, request)
 
-    def prefetch(self, rollout: Rollout, request: ScoreRequest) -> None:  # noqa: B027 - most cannot
+    def prefetch(self, rollout: Rollout, request: ScoreRequest, step: int) -> None:  # noqa: B027 - most cannot
         """Begin to score a rollout whose step is not complete yet; `score_all` will ask for it soon."""
 
     def close(self) -> None:  # noqa: B027 - most have nothing to release

@@ -56,8 +56,7 @@ class VLLMServerTeacher(Teacher):
         self._served: ServedModel | None = None
         self._device = torch.device("cpu")
         self._vocab_size = 0
-        self._early: dict[_Question, Future[_Parts]] = {}
-        self._is_scoring = False
+        self._early: dict[int, dict[_Question, Future[_Parts]]] = {}  # by step
         self._lock = threading.Lock()
 
     @property
@@ -106,16 +105,17 @@ class VLLMServerTeacher(Teacher):
         """Score the response tokens of one micro-batch."""
         return next(iter(self.score_all([batch], request)))
 
-    def prefetch(self, rollout: Rollout, request: ScoreRequest) -> None:
-        """Request the scores of a rollout now; a new step forgets what the last one did not use."""
+    def prefetch(self, rollout: Rollout, request: ScoreRequest, step: int) -> None:
+        """Request the scores of a rollout of this step now, and forget what steps before the last have not used."""
         token_ids = torch.cat([rollout.prompt_ids, rollout.response_ids]).tolist()
         with self._lock:
-            if self._is_scoring:
-                self._forget_early()
-                self._is_scoring = False
             question = _Question(tuple(token_ids), len(rollout.prompt_ids), request.top_k)
-            if question not in self._early:
-                self._early[question] = self._submit(question)
+            for old in [other for other in self._early if other < step - 1]:
+                for future in self._early.pop(old).values():
+                    future.cancel()
+            questions = self._early.setdefault(step, {})
+            if question not in questions:
+                questions[question] = self._submit(question)
 
     def score_all(self, batches: Sequence[MicroBatch], request: ScoreRequest) -> Iterator[ListedScores]:
         """Score the micro-batches of one step in order, all requested before the first is used.
@@ -125,8 +125,6 @@ class VLLMServerTeacher(Teacher):
             ServerUnreachable: No answer.
         """
         self.check(request)
-        with self._lock:
-            self._is_scoring = True
         pending = [self._request(batch, request.top_k) for batch in batches]
         while pending:  # let go of what has been used
             yield self._gather(pending.pop(0))
@@ -146,7 +144,8 @@ class VLLMServerTeacher(Teacher):
     def _request(self, batch: MicroBatch, k: int) -> list[Future[_Parts]]:
         questions = [_Question(tuple(token_ids), first, k) for token_ids, first in _sequences(batch)]
         with self._lock:
-            return [self._early.get(question) or self._submit(question) for question in questions]
+            early = {question: future for asked in self._early.values() for question, future in asked.items()}
+            return [early.get(question) or self._submit(question) for question in questions]
 
     def _submit(self, question: _Question) -> Future[_Parts]:
         assert self._pool is not None and self._served is not None, "call setup before score"
@@ -165,11 +164,6 @@ class VLLMServerTeacher(Teacher):
             "prompt_logprobs": question.k,
         }
         return self._pool.submit("/v1/completions", body, question.read)
-
-    def _forget_early(self) -> None:
-        for future in self._early.values():
-            future.cancel()
-        self._early = {}
 
     def _gather(self, futures: list[Future[_Parts]]) -> ListedScores:
         parts = wait_for(futures)

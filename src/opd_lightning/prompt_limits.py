@@ -1,0 +1,86 @@
+"""Which problems leave room for a whole response."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from opd_lightning.interfaces import Problem, Sampling
+
+
+def check_not_empty(problems: Sequence[Problem], task: str, split: str) -> None:
+    """Refuse a split without problems.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if not problems:
+        skip = " or set trainer.limit_val_batches: 0" if split == "validation" else ""
+        raise ValueError(f"data.task: {task} has no problems in its {split!r} split. Give it some{skip}.")
+
+
+def check_stop_ids(sampling: Sampling, vocab_size: int) -> None:
+    """Refuse stop ids that are no tokens.
+
+    Raises:
+        ValueError: One is none.
+    """
+    if any(not 0 <= stop_id < vocab_size for stop_id in sampling.stop_ids or ()):
+        raise ValueError(f"sampling.stop_ids: expected token ids from 0 to {vocab_size - 1}, got {sampling.stop_ids}.")
+
+
+def keep_fitting(
+    problems: Sequence[Problem],
+    lengths: Sequence[int],
+    *,
+    split: str,
+    setting: str,
+    context: int,
+    max_new_tokens: int,
+    max_prompt_tokens: int | None,
+    drop: bool,
+) -> tuple[list[Problem], int]:
+    """Leave out problems whose prompts are too long, or refuse them.
+
+    Args:
+        problems: All of the split.
+        lengths: Tokens of their prompts.
+        split: Name of the split.
+        setting: Name of the sampling settings, for messages.
+        context: Most tokens that the student takes.
+        max_new_tokens: Room for the response.
+        max_prompt_tokens: Longest prompt; None is what the context leaves.
+        drop: Leave long ones out with a warning.
+
+    Returns:
+        The problems that are left, and the length of the longest of their prompts.
+
+    Raises:
+        ValueError: There is no room for a prompt, nothing is left, or some would have to be dropped and may not.
+    """
+    limit = min(max_prompt_tokens or context, context - max_new_tokens)
+    if limit < 1:
+        raise ValueError(
+            f"{setting}.max_new_tokens={max_new_tokens} leaves no room for a prompt in the student's context of"
+            f" {context} tokens. Lower it."
+        )
+    fits = [length <= limit for length in lengths]
+    left = [problem for problem, fit in zip(problems, fits, strict=True) if fit]
+    longest_left = max((length for length, fit in zip(lengths, fits, strict=True) if fit), default=0)
+    if all(fits):
+        return left, longest_left
+    longest, uid = max((length, problem.uid) for length, problem in zip(lengths, problems, strict=True))
+    own_limit = "" if limit != max_prompt_tokens else f", data.max_prompt_tokens is {limit}"
+    finding = (
+        f"{fits.count(False)} of {len(problems)} {split} prompts are longer than {limit} tokens (longest: {longest}"
+        f" tokens, problem {uid!r}; the student's context is {context} tokens, {setting}.max_new_tokens is"
+        f" {max_new_tokens}{own_limit})."
+    )
+    if not left:
+        raise ValueError(
+            f"{finding} None is left: {'raise max_prompt_tokens' if own_limit else 'lower max_new_tokens'}."
+        )
+    if not drop:
+        raise ValueError(f"{finding} Set data.drop_long_prompts: true, or change these numbers.")
+    warnings.warn(f"{finding} They are left out.", stacklevel=2)
+    return left, longest_left
