@@ -1,5 +1,6 @@
 """Variations on EffOPD that effopd_speedup.py tries out: when to search, along what, and what else to move."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,21 @@ class AccuracyOnLevels(TaskAccuracy):
         answers = answer(data.engine, data.task, prompts, data.sampling, num_samples=1)
         self.tokens += sum(len(rollout.response_ids) for rollout in answers.rollouts)
         return answers
+
+
+class AlwaysBack:
+    """Stands in for a score and measures nothing: every forward candidate fails, the first backward one is accepted.
+
+    A control for two-sided searches; with `schedule=4, backward=(-0.5,)` it is the Lookahead optimiser
+    (arXiv 1907.08610) with k = 4 and alpha = 0.5.
+    """
+
+    def __init__(self) -> None:
+        self._scores = itertools.cycle([0.0, -1.0, 0.0])  # current weights, forward, backward
+
+    def __call__(self, module: Any) -> float:
+        """The next made-up score."""
+        return next(self._scores)
 
 
 class AdaptiveInterval:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from effopd_baselines import AlphaOPD, ExtrapolatedTeacher
-from effopd_ideas import AccuracyOnLevels, AdaptiveEffOPD, GradientEffOPD, MomentsEffOPD
+from effopd_ideas import AccuracyOnLevels, AdaptiveEffOPD, AlwaysBack, GradientEffOPD, MomentsEffOPD
 
 from opd_lightning.backends.hf import HFTeacher
 from opd_lightning.callbacks.effopd import EffOPD
@@ -84,6 +84,7 @@ METHODS: dict[str, Method] = {
     "fine-kl": Method(lambda: EffOPD(TeacherKL(50), candidates=FINE, **TWO_SIDED)),
     "fine-fixed": on_fixed(candidates=FINE, **TWO_SIDED),
     "two-sided-fixed": on_fixed(**TWO_SIDED),
+    "always-back": Method(lambda: EffOPD(AlwaysBack(), **TWO_SIDED)),
     "alphaopd-accuracy": Method(lambda: AlphaOPD(TaskAccuracy(50), TEACHER_ACCURACY)),
     "alphaopd-kl-rescaled": Method(lambda: AlphaOPD(TeacherKL(50), 0.0, rescale=True)),
     "exopd-1.25": Method(make_teacher=extrapolated(1.25)),
@@ -188,6 +189,7 @@ GROUPS: dict[str, tuple[range, list[Arm]]] = {  # seeds, arms; most important fi
             *arms("two-sided-kl", "dense-two-sided-fixed", lr=2e-3, max_steps=32),
             Arm("opd", 5e-4, averaged=True),
             Arm("dense-two-sided-fixed", 5e-4),
+            Arm("always-back", 2e-3, max_steps=32),
         ],
     ),
     "baselines": (
@@ -224,16 +226,17 @@ GROUPS: dict[str, tuple[range, list[Arm]]] = {  # seeds, arms; most important fi
         FRESH_THREE,
         [
             *arms("opd", "two-sided-kl", lr=5e-4, max_steps=16, **PAPER_RATIO),
-            *arms("effopd-kl", "effopd-accuracy", "opd", lr=1e-4, max_steps=64, **PAPER_RATIO),
+            *arms("effopd-kl", lr=1e-4, max_steps=64, **PAPER_RATIO),
         ],
     ),
+    "paper-ratio-slow": (range(5, 7), arms("opd", "effopd-accuracy", lr=1e-4, max_steps=64, **PAPER_RATIO)),
     "far-explore": (range(1), [Arm("opd", lr, averaged=True, **FAR) for lr in (1e-3, 5e-4, 2e-3)]),
     "far": (
         range(1, 4),
         [
             Arm("opd", 1e-3, averaged=True, **FAR),
-            *arms("two-sided-kl", "dense-two-sided-fixed", lr=1e-3, **FAR),
-            *arms("two-sided-kl", "dense-two-sided-fixed", lr=2e-3, **FAR),
+            *arms("dense-two-sided-fixed", lr=1e-3, **FAR),
+            *arms("two-sided-kl", "dense-two-sided-fixed", "always-back", lr=2e-3, **FAR),
             Arm("opd", 1e-3, warmup=4, decay=48, averaged=True, **FAR),
             Arm("opd", 2e-3, warmup=4, decay=40, averaged=True, **FAR),
         ],

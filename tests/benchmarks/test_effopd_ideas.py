@@ -1,6 +1,6 @@
 import pytest
 import torch
-from effopd_ideas import AccuracyOnLevels, AdaptiveEffOPD, AdaptiveInterval, GradientEffOPD, MomentsEffOPD
+from effopd_ideas import AccuracyOnLevels, AdaptiveEffOPD, AdaptiveInterval, AlwaysBack, GradientEffOPD, MomentsEffOPD
 from toys import make_data, make_module, make_trainer, weights_of
 
 from opd_lightning import EffOPD
@@ -85,6 +85,16 @@ def test_the_gradient_search_goes_down_the_gradient_at_the_length_of_delta(
     assert callback.last_search.best.factor == 2
     torch.testing.assert_close(moved.norm(), 2 * stepped.norm(), rtol=1e-3, atol=0)
     assert torch.nn.functional.cosine_similarity(moved, -gradient, dim=0) > 0.999
+
+
+def test_always_back_returns_halfway_at_every_search(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
+    callback = EffOPD(AlwaysBack(), schedule=1, backward=(-0.5,))
+    factors = []
+    module = make_module(tiny_qwen3_folder, tiny_teacher_folder)
+    search = callback._extrapolator.search
+    callback._extrapolator.search = lambda *a, **o: (report := search(*a, **o), factors.append(report.best.factor))[0]
+    make_trainer(tmp_path, 3, callbacks=[callback]).fit(module, make_data())
+    assert factors == [-0.5] * 3
 
 
 def test_other_levels_are_scored_than_those_trained_on():
