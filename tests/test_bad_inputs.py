@@ -350,6 +350,11 @@ CASES = [
         "all problems reserved", r"data.num_reserved=8 leaves none of the 8 training problems", {"data.num_reserved": 8}
     ),
     bad(
+        "generating ahead with the live student",
+        r"data.generate_ahead: this HFEngine shares weights .*Use VLLMServerEngine",
+        {"data.generate_ahead": True},
+    ),
+    bad(
         "selector keeps nothing",
         r"where={'level': 9}.* leave none of the 8 problems. Columns: level",
         {"data.selector": of_class("Filtered", where={"level": 9})},
