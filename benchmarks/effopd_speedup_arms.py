@@ -223,22 +223,28 @@ GROUPS: dict[str, tuple[range, list[Arm]]] = {  # seeds, arms; most important fi
         ],
     ),
     "paper-ratio": (  # 50 scored prompts beside 1,024 rollouts
-        FRESH_THREE,
+        range(5, 7),
         [
             *arms("opd", "two-sided-kl", lr=5e-4, max_steps=16, **PAPER_RATIO),
             *arms("effopd-kl", lr=1e-4, max_steps=64, **PAPER_RATIO),
         ],
     ),
-    "paper-ratio-slow": (range(5, 7), arms("opd", "effopd-accuracy", lr=1e-4, max_steps=64, **PAPER_RATIO)),
+    "paper-ratio-slow": (range(5, 6), arms("opd", "effopd-accuracy", lr=1e-4, max_steps=64, **PAPER_RATIO)),
     "far-explore": (range(1), [Arm("opd", lr, averaged=True, **FAR) for lr in (1e-3, 5e-4, 2e-3)]),
     "far": (
         range(1, 4),
         [
             Arm("opd", 1e-3, averaged=True, **FAR),
             *arms("dense-two-sided-fixed", lr=1e-3, **FAR),
-            *arms("two-sided-kl", "dense-two-sided-fixed", "always-back", lr=2e-3, **FAR),
+            *arms("dense-two-sided-fixed", lr=2e-3, **FAR),
+        ],
+    ),
+    "far-more": (
+        range(1, 2),
+        [
+            *arms("two-sided-kl", "always-back", lr=2e-3, **FAR),
             Arm("opd", 1e-3, warmup=4, decay=48, averaged=True, **FAR),
-            Arm("opd", 2e-3, warmup=4, decay=40, averaged=True, **FAR),
+            Arm("opd", 2e-3, warmup=4, decay=64, averaged=True, **FAR),
         ],
     ),
 }
