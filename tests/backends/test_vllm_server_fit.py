@@ -69,7 +69,7 @@ def test_the_teacher_is_asked_as_rollouts_come_and_nothing_twice(folders, tmp_pa
         module, data = make_run(folders, (student_url, teacher_url), generate_ahead, patience=5.0)
         count, watch = Count(), Watch()
         make_trainer(tmp_path, 3, callbacks=[count, watch]).fit(module, data)
-        asked = [tuple(body["prompt"]) for _, body in teacher.requests]
+        asked = [tuple(body["prompt"]) for _, body in teacher.requests if body]  # a request called off may have none
     assert count.asked[0] > 0  # before the first step began to train
     assert len(set(asked)) == len(asked)
     most = 8 * (4 if generate_ahead else 3)  # of the step after the last some may be called off at the end
