@@ -5,11 +5,16 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 pytest.importorskip("vllm")
-from make_tiny_models import make_folder
+from conftest import VOCAB_SIZE
+from engine_pair import ENGINE_ARGS, GREEDY
+from make_tiny_models import make_folder, make_prompts
 from toys import make_data, make_module, make_trainer, weights_of
 
 from opd_lightning import EffOPD
+from opd_lightning.backends.hf import HFEngine, LoraSettings
 from opd_lightning.backends.vllm_colocated import VLLMColocatedEngine
+from opd_lightning.backends.vllm_placement import environment
+from opd_lightning.checkpoints import export
 from opd_lightning.interfaces import Sampling
 
 pytestmark = pytest.mark.vllm
@@ -78,3 +83,22 @@ def test_a_run_that_generates_one_step_ahead_is_resumed_exactly(folders, tmp_pat
     assert later.rollouts == notes.rollouts[2:]
     for name, weight in weights_of(resumed).items():
         assert torch.equal(weight, weights_of(whole)[name]), name
+
+
+def test_an_exported_folder_loads_in_vllm_and_says_what_the_student_says(folders, tmp_path):
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    module, _ = fit(folders, tmp_path, 2, lora=LoraSettings(r=4, target_modules="all-linear"))
+    export(tmp_path / "step=2.ckpt", tmp_path / "exported")
+    prompts = make_prompts(module.spec)
+    local = HFEngine()
+    local.setup(module.spec, torch.device("cpu"))
+    local.sync(module.student, 0)
+    expected = [rollout.response_ids.tolist() for rollout in local.generate(prompts, GREEDY)]
+    with environment({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}):
+        llm = LLM(str(tmp_path / "exported"), dtype="float32", max_model_len=256, **ENGINE_ARGS)
+    params = SamplingParams(
+        temperature=0.0, max_tokens=GREEDY.max_new_tokens, allowed_token_ids=list(range(VOCAB_SIZE))
+    )
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=p.token_ids) for p in prompts for _ in p.seeds], params)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == expected
