@@ -5,7 +5,7 @@ change. At every search, for every candidate: how far B A ends up from the exact
 the step (for "product" the truncation back to rank r, for "factors" the cross term). And the loss during training,
 also with candidates that reach further, so that a longer step is not taken for a better direction.
 
-    python benchmarks/lora_step.py            # three minutes on one core, result in benchmarks/results/lora_step.json
+    python benchmarks/lora_step.py   # three minutes on one core; benchmarks/results/lora_step_cpu-2core.json
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def main() -> None:
                 report(groups, f"{title}, candidates {reach}")
                 everything += [run for runs in groups.values() for run in runs]
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "lora_step.json"
+    path = RESULTS / "lora_step_cpu-2core.json"
     path.write_text(json.dumps({"torch": torch.__version__, "runs": everything}) + "\n")
     print(f"written to {path}")
 
