@@ -486,7 +486,11 @@ CASES = [
         "weights cut short",
         r"student.path: a weight file in .* is damaged or cut short",
         {f"{STUDENT}.path": cut_short("student")},
-        loaded=("HFStudent",),
+    ),
+    bad(
+        "a teacher's weights cut short",
+        r"teacher.path: a weight file in .* is damaged or cut short",
+        {f"{TEACHER}.path": cut_short("teacher")},
     ),
     bad("NaN among the weights", r"student.path: .* NaN", {f"{STUDENT}.path": with_nan}, loaded=("HFStudent",)),
     bad(

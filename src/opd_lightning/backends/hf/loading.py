@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from opd_lightning.sandbox import resolve
@@ -63,10 +63,11 @@ class Source:
         return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
 
     def check(self) -> None:
-        """Look for the files a model needs.
+        """Look for the files a model needs, and whether weight files are whole (from their headers: nothing is read).
 
         Raises:
-            ValueError: There is no such folder and it cannot be a hub id either, or the folder is no model.
+            ValueError: There is no such folder and it cannot be a hub id either, the folder is no model, or a file in
+                it is cut short.
         """
         if not self.is_folder:
             if _HUB_ID.fullmatch(self.path) is None or self._folder.exists():
@@ -77,6 +78,9 @@ class Source:
             return
         folder = Path(self.location)
         if (folder / "config.json").is_file():
+            for path in sorted(folder.glob("*.safetensors")):
+                with _explained(self, "weights"), safe_open(path, "pt"):
+                    pass
             return
         if (folder / "adapter_config.json").is_file():
             raise ValueError(
