@@ -174,6 +174,103 @@ def test_rollouts_of_an_engine_that_lost_its_weights_are_generated_anew(tmp_path
     assert [batch.weight_version for batch in recorder.batches] == [0, 1, 1]
 
 
+def test_a_step_that_was_generated_anew_is_rescued_with_its_rollouts(tmp_path, folders):
+    def lossy():
+        engine = CopyEngine()
+        engine.failures = [None, WeightsLost("engine: restarted."), None]
+        return make_run(folders, engine=engine)
+
+    whole = lossy()
+    fit(tmp_path, whole, 4)
+    with pytest.raises(RuntimeError, match="server is gone"), pytest.warns(UserWarning, match="resume with"):
+        fit(tmp_path, lossy(), 4, callbacks=[Break(1), RescueCheckpoint()])
+    resumed = make_run(folders)
+    recorder, _ = fit(tmp_path, resumed, 4, ckpt_path=next(tmp_path.rglob("rescue.ckpt")))
+    assert [batch.staleness for batch in recorder.batches] == [0, 1, 1]
+    assert_same_weights(resumed[0], whole[0])
+
+
+def test_a_checkpoint_without_the_next_rollouts_says_so(tmp_path, folders):
+    engine = CopyEngine()
+    engine.failures = [None, ConnectionError("no answer")]
+    _, trainer = fit(tmp_path, make_run(folders, engine=engine), 1)
+    with pytest.warns(UserWarning, match=r"next step were not generated \(no answer\), so they are not in this check"):
+        trainer.save_checkpoint(tmp_path / "without.ckpt")
+
+
+@pytest.mark.parametrize("change", [{"sampling": Sampling(max_new_tokens=5)}, {"rollouts_per_prompt": 3}])
+def test_rollouts_for_another_question_are_not_taken_from_a_checkpoint(tmp_path, folders, change):
+    _, trainer = fit(tmp_path, make_run(folders), 1)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    module = make_module(*folders, optimizer=adamw)
+    data = make_data(engine=CopyEngine(), generate_ahead=True, **change)
+    with pytest.warns(UserWarning, match=r"for other prompts or another data\.sampling.* generated anew, on-policy"):
+        recorder, _ = fit(tmp_path, (module, data), 3, ckpt_path=tmp_path / "first.ckpt")
+    assert [batch.staleness for batch in recorder.batches] == [0, 1]
+
+
+def test_a_failed_step_is_done_again_by_the_same_objects(tmp_path, folders):
+    expected, _ = fit(tmp_path, make_run(folders), 3)
+    module, data = make_run(folders)
+    broken, recorder = Break(2), Recorder()
+    trainer = make_trainer(tmp_path, 4, callbacks=[broken, recorder])
+    with pytest.raises(RuntimeError, match="server is gone"):
+        trainer.fit(module, data)
+    broken.at_step = None
+    trainer.fit(module, data)  # with a new optimiser: that is Lightning's
+    assert [batch.step for batch in recorder.batches] == [0, 1, 2, 3]
+    assert [batch.staleness for batch in recorder.batches] == [0, 1, 1, 1]
+    for rollout, same in zip(recorder.batches[2].rollouts, expected.batches[2].rollouts, strict=True):
+        assert torch.equal(rollout.log_probs, same.log_probs)
+
+
+def test_after_an_error_nothing_keeps_the_process_alive(tmp_path, folders):
+    class Closing(CopyEngine):
+        interrupted = closed = False
+
+        def interrupt(self):
+            self.interrupted = True
+
+        def close(self):
+            assert self.interrupted
+            self.closed = True
+
+    engine = Closing(delay=0.1)
+    module, data = make_run(folders, engine=engine)
+    with pytest.raises(RuntimeError, match="server is gone"):
+        fit(tmp_path, (module, data), 4, callbacks=[Break(1)])
+    assert engine.closed and data.ahead._future.done()
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_an_engine_with_a_shorter_context_is_asked_at_the_start(tmp_path, folders, drop):
+    class Short(CopyEngine):
+        context_length = 36
+
+    module = make_module(*folders, optimizer=adamw)
+    data = make_data(engine=Short(), drop_long_prompts=drop)
+    if drop:
+        with pytest.warns(UserWarning, match="prompts are longer than 28 tokens"):
+            recorder, _ = fit(tmp_path, (module, data), 1)
+        assert all(len(rollout.prompt_ids) <= 28 for rollout in recorder.batches[0].rollouts)
+    else:
+        with pytest.raises(ValueError, match=r"longer than 28 tokens .*the context is 36 tokens"):
+            fit(tmp_path, (module, data), 1)
+
+
+def test_a_context_that_a_server_tells_later_is_checked_before_step_1(tmp_path, folders):
+    class Late(CopyEngine):
+        context_length = None
+
+        def setup(self, student, device):
+            super().setup(student, device)
+            self.context_length = 24
+
+    module = make_module(*folders, optimizer=adamw)
+    with pytest.raises(ValueError, match=r"data\.engine: it takes at most 24 tokens, .* --max-model-len 40"):
+        fit(tmp_path, (module, make_data(engine=Late())), 1)
+
+
 def test_validations_and_searches_wait_for_it_and_see_the_current_weights(tmp_path, folders):
     engine = CopyEngine(delay=0.05)
     effopd = EffOPD(TeacherKL(4), schedule=2, candidates=(1.0, 2.0))

@@ -440,7 +440,7 @@ CASES = [
     # lengths
     bad(
         "prompts beyond the context",
-        r"of 8 train prompts are longer than 12 tokens .*student's context is 20.*drop_long_prompts",
+        r"of 8 train prompts are longer than 12 tokens .*context is 20.*drop_long_prompts",
         {f"{STUDENT}.path": model("student", config={"max_position_embeddings": 20})},
     ),
     bad(
@@ -450,7 +450,7 @@ CASES = [
     ),
     bad(
         "responses beyond the context",
-        r"sampling.max_new_tokens=5000 leaves no room for a prompt in the student's context of 512",
+        r"sampling.max_new_tokens=5000 leaves no room for a prompt in the context of 512",
         {"data.sampling.max_new_tokens": 5000},
     ),
     bad(

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "opd_lightning"
 LAYERS = [  # each room may import from earlier lines only
     {"interfaces", "extrapolation"},
-    {"objectives", "randomness", "geometry", "optim", "schedules", "stopwatch"},
+    {"arguments", "objectives", "randomness", "geometry", "optim", "schedules", "stopwatch"},
     {"metrics", "batching", "tasks", "selection"},
     {"sandbox"},
     {"backends"},

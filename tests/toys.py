@@ -28,6 +28,10 @@ class CopyEngine(HFEngine):
             super().sync(copy.deepcopy(model), weight_version)
             self.versions.append(weight_version)
 
+    def close(self):
+        super().close()
+        self.weight_version = -1
+
     def generate(self, prompts, sampling, on_rollout=None):
         time.sleep(self.delay)
         if self.failures and (error := self.failures.pop(0)):

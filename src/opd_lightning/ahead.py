@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Generation:
     Attributes:
         step: Step of the prompt stream.
         rollouts: `num_samples` per prompt, in order.
+        sampling: How they were sampled.
         weight_version: Version of the weights that made them.
         staleness: Steps that will have been trained between these weights and the step: 0 or 1.
         seconds: Wall-clock seconds of "generate".
@@ -43,6 +44,7 @@ class Generation:
 
     step: int
     rollouts: list[Rollout]
+    sampling: Sampling
     weight_version: int
     staleness: int
     seconds: dict[str, float]
@@ -61,7 +63,7 @@ def generate(
     started, version = time.perf_counter(), engine.weight_version
     with torch.no_grad():
         rollouts = engine.generate(prompts, sampling, lambda rollout: prefetch(rollout, step))
-    return Generation(step, rollouts, version, staleness, {"generate": time.perf_counter() - started})
+    return Generation(step, rollouts, sampling, version, staleness, {"generate": time.perf_counter() - started})
 
 
 class AheadEngine(RolloutEngine):
@@ -120,36 +122,43 @@ class AheadEngine(RolloutEngine):
         assert self._future is None, "one generation at a time"
         self._future = self._thread.submit(generate, self.engine, prompts, sampling, prefetch, step=step, staleness=1)
 
-    def take(self, batch: PromptBatch, prompts: Sequence[Prompt]) -> Generation | None:
-        """This step's rollouts, once they are complete; None where they are to be generated now.
+    def take(self, batch: PromptBatch, prompts: Sequence[Prompt], sampling: Sampling) -> Generation | None:
+        """This step's rollouts, once they are complete; None where they are to be generated now (then `keep` them).
 
         Args:
             batch: The step.
             prompts: Its prompts, as they were given to `start`.
+            sampling: How they are sampled.
 
         Raises:
             WeightsLost: The engine has lost its weights meanwhile, and other processes may have what this one lacks.
         """
         started = time.perf_counter()
-        if self._saved is not None and self._saved["step"] == batch.step:
-            generation = _restore(self._saved, batch.positions, prompts)
-        elif self._future is not None:
-            self._wait()  # interrupted here, it stays
-            future, self._future = self._future, None
-            try:
+        self._wait()  # interrupted here, it stays
+        future, self._future = self._future, None
+        saved, self._saved = self._saved, None
+        if self._taken is not None and self._taken.step == batch.step:  # the step failed and is done again
+            return self._taken
+        try:
+            if saved is not None and saved["step"] == batch.step:
+                generation = _restore(saved, batch.positions, prompts, sampling)
+            elif future is not None:
                 generation = future.result()
-            except WeightsLost as error:
-                if world_size() > 1:
-                    raise
-                warnings.warn(f"{error} This step's rollouts are generated anew, on-policy.", stacklevel=2)
+            else:
                 return None
-        else:
+        except WeightsLost as error:
+            if world_size() > 1:
+                raise
+            warnings.warn(f"{error} This step's rollouts are generated anew, on-policy.", stacklevel=2)
             return None
         assert generation.step == batch.step
-        self._saved = None
         waited = {"wait": time.perf_counter() - started}
         self._taken = replace(generation, seconds=generation.seconds | waited)
         return self._taken
+
+    def keep(self, generation: Generation) -> None:
+        """Remember rollouts that were generated when their step began."""
+        self._taken = generation
 
     def commit(self) -> None:
         """The step whose rollouts were taken last has been trained."""
@@ -158,14 +167,21 @@ class AheadEngine(RolloutEngine):
     def state_dict(self, num_samples: int) -> dict[str, Any]:
         """The rollouts of the first step that is not committed, of all processes; waits for them.
 
-        Empty where there are none, or where they failed: a resumed run then generates that step's anew.
+        Empty where there are none. Where they failed, it is said: a resumed run then generates that step's anew.
 
         Args:
             num_samples: Rollouts per prompt.
         """
         generation = self._taken
-        if generation is None and self._future is not None and self._future.exception() is None:
-            generation = self._future.result()
+        if generation is None and self._future is not None:
+            if error := self._future.exception():
+                warnings.warn(
+                    f"The rollouts of the next step were not generated ({error}), so they are not in this checkpoint: a"
+                    " resumed run generates them with the weights it has, one step newer than this run would have.",
+                    stacklevel=2,
+                )
+            else:
+                generation = self._future.result()
         shares = gather_objects(None if generation is None else _groups(generation, num_samples))
         if generation is None or any(share is None for share in shares):
             return {}
@@ -174,6 +190,7 @@ class AheadEngine(RolloutEngine):
             "weight_version": generation.weight_version,
             "staleness": generation.staleness,
             "seconds": generation.seconds,
+            "sampling": asdict(generation.sampling),
             "groups": join_shares([share for share in shares if share is not None]),
         }
 
@@ -182,6 +199,15 @@ class AheadEngine(RolloutEngine):
         self._wait()
         self._future = self._taken = None
         self._saved = state or None
+
+    def interrupt(self) -> None:
+        """Call off what is under way, as far as the engine can."""
+        self.engine.interrupt()
+
+    @property
+    def context_length(self) -> int | None:
+        """Of the engine."""
+        return self.engine.context_length
 
     def close(self) -> None:
         """Wait for what is under way, which a checkpoint may still be written with, and close the engine."""
@@ -198,6 +224,8 @@ def _groups(generation: Generation, num_samples: int) -> list[list[dict[str, Any
     """What `_restore` cannot find out by itself, one group per prompt, as plain values and tensors."""
     samples = [
         {
+            "prompt_ids": rollout.prompt_ids.to(torch.int32),
+            "seed": rollout.seed,
             "response_ids": rollout.response_ids.to(torch.int32),
             "log_probs": rollout.log_probs,
             "finished": rollout.finished,
@@ -208,19 +236,35 @@ def _groups(generation: Generation, num_samples: int) -> list[list[dict[str, Any
     return [samples[i : i + num_samples] for i in range(0, len(samples), num_samples)]
 
 
-def _restore(state: Mapping[str, Any], positions: Sequence[int], prompts: Sequence[Prompt]) -> Generation:
-    """The saved generation of these prompts, which have these positions in their step."""
+def _restore(
+    state: Mapping[str, Any], positions: Sequence[int], prompts: Sequence[Prompt], sampling: Sampling
+) -> Generation:
+    """The saved generation of these prompts, which have these positions in their step.
+
+    Raises:
+        WeightsLost: It answers other prompts, or was sampled in another way.
+    """
+    groups = [state["groups"][position] for position in positions]
+    asked = [(list(prompt.token_ids), seed) for prompt in prompts for seed in prompt.seeds]
+    answered = [(sample["prompt_ids"].tolist(), sample["seed"]) for group in groups for sample in group]
+    if asked != answered or state["sampling"] != asdict(sampling):
+        raise WeightsLost(
+            "The checkpoint holds the next step's rollouts for other prompts or another data.sampling, and not the"
+            " weights that made them."
+        )
     rollouts = [
         Rollout(
             problem=prompt.problem,
-            prompt_ids=torch.tensor(prompt.token_ids, dtype=torch.int64),
+            prompt_ids=sample["prompt_ids"].to(torch.int64),
             response_ids=sample["response_ids"].to(torch.int64),
             log_probs=sample["log_probs"],
             finished=sample["finished"],
-            seed=seed,
+            seed=sample["seed"],
             text=sample["text"],
         )
-        for prompt, position in zip(prompts, positions, strict=True)
-        for seed, sample in zip(prompt.seeds, state["groups"][position], strict=True)
+        for prompt, group in zip(prompts, groups, strict=True)
+        for sample in group
     ]
-    return Generation(state["step"], rollouts, state["weight_version"], state["staleness"], dict(state["seconds"]))
+    return Generation(
+        state["step"], rollouts, sampling, state["weight_version"], state["staleness"], dict(state["seconds"])
+    )

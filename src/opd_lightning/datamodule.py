@@ -6,6 +6,7 @@ before `training_step` whatever its fetcher does: the rollouts of a step always 
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from lightning import LightningDataModule
 
 from opd_lightning.ahead import AheadEngine, generate
+from opd_lightning.arguments import check_at_least
 from opd_lightning.evaluation import Answers, grade, render_prompts
 from opd_lightning.extrapolation import gather_objects
 from opd_lightning.interfaces import (
@@ -79,17 +81,10 @@ class OPDDataModule(LightningDataModule):
         generate_ahead: bool = False,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("prompts_per_step", prompts_per_step, 1),
-            ("rollouts_per_prompt", rollouts_per_prompt, 1),
-            ("validation_samples", validation_samples, 1),
-            ("validation_batch_size", validation_batch_size, 1),
-            ("num_validation_problems", num_validation_problems, 1),
-            ("max_prompt_tokens", max_prompt_tokens, 1),
-            ("num_reserved", num_reserved, 0),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"data.{name}: expected an integer of at least {least}, got {value}.")
+        check_at_least(1, "data", prompts_per_step=prompts_per_step, rollouts_per_prompt=rollouts_per_prompt)
+        check_at_least(1, "data", validation_samples=validation_samples, validation_batch_size=validation_batch_size)
+        check_at_least(1, "data", num_validation_problems=num_validation_problems, max_prompt_tokens=max_prompt_tokens)
+        check_at_least(0, "data", num_reserved=num_reserved)
         self.task = task
         engine = engine if engine is not None else _default_engine()
         self.ahead = AheadEngine(engine) if generate_ahead else None
@@ -202,7 +197,7 @@ class OPDDataModule(LightningDataModule):
     def generate(self, batch: PromptBatch) -> RolloutBatch:
         """Generate, or take what was generated ahead; grade; let the selector see the outcomes of all ranks."""
         prompts, seconds = self._render(batch), {"sync": 0.0}
-        generation = self.ahead.take(batch, prompts) if self.ahead else None
+        generation = self.ahead.take(batch, prompts, self.sampling) if self.ahead else None
         if generation is None:
             seconds["sync"] = self._sync()
             with self.trainer.precision_plugin.forward_context():  # type: ignore[union-attr]  # this hook is outside
@@ -216,6 +211,7 @@ class OPDDataModule(LightningDataModule):
         self.selector.observe(join_shares(gather_objects(outcomes)))
         if self.ahead:
             assert self.stream is not None
+            self.ahead.keep(generation)
             following = self.stream.draw_ahead()
             seconds["sync"] += self._sync()
             self.ahead.start(self._render(following), self.sampling, self._module.prefetch, step=following.step)
@@ -244,6 +240,12 @@ class OPDDataModule(LightningDataModule):
         if self.ahead:
             self.ahead.load_state_dict(state_dict.get("ahead"))
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Call off and close what would keep the process alive; Lightning tears nothing down after an error."""
+        self.engine.interrupt()
+        self._module.teardown("fit")
+        self.teardown("fit")
+
     def teardown(self, stage: str) -> None:
         """Close the engine."""
         self.engine.close()
@@ -263,10 +265,8 @@ class OPDDataModule(LightningDataModule):
         )
 
     def _held_out_loader(self, split: Split) -> HeldOutBatches:
-        assert self.trainer is not None
-        return held_out_batches(
-            self.held_out[split], self.validation_batch_size, self.trainer.global_rank, self.trainer.world_size
-        )
+        ranks = self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
+        return held_out_batches(self.held_out[split], self.validation_batch_size, *ranks)
 
     def _fitting_problems(self, split: Split, sampling: Sampling) -> list[Problem]:
         """Problems of the split whose prompts leave room for a whole response."""
@@ -278,7 +278,7 @@ class OPDDataModule(LightningDataModule):
             [len(self.tokenizer.render(problem.messages)) for problem in problems],
             split=split,
             setting="data.sampling" if sampling is self.sampling else "data.validation_sampling",
-            context=self._module.spec.context_length,
+            context=min(self._module.spec.context_length, self.engine.context_length or sys.maxsize),
             max_new_tokens=sampling.max_new_tokens,
             max_prompt_tokens=self.max_prompt_tokens,
             drop=self.drop_long_prompts,

@@ -100,6 +100,21 @@ def check_teacher_context(teacher: Teacher, data: OPDDataModule) -> None:
         )
 
 
+def check_engine_context(data: OPDDataModule) -> None:
+    """Refuse rollouts that may become longer than the engine takes; servers say only now how much that is.
+
+    Raises:
+        ValueError: They may.
+    """
+    longest, limit = data.longest_prompt + data.sampling.max_new_tokens, data.engine.context_length
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"data.engine: it takes at most {limit} tokens, but the longest prompt has {data.longest_prompt} and"
+            f" sampling.max_new_tokens is {data.sampling.max_new_tokens}. Start the servers with --max-model-len"
+            f" {longest}, or set data.max_prompt_tokens and sampling.max_new_tokens so that both fit."
+        )
+
+
 def check_optimizer(make_optimizer: OptimizerCallable, make_lr_scheduler: LRSchedulerCallable | None) -> dict[str, Any]:
     """Build optimiser and scheduler for a single number, and say what they are.
 

@@ -7,14 +7,29 @@ about whole responses.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from opd_lightning.interfaces import Rollout
+from opd_lightning.interfaces import Rollout, ScoreRequest
 
 SumAndCount = tuple[Tensor | float, Tensor | float]
+
+
+def add_metrics(needed: ScoreRequest, offered: ScoreRequest, k: int) -> ScoreRequest:
+    """What the objective needs, and for the metrics whatever more the teacher can give.
+
+    Args:
+        needed: By the objective.
+        offered: The most that the teacher gives.
+        k: Size of the top-k sets that are compared; 0 for no metrics.
+    """
+    if not k:
+        return needed
+    top_k = max(needed.top_k, min(k, offered.top_k))
+    return replace(needed, full_vocabulary=offered.full_vocabulary, top_k=top_k)
 
 
 class Means(Metric):

@@ -9,17 +9,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from opd_lightning.arguments import check_at_least
 from opd_lightning.batching import collate, cut_by_tokens
-from opd_lightning.fit_checks import check_fit, check_optimizer, check_resume, check_teacher_context
-from opd_lightning.interfaces import MicroBatch, Rollout, RolloutBatch, ScoreRequest, Student, Teacher
-from opd_lightning.metrics import Means, SumAndCount, rollout_statistics
+from opd_lightning.fit_checks import (
+    check_engine_context,
+    check_fit,
+    check_optimizer,
+    check_resume,
+    check_teacher_context,
+)
+from opd_lightning.interfaces import MicroBatch, Rollout, RolloutBatch, Student, Teacher
+from opd_lightning.metrics import Means, SumAndCount, add_metrics, rollout_statistics
 from opd_lightning.objectives import Objective, sum_over_chunks
 from opd_lightning.randomness import derive_seed
 from opd_lightning.stopwatch import Stopwatch
@@ -65,14 +71,14 @@ class OPDModule(StudentModule):
         top_k_metrics: int = 16,
     ) -> None:
         super().__init__(student)
-        for name, value, least in (
-            ("max_tokens_per_micro_batch", max_tokens_per_micro_batch, 1),
-            ("updates_per_batch", updates_per_batch, 1),
-            ("max_skipped_steps", max_skipped_steps, 1),
-            ("top_k_metrics", top_k_metrics, 0),
-        ):
-            if value < least:
-                raise ValueError(f"model.{name}: expected an integer of at least {least}, got {value}.")
+        check_at_least(
+            1,
+            "model",
+            max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+            updates_per_batch=updates_per_batch,
+            max_skipped_steps=max_skipped_steps,
+        )
+        check_at_least(0, "model", top_k_metrics=top_k_metrics)
         if gradient_clip_norm is not None and not gradient_clip_norm > 0:
             raise ValueError(f"model.gradient_clip_norm: expected a positive number or null, got {gradient_clip_norm}.")
         self.automatic_optimization = False
@@ -210,7 +216,7 @@ class OPDModule(StudentModule):
             max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
         )
         assert self.teacher is not None
-        self.score_request = self._request_with_metrics()
+        self.score_request = add_metrics(self.objective.request(), self.teacher.offer, self.top_k_metrics)
         self.teacher.preflight(self.spec)
         check_teacher_context(self.teacher, self._data)
         self.resume_settings = {
@@ -234,6 +240,7 @@ class OPDModule(StudentModule):
         assert self.teacher is not None and self.student is not None
         self.teacher.setup(self.spec, self.student, self.device)
         self._data.engine.setup(self.spec, self.device)
+        check_engine_context(self._data)
 
     def teardown(self, stage: str) -> None:
         """Close the teacher."""
@@ -253,18 +260,6 @@ class OPDModule(StudentModule):
         self.num_skipped_steps, self.num_skipped_in_a_row = checkpoint["opd_lightning"]["skipped"]
 
     # ------------------------------------------------------------------------------------------------------- internals
-
-    def _request_with_metrics(self) -> ScoreRequest:
-        """What the objective needs, and for the metrics whatever more the teacher can give."""
-        assert self.teacher is not None
-        needed, offered = self.objective.request(), self.teacher.offer
-        if not self.top_k_metrics:
-            return needed
-        return replace(
-            needed,
-            full_vocabulary=offered.full_vocabulary,
-            top_k=max(needed.top_k, min(self.top_k_metrics, offered.top_k)),
-        )
 
     def _shares(self, rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
         """The rollouts of each optimiser step of this batch."""

@@ -61,7 +61,7 @@ def keep_fitting(
     limit = min(max_prompt_tokens or context, context - max_new_tokens)
     if limit < 1:
         raise ValueError(
-            f"{setting}.max_new_tokens={max_new_tokens} leaves no room for a prompt in the student's context of"
+            f"{setting}.max_new_tokens={max_new_tokens} leaves no room for a prompt in the context of"
             f" {context} tokens. Lower it."
         )
     fits = [length <= limit for length in lengths]
@@ -73,7 +73,7 @@ def keep_fitting(
     own_limit = "" if limit != max_prompt_tokens else f", data.max_prompt_tokens is {limit}"
     finding = (
         f"{fits.count(False)} of {len(problems)} {split} prompts are longer than {limit} tokens (longest: {longest}"
-        f" tokens, problem {uid!r}; the student's context is {context} tokens, {setting}.max_new_tokens is"
+        f" tokens, problem {uid!r}; the context is {context} tokens, {setting}.max_new_tokens is"
         f" {max_new_tokens}{own_limit})."
     )
     if not left:

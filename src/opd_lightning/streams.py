@@ -35,7 +35,8 @@ class PromptStream(Iterable[PromptBatch]):
         return -(-self.selector.epoch_length // self.batch_size)
 
     def __iter__(self) -> Iterator[PromptBatch]:
-        """Yield what is left of the current pass, or a whole new one."""
+        """Yield what is left of the current pass, or a whole new one, from the last committed step on."""
+        self.load_state_dict(self._committed)
         for _ in range(self.step % len(self), len(self)):
             indices = self._ahead or self.selector.select(self.batch_size)
             self._ahead = []

@@ -28,6 +28,7 @@ class FakeVLLM:
 
     Attributes:
         failures: Status codes to answer the next requests with, instead of an answer; 0 drops the connection.
+        aborts: Numbers of tokens after which the next responses are called off, as by a shutdown.
         delay: Seconds that every completion takes.
         requests: Paths and bodies seen.
         authorizations: Their headers of this name.
@@ -44,6 +45,7 @@ class FakeVLLM:
         self.logprobs_mode = "processed_logprobs"
         self.weight_transfer = weight_transfer
         self.failures, self.delay, self.requests, self.authorizations = [], 0.0, [], []
+        self.aborts = []
         self.num_in_flight = self.max_in_flight = 0
         self.weight_version, self.update = "default", None
         self.is_paused = False
@@ -143,7 +145,11 @@ class FakeVLLM:
             scores = [None, *map(self._entry, prompt[1:], logits[:-1].log_softmax(-1), [k] * (len(prompt) - 1))]
         generator = torch.Generator().manual_seed(body.get("seed") or 0)
         temperature = body.get("temperature", 1.0)
-        for _ in range(body.get("max_tokens", 16)):
+        with self.lock:
+            abort_after = self.aborts.pop(0) if self.aborts and body.get("max_tokens", 16) > 1 else None
+        for i in range(body.get("max_tokens", 16)):
+            if i == abort_after:
+                break
             last = self.model(torch.tensor([prompt + token_ids])).logits[0, -1].float()
             for token_id, bias in (body.get("logit_bias") or {}).items():
                 last[int(token_id)] += bias
@@ -154,19 +160,19 @@ class FakeVLLM:
             log_probs.append(float(told[int(draw)]))
             if token_ids[-1] in (body.get("stop_token_ids") or []):
                 break
-        stopped = token_ids[-1] in (body.get("stop_token_ids") or [])
+        stopped = bool(token_ids) and token_ids[-1] in (body.get("stop_token_ids") or [])
         texts = [self.tokenizer.decode([token_id]) for token_id in token_ids]
         choice = {
             "index": 0,
             "text": "".join(texts),
             "logprobs": None,
-            "finish_reason": "stop" if stopped else "length",
+            "finish_reason": "stop" if stopped else "length" if abort_after is None else "abort",
             "stop_reason": token_ids[-1] if stopped else None,
             "token_ids": token_ids if body.get("return_token_ids") else None,
             "prompt_logprobs": scores,
             "prompt_token_ids": prompt if body.get("return_token_ids") else None,
         }
-        if body.get("logprobs") is not None:
+        if body.get("logprobs") is not None and token_ids:
             tops = [{text: value} for text, value in zip(texts, log_probs, strict=True)]
             choice["logprobs"] = {
                 "text_offset": [0] * len(texts),

@@ -1,6 +1,7 @@
 """What the vLLM engines are asked, what they refuse, and what becomes of answers; no vLLM needed."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,14 @@ from opd_lightning.backends.hf import HFStudent
 from opd_lightning.backends.vllm_colocated import VLLMColocatedEngine
 from opd_lightning.backends.vllm_placement import environment, launcher_variables, process_group_kept, visible_devices
 from opd_lightning.backends.vllm_probe import check_same_model
-from opd_lightning.backends.vllm_requests import check_prompts, make_rollout, resolve_stop_ids, sampling_fields
+from opd_lightning.backends.vllm_requests import (
+    CalledOff,
+    check_prompts,
+    make_rollout,
+    resolve_stop_ids,
+    run_to_the_end,
+    sampling_fields,
+)
 from opd_lightning.interfaces import Problem, Prompt, Sampling
 
 PROBLEM = Problem(uid="letters/1", messages=({"role": "user", "content": "say a"},), answer="a")
@@ -96,7 +104,48 @@ def test_an_answer_becomes_a_rollout(student):
     assert rollout.log_probs.dtype == torch.float32 and rollout.log_probs.tolist() == [-1.0, -2.0, -0.5]
     assert rollout.finished and rollout.seed == 5
     assert rollout.text == student.tokenizer.decode([20, 21])
-    assert not make_rollout(student, prompt, 5, [20, 21], [-1.0, -2.0], Sampling(), [3]).finished
+    full = Sampling(max_new_tokens=2)
+    assert not make_rollout(student, prompt, 5, [20, 21], [-1.0, -2.0], full, [3]).finished
+
+
+@pytest.mark.parametrize("num_tokens", [0, 2])
+def test_an_answer_that_was_called_off_is_no_rollout(student, num_tokens):
+    token_ids, log_probs = [20] * num_tokens, [-1.0] * num_tokens
+    with pytest.raises(CalledOff, match=f"engine: vLLM stopped after {num_tokens} of 3 tokens of a response"):
+        make_rollout(student, Prompt(PROBLEM, (9,), (0,)), 0, token_ids, log_probs, Sampling(max_new_tokens=3), [3])
+
+
+class Stepper:
+    """vLLM's engine, as far as a loop sees it: one answer a step; the second is broken."""
+
+    def __init__(self):
+        self.waiting, self.aborted = ["0", "1", "2"], []
+
+    def has_unfinished_requests(self):
+        return bool(self.waiting)
+
+    def step(self):
+        name = self.waiting.pop(0)
+        return [SimpleNamespace(request_id=name, outputs=[name])]
+
+    def abort_request(self, names):
+        self.aborted = names
+        self.waiting = [name for name in self.waiting if name not in names]
+
+
+def test_what_an_error_leaves_unanswered_is_called_off():
+    engine, answers = Stepper(), {}
+    run_to_the_end(engine, 3, answers.__setitem__)
+    assert answers == {0: "0", 1: "1", 2: "2"} and not engine.aborted
+
+    def read(i, answer):
+        if i == 1:
+            raise FloatingPointError("not finite")
+
+    engine = Stepper()
+    with pytest.raises(FloatingPointError):
+        run_to_the_end(engine, 3, read)
+    assert engine.aborted == ["1", "2"] and not engine.has_unfinished_requests()
 
 
 @pytest.mark.parametrize("sampling", [Sampling(top_p=0.9), Sampling(top_k=5)])
@@ -108,7 +157,7 @@ def test_log_probs_behind_a_cut_are_not_made_up(student, sampling):
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_broken_logits_stop_the_run(student, value):
     with pytest.raises(FloatingPointError, match="not finite for problem 'letters/1'"):
-        make_rollout(student, Prompt(PROBLEM, (9,), (0,)), 0, [20], [value], Sampling(), [3])
+        make_rollout(student, Prompt(PROBLEM, (9,), (0,)), 0, [20], [value], Sampling(max_new_tokens=1), [3])
 
 
 def test_the_first_weights_are_checked_against_the_student(student):

@@ -240,3 +240,63 @@ def test_a_transfer_may_be_in_another_dtype(student, folder, tmp_path):
     weight = fake.model.state_dict()["model.norm.weight"]
     name, mine = "model.layers.0.self_attn.q_proj.weight", dict(model.named_parameters())
     assert torch.equal(fake.model.state_dict()[name], mine[name].bfloat16().float()) and weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("aborts", [[2], [0, 1]])
+def test_answers_that_are_called_off_are_asked_for_again(student, folder, aborts):
+    fake = FakeVLLM(folder)
+    with serve(fake) as url:
+        engine = make_engine(url)
+        engine.setup(student, CPU)
+        engine.sync(student.load(), 0)
+        expected = engine.generate(make_prompts(student), WARM)
+        fake.aborts = list(aborts)
+        told = []
+        rollouts = engine.generate(make_prompts(student), WARM, told.append)
+        engine.close()
+    assert not fake.aborts and tokens(rollouts) == tokens(expected)
+    assert all(rollout.finished or len(rollout.response_ids) == WARM.max_new_tokens for rollout in told)
+
+
+def test_servers_that_never_finish_are_given_up(student, folder):
+    fake = FakeVLLM(folder)
+    with serve(fake) as url:
+        engine = make_engine(url)
+        engine.setup(student, CPU)
+        engine.sync(student.load(), 0)
+        fake.aborts = [1] * 1000
+        with pytest.raises(ConnectionError, match=rf"engine: {url} lost .* 5 times in a row.*servers of its own"):
+            engine.generate(make_prompts(student), WARM)
+        engine.close()
+
+
+def test_a_server_that_was_refused_is_checked_again(student, folder, monkeypatch):
+    from opd_lightning.backends.vllm_server import engine as room
+
+    honest = room.folder_weights
+    model = student.load()
+    perturb(model, 1)
+    with serve(FakeVLLM(folder)) as url:
+        engine = make_engine(url)
+        engine.setup(student, CPU)
+        monkeypatch.setattr(room, "folder_weights", lambda *a: (w for w in honest(*a) if "layers.1.mlp" not in w[0]))
+        for _ in range(2):
+            with pytest.raises(ValueError, match="disagree"):
+                engine.sync(model, 0)
+        monkeypatch.setattr(room, "folder_weights", honest)
+        engine.sync(model, 0)
+        engine.close()
+
+
+def test_set_up_may_be_tried_again(student, folder):
+    fake = FakeVLLM(folder)
+    with serve(fake) as url:
+        fake.failures = [0] * 1000
+        engine = VLLMServerEngine(Connection([url], patience=0.2))
+        with pytest.raises(ServerUnreachable):
+            engine.setup(student, CPU)
+        fake.failures = []
+        engine.setup(student, CPU)
+        engine.sync(student.load(), 0)
+        assert engine.context_length == fake.max_model_len
+        engine.close()

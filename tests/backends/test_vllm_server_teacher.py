@@ -1,6 +1,8 @@
 """`VLLMServerTeacher` against a fake server that computes with a tiny model, and the real one's recorded answers."""
 
+import threading
 import time
+from concurrent.futures import wait
 
 import pytest
 import torch
@@ -260,6 +262,40 @@ def test_a_server_is_not_given_more_than_it_may_have(student, fake):
         fake.delay = 0.05
         assert len(list(teacher.score_all(make_batches(), ScoreRequest()))) == 2
         assert fake.max_in_flight == 2
+        teacher.close()
+
+
+def test_a_server_gets_no_more_when_another_is_down(student, teacher_folder):
+    alive, down = FakeVLLM(teacher_folder), FakeVLLM(teacher_folder)
+    with serve(alive) as url, serve(down) as other:
+        teacher = VLLMServerTeacher(Connection([url, other], max_in_flight=2, patience=10.0))
+        teacher.setup(student, torch.nn.Module(), CPU)
+        down.failures = [0] * 1000
+        alive.max_in_flight, alive.delay = 0, 0.05
+        assert len(list(teacher.score_all(make_batches(), ScoreRequest()))) == 2
+        assert alive.max_in_flight == 2
+        teacher.close()
+
+
+def test_patience_begins_with_the_first_failure(student, fake):
+    with serve(fake) as url:
+        teacher = VLLMServerTeacher(Connection([url], timeout=0.4, patience=0.3))
+        teacher.setup(student, torch.nn.Module(), CPU)
+        fake.delay = 0.6  # the time-out passes after longer than the patience: that is the first failure, not the last
+        threading.Timer(0.3, lambda: setattr(fake, "delay", 0.0)).start()
+        assert len(list(teacher.score_all(make_batches()[:1], ScoreRequest()))) == 1
+        teacher.close()
+
+
+def test_a_score_that_failed_early_is_asked_for_again(student, fake):
+    with serve(fake) as url:
+        teacher = VLLMServerTeacher(Connection([url], patience=0.1))
+        teacher.setup(student, torch.nn.Module(), CPU)
+        fake.failures = [0] * 1000
+        teacher.prefetch(make_rollouts()[0], ScoreRequest(), 0)
+        wait(teacher._early[0].values())
+        fake.failures = []
+        assert len(list(teacher.score_all(make_batches(), ScoreRequest()))) == 2
         teacher.close()
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from opd_lightning.backends.vllm_placement import (
+    engine_defaults,
     environment,
     launcher_variables,
     left_alone,
@@ -28,6 +29,7 @@ from opd_lightning.backends.vllm_requests import (
     check_prompts,
     make_rollout,
     resolve_stop_ids,
+    run_to_the_end,
     sampling_fields,
     warn_about_cut,
 )
@@ -104,15 +106,20 @@ class VLLMColocatedEngine(RolloutEngine):
         self._llm: Any = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._asleep = False
+        self._is_checked = False
         self._owns_process_group = False
         self._has_warned = False
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens (prompt + response) that vLLM takes; None is what the student takes."""
+        return self.engine_args.get("max_model_len")
 
     @property
     def max_model_len(self) -> int:
         """Most tokens (prompt + response) that vLLM takes."""
         assert self._student is not None, "call setup first"
-        limit: int = self.engine_args.get("max_model_len") or self._student.context_length
-        return limit
+        return self.context_length or self._student.context_length
 
     def setup(self, student: Student, device: torch.device) -> None:
         """Remember the student; vLLM starts with the first `sync`, which has its configuration.
@@ -144,11 +151,11 @@ class VLLMColocatedEngine(RolloutEngine):
                 self._start(model)
             self._wake()
             self._transfer(model, weight_version)
+            if not self._is_checked:
+                limit = self._tolerance
+                check_same_model(self._student, model, self._score_tokens, limit, self.max_model_len, "engine")
+                self._is_checked = True
             self.weight_version = weight_version
-            if is_first:
-                check_same_model(
-                    self._student, model, self._score_tokens, self._tolerance, self.max_model_len, "engine"
-                )
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_rollout: Listener = None) -> list[Rollout]:
         """One rollout per seed of every prompt, in order.
@@ -167,7 +174,15 @@ class VLLMColocatedEngine(RolloutEngine):
             self._has_warned = True
             warn_about_cut(sampling)
         requests = [(prompt, seed) for prompt in prompts for seed in prompt.seeds]
-        rollouts: dict[str, Rollout] = {}
+        rollouts: dict[int, Rollout] = {}
+
+        def read(i: int, answer: Any) -> None:
+            assert self._student is not None
+            log_probs = answer.logprobs.logprobs if answer.logprobs else []
+            rollouts[i] = make_rollout(self._student, *requests[i], answer.token_ids, log_probs, sampling, stop_ids)
+            if on_rollout is not None:
+                on_rollout(rollouts[i])
+
         # what random state and threads a child has is its own; here another thread may be training meanwhile
         with nullcontext() if self.own_process else left_alone(self._device):
             self._wake()
@@ -180,19 +195,11 @@ class VLLMColocatedEngine(RolloutEngine):
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
                 engine.add_request(str(i), TokensPrompt(prompt_token_ids=list(prompt.token_ids)), params)
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    prompt, seed = requests[int(output.request_id)]
-                    answer = output.outputs[0]
-                    token_ids, log_probs = list(answer.token_ids), answer.logprobs.logprobs
-                    rollout = make_rollout(self._student, prompt, seed, token_ids, log_probs, sampling, stop_ids)
-                    rollouts[output.request_id] = rollout
-                    if on_rollout is not None:
-                        on_rollout(rollout)
+            run_to_the_end(engine, len(requests), read)
             if self.sleep:
                 self._llm.sleep(level=1)
                 self._asleep = True
-        return [rollouts[str(i)] for i in range(len(requests))]
+        return [rollouts[i] for i in range(len(requests))]
 
     def close(self) -> None:
         """Shut vLLM down and give its memory back."""
@@ -217,15 +224,7 @@ class VLLMColocatedEngine(RolloutEngine):
         assert self._student is not None
         self._folder = tempfile.TemporaryDirectory(prefix="opd_lightning_blank_")
         write_blank_model(model, self._student.tokenizer.vocab_size, Path(self._folder.name))
-        defaults: dict[str, Any] = {
-            "dtype": "bfloat16" if self._device.type == "cuda" else "float32",
-            "max_model_len": self.max_model_len,
-            "gpu_memory_utilization": 0.4,
-            "generation_config": "vllm",
-            "disable_log_stats": True,
-        }
-        if self._device.type == "cpu":  # a seeded request whose prompt is cut in two stops the CPU build
-            defaults["enable_chunked_prefill"] = False
+        defaults = engine_defaults(self._device, self.max_model_len)
         # left to itself the CPU build pins its threads, and with them the training's, to the first cores
         variables = {_IN_PROCESS: "1" if self.own_process else "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         if self.own_process:

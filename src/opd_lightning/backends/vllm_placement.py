@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,21 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def engine_defaults(device: torch.device, max_model_len: int) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` where the user gives none."""
+    is_cuda = device.type == "cuda"
+    defaults: dict[str, Any] = {
+        "dtype": "bfloat16" if is_cuda else "float32",
+        "max_model_len": max_model_len,
+        "gpu_memory_utilization": 0.4,
+        "generation_config": "vllm",
+        "disable_log_stats": True,
+    }
+    if not is_cuda:  # a seeded request whose prompt is cut in two stops the CPU build
+        defaults["enable_chunked_prefill"] = False
+    return defaults
 
 
 def launcher_variables(device: torch.device) -> tuple[dict[str, str], dict[str, str]]:
@@ -71,6 +87,11 @@ def visible_devices(device: torch.device, devices: Sequence[int] | None, num_sha
                 " use VLLMServerEngine."
             )
         return {}
+    if devices is not None and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            f"engine.devices: each of {dist.get_world_size()} training processes would put its engine on GPUs"
+            f" {list(devices)}. Leave it out (each generates on its own GPU), or use VLLMServerEngine."
+        )
     wanted = [device.index or 0] if devices is None else devices
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(i) for i in wanted] if not shown else [shown.split(",")[i] for i in wanted]

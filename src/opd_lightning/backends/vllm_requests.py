@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,10 @@ def sampling_fields(sampling: Sampling, seed: int, stop_ids: Sequence[int]) -> d
     }
 
 
+class CalledOff(ConnectionError):
+    """vLLM stopped answering in the middle of a response: it is shutting down, or somebody changes its weights."""
+
+
 def make_rollout(
     student: Student,
     prompt: Prompt,
@@ -98,9 +102,16 @@ def make_rollout(
     vLLM normalises log-probabilities after any top-p or top-k cut. Those before it are not known then, and NaN.
 
     Raises:
+        CalledOff: The response neither ends nor is as long as it may be.
         FloatingPointError: The model gives logits that are not finite.
     """
-    assert len(token_ids) == len(log_probs) > 0, (len(token_ids), len(log_probs))
+    assert len(token_ids) == len(log_probs), (len(token_ids), len(log_probs))
+    finished = len(token_ids) > 0 and token_ids[-1] in stop_ids
+    if not finished and len(token_ids) < sampling.max_new_tokens:
+        raise CalledOff(
+            f"engine: vLLM stopped after {len(token_ids)} of {sampling.max_new_tokens} tokens of a response. It was"
+            " told to shut down, or its requests were called off. Resume from the last checkpoint."
+        )
     if not all(map(math.isfinite, log_probs)):
         raise FloatingPointError(
             f"The student's logits are not finite for problem {prompt.problem.uid!r}. Check that its weights are finite"
@@ -112,10 +123,29 @@ def make_rollout(
         prompt_ids=torch.tensor(prompt.token_ids),
         response_ids=torch.tensor(token_ids),
         log_probs=torch.full((len(log_probs),), torch.nan) if has_cut else torch.tensor(log_probs),
-        finished=token_ids[-1] in stop_ids,
+        finished=finished,
         seed=seed,
         text=student.tokenizer.decode(token_ids),
     )
+
+
+def run_to_the_end(engine: Any, num_requests: int, read: Callable[[int, Any], None]) -> None:
+    """Step an engine of this process until its requests "0", "1", ... are answered; what an error leaves is called off.
+
+    Args:
+        engine: vLLM's `LLMEngine`.
+        num_requests: How many it was given.
+        read: Takes a request's number and its answer.
+    """
+    waiting = {str(i) for i in range(num_requests)}
+    try:
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                read(int(output.request_id), output.outputs[0])
+                waiting.discard(output.request_id)
+    except BaseException:
+        engine.abort_request(sorted(waiting))
+        raise
 
 
 def warn_about_cut(sampling: Sampling) -> None:

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from opd_lightning.arguments import check_at_least
 from opd_lightning.batching import collate, cut_by_tokens
 from opd_lightning.evaluation import Answers, answer, render_prompts
 from opd_lightning.interfaces import Rollout, Score
@@ -44,10 +45,7 @@ class _OnFreshRollouts(_MeanOverProcesses):
     """
 
     def __init__(self, num_prompts: int = 50, num_samples: int = 1) -> None:
-        name = type(self).__name__
-        for argument, value in (("num_prompts", num_prompts), ("num_samples", num_samples)):
-            if value < 1:
-                raise ValueError(f"{name}.{argument}: expected an integer of at least 1, got {value}.")
+        check_at_least(1, type(self).__name__, num_prompts=num_prompts, num_samples=num_samples)
         self.num_prompts = num_prompts
         self.num_samples = num_samples
         self.uids: list[str] = []

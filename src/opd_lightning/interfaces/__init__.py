@@ -9,7 +9,6 @@ from opd_lightning.interfaces.seams import (
     PromptSelector,
     RolloutEngine,
     Score,
-    ScoreRequest,
     Student,
     Task,
     Teacher,
@@ -27,6 +26,7 @@ from opd_lightning.interfaces.words import (
     Rollout,
     RolloutBatch,
     Sampling,
+    ScoreRequest,
     Split,
 )
 

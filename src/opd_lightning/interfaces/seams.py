@@ -14,7 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opd_lightning.interfaces.words import Listener, Message, MicroBatch, Problem, Prompt, Rollout, Sampling, Split
+from opd_lightning.interfaces.words import (
+    Listener,
+    Message,
+    MicroBatch,
+    Problem,
+    Prompt,
+    Rollout,
+    Sampling,
+    ScoreRequest,
+    Split,
+    describe_request,
+)
 
 
 class Tokenizer(ABC):
@@ -75,35 +86,6 @@ class Student(ABC):
     @abstractmethod
     def save(self, model: nn.Module, folder: Path, *, merge_adapter: bool = True) -> None:
         """Write a folder that `from_pretrained` loads (safetensors, config, tokenizer)."""
-
-
-@dataclass(frozen=True)
-class ScoreRequest:
-    """What an objective (and the metrics) will ask of `TeacherScores`.
-
-    Attributes:
-        top_k: Size of the teacher's own top-k list; 0 when it is not asked for.
-        arbitrary_ids: Log-probabilities at ids that the student chooses.
-        full_vocabulary: Log-probabilities of the whole vocabulary.
-        temperature: Teacher temperature: divides the teacher's logits.
-    """
-
-    top_k: int = 0
-    arbitrary_ids: bool = False
-    full_vocabulary: bool = False
-    temperature: float = 1.0
-
-
-def describe_request(request: ScoreRequest) -> str:
-    """The request in words."""
-    parts = ["log-probabilities of the sampled tokens"]
-    if request.top_k:
-        parts.append(f"its own top {request.top_k}")
-    if request.arbitrary_ids:
-        parts.append("log-probabilities at ids the student chooses")
-    if request.full_vocabulary:
-        parts.append("the full vocabulary")
-    return ", ".join(parts)
 
 
 class TeacherScores(ABC):
@@ -215,6 +197,14 @@ class RolloutEngine(ABC):
     @abstractmethod
     def sync(self, model: nn.Module, weight_version: int) -> None:
         """Take over the student's current weights and remember their version."""
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens (prompt + response) it takes, where that may be less than the student's; None when unknown."""
+        return None
+
+    def interrupt(self) -> None:  # noqa: B027 - most are never asked
+        """Call off what another thread is generating, as far as possible; the run is over."""
 
     def invalidate(self) -> None:
         """Make the next `sync` take the weights over even if their version is the one it knows."""

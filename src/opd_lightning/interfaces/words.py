@@ -217,3 +217,32 @@ class MicroBatch:
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return a copy on the device."""
         return MicroBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What an objective (and the metrics) will ask of `TeacherScores`.
+
+    Attributes:
+        top_k: Size of the teacher's own top-k list; 0 when it is not asked for.
+        arbitrary_ids: Log-probabilities at ids that the student chooses.
+        full_vocabulary: Log-probabilities of the whole vocabulary.
+        temperature: Teacher temperature: divides the teacher's logits.
+    """
+
+    top_k: int = 0
+    arbitrary_ids: bool = False
+    full_vocabulary: bool = False
+    temperature: float = 1.0
+
+
+def describe_request(request: ScoreRequest) -> str:
+    """The request in words."""
+    parts = ["log-probabilities of the sampled tokens"]
+    if request.top_k:
+        parts.append(f"its own top {request.top_k}")
+    if request.arbitrary_ids:
+        parts.append("log-probabilities at ids the student chooses")
+    if request.full_vocabulary:
+        parts.append("the full vocabulary")
+    return ", ".join(parts)

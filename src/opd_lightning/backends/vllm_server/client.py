@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,12 +12,10 @@ from typing import Any, TypeVar
 
 import httpx2
 from tenacity import (
+    RetryCallState,
     Retrying,
     retry_if_exception_type,
     sleep_using_event,
-    stop_after_delay,
-    stop_any,
-    stop_when_event_set,
     wait_random_exponential,
 )
 
@@ -46,8 +45,8 @@ class Connection:
         max_in_flight: Requests that a server is given at once. More keep it busier; a request's answer waits in memory
             until it is used.
         timeout: Seconds to wait for the answer to one request.
-        patience: Seconds during which failed requests are repeated, with growing pauses, before the run stops. A server
-            that is restarted within them costs nothing else.
+        patience: Seconds during which a failed request is repeated, with growing pauses, before the run stops, counted
+            from its first failure. A server that is restarted within them costs nothing else.
         api_key: Sent as bearer token, for servers started with ``--api-key``.
 
     Raises:
@@ -86,6 +85,7 @@ class Server:
     def __init__(self, url: str, connection: Connection) -> None:
         self.url = url.rstrip("/")
         self.num_in_flight = 0
+        self.slots = threading.BoundedSemaphore(connection.max_in_flight)
         headers = {} if connection.api_key is None else {"Authorization": f"Bearer {connection.api_key}"}
         self._http = httpx2.Client(
             base_url=self.url,
@@ -166,7 +166,8 @@ class ServerPool:
                 server = min(self.servers, key=lambda server: (failures[server.url], server.num_in_flight))
                 server.num_in_flight += 1
             try:
-                return server.ask(path, body)
+                with server.slots:  # all requests come here when the other servers are down
+                    return server.ask(path, body)
             except FailedAttempt:
                 failures[server.url] += 1
                 raise
@@ -203,17 +204,22 @@ class ServerPool:
             ServerUnreachable: It failed for `patience` seconds; names the addresses.
         """
         failed: dict[str, str] = {}  # address: last failure
+        failing_since: list[float] = []  # a long answer that fails at last has only just begun to fail
 
         def attempt_and_note() -> Answer:
             try:
                 return attempt()
             except FailedAttempt as failure:
                 failed[failure.url] = str(failure)
+                failing_since.append(time.monotonic())
                 raise
+
+        def is_over(_: RetryCallState) -> bool:
+            return self._closed.is_set() or time.monotonic() - failing_since[0] >= self.connection.patience
 
         retrying = Retrying(
             retry=retry_if_exception_type(FailedAttempt),
-            stop=stop_any(stop_after_delay(self.connection.patience), stop_when_event_set(self._closed)),
+            stop=is_over,
             sleep=sleep_using_event(self._closed),
             wait=wait_random_exponential(multiplier=0.2, max=10),
             reraise=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 from opd_lightning.backends.vllm_probe import check_same_model, check_tempered_log_probs
 from opd_lightning.backends.vllm_requests import (
+    CalledOff,
     check_prompts,
     make_rollout,
     resolve_stop_ids,
@@ -21,12 +23,13 @@ from opd_lightning.backends.vllm_requests import (
     warn_about_cut,
 )
 from opd_lightning.backends.vllm_server.client import Connection, ServerPool, ServerRefusal, wait_for
-from opd_lightning.backends.vllm_server.preflight import ServedModel, check_served_model
+from opd_lightning.backends.vllm_server.preflight import ServedModel, check_served_model, find_padding_rows
 from opd_lightning.backends.vllm_server.transfer import FileTransfer, WeightTransfer
 from opd_lightning.backends.vllm_weights import folder_weights
+from opd_lightning.extrapolation import gather_objects, rank, world_size
 from opd_lightning.interfaces import Listener, Prompt, Rollout, RolloutEngine, Sampling, Student, WeightsLost
 
-_MOST_BIASED = 1024  # token ids whose logits a vLLM request may change
+_MOST_ATTEMPTS = 5  # to get all answers of a step from servers with our weights
 
 
 class VLLMServerEngine(RolloutEngine):
@@ -93,17 +96,18 @@ class VLLMServerEngine(RolloutEngine):
         self._student = student
         if self._pool is not None:
             return
-        self._pool = ServerPool(self.connection, "engine")
-        self._served = check_served_model(self._pool, self.model, student.tokenizer, 0)
-        self._run = _same_on_all_ranks(secrets.token_hex(4))
-        for server in self._pool.servers:
+        pool = ServerPool(self.connection, "engine")
+        self._served = check_served_model(pool, self.model, student.tokenizer, 0)
+        self._run = gather_objects(secrets.token_hex(4))[0]
+        for server in pool.servers:
             try:
-                self._pool.ask(server, "/weight_info")
+                pool.ask(server, "/weight_info")
             except ServerRefusal as refusal:
                 raise ValueError(
                     f"engine: {server.url} has no weight-transfer endpoints ({refusal.reason}). Start it with"
                     " VLLM_SERVER_DEV_MODE=1 in its environment, on a private network."
                 ) from refusal
+        self._pool = pool
 
     def sync(self, model: nn.Module, weight_version: int) -> None:
         """Push the student's weights to all servers, unless they have this version.
@@ -112,19 +116,25 @@ class VLLMServerEngine(RolloutEngine):
             ValueError: A server refuses them, or computes something else with them.
             ServerUnreachable: No answer.
         """
-        assert self._pool is not None and self._student is not None, "call setup before sync"
+        assert self._pool and self._student and self._served, "call setup before sync"
         if self._live is model and weight_version == self.weight_version:
             return
         is_first = self._live is None
         if is_first:
-            self._look_for_padding_rows(model)
+            vocab_size = self._student.tokenizer.vocab_size
+            num_rows = len(model.get_input_embeddings().weight)  # type: ignore[operator]
+            self._kept_rows, self._bias = find_padding_rows(self._pool, self._served, num_rows, vocab_size)
         self._live, self.weight_version = model, weight_version
         self._syncing_thread = threading.get_ident()
-        self._push()
-        if is_first:
-            limit = self.max_mean_mismatch
-            check_same_model(self._student, model, self._score_tokens, limit, self._max_model_len, "engine")
-            check_tempered_log_probs(self._student, model, self.generate, limit, self._max_model_len)
+        try:
+            self._push()
+            if is_first:
+                limit = self.max_mean_mismatch
+                check_same_model(self._student, model, self._score_tokens, limit, self._max_model_len, "engine")
+                check_tempered_log_probs(self._student, model, self.generate, limit, self._max_model_len)
+        except BaseException:  # nothing is known about what the servers have now
+            self._live, self.weight_version = None if is_first else model, -1
+            raise
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_rollout: Listener = None) -> list[Rollout]:
         """One rollout per seed of every prompt, in order.
@@ -140,11 +150,21 @@ class VLLMServerEngine(RolloutEngine):
         if sampling.temperature > 0 and not sampling.is_whole_distribution and not self._has_warned:
             self._has_warned = True
             warn_about_cut(sampling)
-        while True:
-            rollouts = self._ask_for_rollouts(prompts, sampling, stop_ids, on_rollout)
-            if not self._strangers():
+        for _ in range(_MOST_ATTEMPTS):
+            try:
+                rollouts = self._ask_for_rollouts(prompts, sampling, stop_ids, on_rollout)
+            except CalledOff:  # in the middle of an answer, by a push of somebody else's or a shutdown
+                rollouts = []
+            strangers = self._strangers()
+            if len(rollouts) == sum(len(prompt.seeds) for prompt in prompts) and not strangers:
                 return rollouts
-            self._push_again()
+            if strangers:
+                self._push_again(strangers)
+        raise ConnectionError(
+            f"engine: {' and '.join(self.connection.urls)} lost this run's weights or called its requests off"
+            f" {_MOST_ATTEMPTS} times in a row. Another run is using them: give each run servers of its own, and resume"
+            " from the last checkpoint."
+        )
 
     def close(self) -> None:
         """Close the connections; the servers go on running."""
@@ -155,6 +175,16 @@ class VLLMServerEngine(RolloutEngine):
         self.weight_version = -1
 
     # ------------------------------------------------------------------------------------------------------- internals
+
+    def interrupt(self) -> None:
+        """Call off what is waiting for an answer."""
+        if self._pool is not None:
+            self._pool.close()
+
+    @property
+    def context_length(self) -> int | None:
+        """The shortest --max-model-len of the servers; None before `setup`."""
+        return None if self._served is None else self._served.max_model_len
 
     @property
     def _max_model_len(self) -> int:
@@ -194,7 +224,8 @@ class VLLMServerEngine(RolloutEngine):
     ) -> Rollout:
         assert self._student is not None
         choice = answer["choices"][0]
-        token_ids, log_probs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        # a request that is called off before its first token has neither
+        token_ids, log_probs = choice["token_ids"] or [], (choice["logprobs"] or {}).get("token_logprobs") or []
         rollout = make_rollout(self._student, prompt, seed, token_ids, log_probs, sampling, stop_ids)
         if on_rollout is not None:
             on_rollout(rollout)
@@ -204,20 +235,24 @@ class VLLMServerEngine(RolloutEngine):
         """Send the live weights; on several processes all read them (shards are gathered) and the first sends."""
         assert self._pool is not None and self._live is not None
         _barrier()  # nobody is generating any more
-        if _rank() == 0:
+        if rank() == 0:
             self.transfer.push(self._pool, self._read_weights, self._stamp)
         elif any(hasattr(parameter, "full_tensor") for parameter in self._live.parameters()):
             for _ in self._read_weights():
                 pass
         _barrier()
 
-    def _push_again(self) -> None:
-        is_alone = not dist.is_initialized() or dist.get_world_size() == 1
-        if not is_alone or threading.get_ident() != self._syncing_thread:  # which may be changing the weights now
+    def _push_again(self, strangers: Sequence[str]) -> None:
+        if world_size() > 1 or threading.get_ident() != self._syncing_thread:  # which may be changing the weights now
             raise WeightsLost(
-                f"engine: {' and '.join(self._strangers())} no longer has this run's weights: restarted, or used by"
+                f"engine: {' and '.join(strangers)} no longer has this run's weights: restarted, or used by"
                 " another run. Resume from the last checkpoint."
             )
+        warnings.warn(
+            f"engine: {' and '.join(strangers)} no longer had this run's weights (restarted, or used by another run);"
+            " they are pushed again, and the answers asked for again.",
+            stacklevel=3,
+        )
         self._push()
 
     def _strangers(self) -> list[str]:
@@ -230,29 +265,6 @@ class VLLMServerEngine(RolloutEngine):
     def _read_weights(self) -> Any:
         assert self._student is not None and self._live is not None
         return folder_weights(self._student, self._live, self._kept_rows)
-
-    def _look_for_padding_rows(self, model: nn.Module) -> None:
-        """Find out whether the servers' models have the rows beyond the vocabulary that the student's has."""
-        assert self._pool is not None and self._student is not None and self._served is not None
-        vocab_size = self._student.tokenizer.vocab_size
-        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-        num_rows = len(embedding.weight)
-        self._kept_rows, self._bias = vocab_size, {}
-        if num_rows == vocab_size:
-            return
-        body = {"model": self._served.name, "prompt": [num_rows - 1], "max_tokens": 1}
-        try:
-            self._pool.post("/v1/completions", body)
-        except ServerRefusal:
-            return
-        self._kept_rows = None
-        if num_rows - vocab_size > _MOST_BIASED:
-            raise ValueError(
-                f"engine: the model has {num_rows - vocab_size} rows beyond the vocabulary, more than a request can"
-                f" forbid ({_MOST_BIASED}). Start the servers with --load-format dummy --hf-overrides"
-                f" '{{\"vocab_size\": {vocab_size}}}'."
-            )
-        self._bias = {str(token_id): -100.0 for token_id in range(vocab_size, num_rows)}
 
     def _score_tokens(self, token_ids: list[int]) -> list[float]:
         assert self._pool is not None and self._served is not None
@@ -267,18 +279,6 @@ class VLLMServerEngine(RolloutEngine):
         return [entry[str(token_id)]["logprob"] for token_id, entry in zip(token_ids[1:], entries[1:], strict=True)]
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def _barrier() -> None:
-    if dist.is_initialized():
+    if world_size() > 1:
         dist.barrier()
-
-
-def _same_on_all_ranks(name: str) -> str:
-    if not dist.is_initialized():
-        return name
-    names = [name]
-    dist.broadcast_object_list(names, src=0)
-    return names[0]

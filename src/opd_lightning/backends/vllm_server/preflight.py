@@ -10,6 +10,7 @@ from opd_lightning.backends.vllm_server.client import Server, ServerPool, Server
 from opd_lightning.interfaces import Tokenizer
 
 _NUM_PROBED = 512  # token ids compared
+_MOST_BIASED = 1024  # token ids whose logits a vLLM request may change
 _NUM_NAMED = 3  # differences named in a message
 
 
@@ -118,3 +119,36 @@ def _ask_for_top_k(pool: ServerPool, server: Server, model: ServedModel, top_k: 
             f"{pool.role}.max_top_k={top_k}: {server.url} does not grant so many log-probabilities ({refusal.reason})."
             f" Start it with --max-logprobs {top_k}, or lower max_top_k."
         ) from refusal
+
+
+def find_padding_rows(
+    pool: ServerPool, served: ServedModel, num_rows: int, vocab_size: int
+) -> tuple[int | None, dict[str, float]]:
+    """Find out whether the servers' models have the rows beyond the vocabulary that the student's has.
+
+    Args:
+        pool: The servers.
+        served: Their model.
+        num_rows: Rows of the student's embedding.
+        vocab_size: Real token ids.
+
+    Returns:
+        Rows that the servers want of the embedding (None is all), and the logit bias that forbids those beyond the
+        vocabulary in a request.
+
+    Raises:
+        ValueError: There are more of them than a request can forbid.
+    """
+    if num_rows == vocab_size:
+        return vocab_size, {}
+    try:
+        pool.post("/v1/completions", {"model": served.name, "prompt": [num_rows - 1], "max_tokens": 1})
+    except ServerRefusal:
+        return vocab_size, {}
+    if num_rows - vocab_size > _MOST_BIASED:
+        raise ValueError(
+            f"engine: the model has {num_rows - vocab_size} rows beyond the vocabulary, more than a request can"
+            f" forbid ({_MOST_BIASED}). Start the servers with --load-format dummy --hf-overrides"
+            f" '{{\"vocab_size\": {vocab_size}}}'."
+        )
+    return None, {str(token_id): -100.0 for token_id in range(vocab_size, num_rows)}

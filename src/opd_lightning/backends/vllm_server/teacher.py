@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,6 +101,7 @@ class VLLMServerTeacher(Teacher):
         if self._served is None:
             self.preflight(student)
         self._device = device
+        self._early = {}
 
     def score(self, batch: MicroBatch, request: ScoreRequest) -> ListedScores:
         """Score the response tokens of one micro-batch."""
@@ -126,8 +128,12 @@ class VLLMServerTeacher(Teacher):
         """
         self.check(request)
         pending = [self._request(batch, request.top_k) for batch in batches]
-        while pending:  # let go of what has been used
-            yield self._gather(pending.pop(0))
+        try:
+            while pending:  # let go of what has been used
+                yield self._gather(pending.pop(0))
+        finally:
+            for future in itertools.chain.from_iterable(pending):
+                future.cancel()
 
     def close(self) -> None:
         """Close the connections."""
@@ -144,7 +150,12 @@ class VLLMServerTeacher(Teacher):
     def _request(self, batch: MicroBatch, k: int) -> list[Future[_Parts]]:
         questions = [_Question(tuple(token_ids), first, k) for token_ids, first in _sequences(batch)]
         with self._lock:
-            early = {question: future for asked in self._early.values() for question, future in asked.items()}
+            early = {
+                question: future
+                for asked in self._early.values()
+                for question, future in asked.items()
+                if not (future.done() and (future.cancelled() or future.exception()))
+            }
             return [early.get(question) or self._submit(question) for question in questions]
 
     def _submit(self, question: _Question) -> Future[_Parts]:
