@@ -10,6 +10,7 @@ from typing import Any
 
 from effopd_speedup_arms import TARGETS
 
+LOW_COSINE = 0.7
 COSTS = ("steps", "seconds", "tokens")
 T_QUANTILE = {
     1: 12.706,
@@ -170,14 +171,19 @@ def describe_cosines(runs: Sequence[dict[str, Any]]) -> str:
     """Whether the cosine of two consecutive Deltas tells beforehand that a search will go forward."""
     by_arm: dict[str, list[tuple[float, bool]]] = defaultdict(list)
     for run in runs:
-        if not run["arm"].startswith("alphaopd"):
+        if not run["arm"].startswith(("alphaopd", "always-back")):
             known = [search for search in run["searches"] if not math.isnan(search["cosine"])]
             by_arm[run["arm"]] += [(search["cosine"], search["best"]["factor"] > 0) for search in known]
     pooled = [pair for pairs in by_arm.values() for pair in pairs]
     within = [(share, count) for share, count in map(separation, by_arm.values()) if count]
     total = sum(count for _, count in within)
+    below = [success for cosine, success in pooled if cosine < LOW_COSINE]
+    num_forward = sum(success for _, success in pooled)
+    failures, successes = below.count(False) / (len(pooled) - num_forward), below.count(True) / num_forward
     return (
-        f"{len(pooled)} searches with a cosine, {sum(success for _, success in pooled)} went forward. The cosine was"
-        f" larger for the one that did in {separation(pooled)[0]:.0%} of all pairs, and in"
+        f"{len(pooled)} searches with a cosine, {num_forward} went forward. The cosine was larger for the one that did"
+        f" in {separation(pooled)[0]:.0%} of all pairs, and in"
         f" {sum(share * count for share, count in within) / total:.0%} of the pairs within an arm (50 %: no help)."
+        f" Below {LOW_COSINE}: {failures:.0%} of the searches that did not go forward,"
+        f" {successes:.0%} of those that did."
     )
