@@ -119,7 +119,7 @@ def shared_memory() -> Iterator[Path]:
 
 
 def measure_teacher(folder: Path, repeats: int) -> dict:
-    """Scoring of 128 rollouts of mixed lengths by a 10M teacher: here, by a server, by a server while generating."""
+    """Scoring of 64 rollouts of mixed lengths by a 10M teacher: here, by a server, by a server while generating."""
     os.sched_setaffinity(0, OWN_CORE)
     size = SIZES["10M"]
     student = HFStudent(str(make_counter(folder / "student", size, seed=0)))
@@ -128,7 +128,7 @@ def measure_teacher(folder: Path, repeats: int) -> dict:
     engine.setup(student, CPU)
     engine.sync(model, 0)
     local = HFTeacher(str(teacher_folder), dtype="float32")
-    problems = CountingTask(num_train=128 * repeats).problems("train")
+    problems = CountingTask(num_train=64 * repeats).problems("train")
     sampling = Sampling(max_new_tokens=256, stop_ids=[ZERO])
     with ServerProcess(teacher_folder, folder / "log", SERVER_CORE, CONTEXT) as server:
         remote = VLLMServerTeacher(Connection([server.url]))
@@ -140,7 +140,7 @@ def measure_teacher(folder: Path, repeats: int) -> dict:
             request = ScoreRequest(top_k=k)
             rounds = []
             for repeat in range(repeats):
-                prompts = make_prompts(problems[128 * repeat : 128 * (repeat + 1)], student.tokenizer, repeat)
+                prompts = make_prompts(problems[64 * repeat : 64 * (repeat + 1)], student.tokenizer, repeat)
                 generate = partial(engine.generate, prompts, sampling)
                 rounds.append(score_once(generate, local, remote, request, wire, step=len(rounds) + repeats * k))
             results[f"k={k}"] = summarize_rounds(rounds)
@@ -212,14 +212,13 @@ def count_bytes(teacher: VLLMServerTeacher) -> dict[str, int]:
 
 
 def summarize_rounds(rounds: list[dict[str, float]]) -> dict:
-    """Medians, and what they mean per token."""
+    """Medians, and what they mean per token of whole sequences: prompts are scored too."""
     columns = {name: [one[name] for one in rounds] for name in rounds[0]}
+    tokens = columns["tokens_with_prompts"]
     per_token = {
-        f"{way}_seconds_per_1000_tokens": [1e3 * s / n for s, n in zip(columns[way], columns["tokens"], strict=True)]
+        f"{way}_seconds_per_1000_tokens": [1e3 * s / n for s, n in zip(columns[way], tokens, strict=True)]
         for way in ("local", "server")
     }
-    per_token["bytes_per_token"] = [
-        (sent + received) / n
-        for sent, received, n in zip(*(columns[c] for c in ("sent_bytes", "received_bytes", "tokens")), strict=True)
-    ]
+    bodies = zip(columns["sent_bytes"], columns["received_bytes"], tokens, strict=True)
+    per_token["bytes_per_token"] = [(sent + received) / n for sent, received, n in bodies]
     return {"rounds": rounds, "medians": medians(columns | per_token)}

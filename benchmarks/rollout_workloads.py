@@ -18,7 +18,7 @@ import urllib.request
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -34,7 +34,13 @@ LONGEST = 1024  # the longest response that can be asked for
 CONTEXT = 2048
 FIRST_CHARACTER = 32  # the text of token i is the character FIRST_CHARACTER + i
 KV_CACHE_BYTES = 2**30
-ENGINE_ARGS = {"enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE_BYTES, "max_num_seqs": 256}
+BLOCK_SIZE = 32  # tokens; only whole blocks of a prompt are shared, and the CPU build's own choice is 128
+ENGINE_ARGS: dict[str, Any] = {
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": KV_CACHE_BYTES,
+    "max_num_seqs": 256,
+    "block_size": BLOCK_SIZE,
+}
 OWN_CORE, SERVER_CORE = {0}, {1}  # where training and where servers run, in the sections that have both
 CERTAINTY = 60.0  # logit of the next count, before what the layers take from it; the others' are below 15
 
@@ -162,7 +168,7 @@ class ServerProcess:
         flags: list[object] = ["--model", model, "--host", "127.0.0.1", "--port", port, "--dtype", "float32"]
         flags += ["--max-model-len", max_model_len, "--max-logprobs", 20, "--logprobs-mode", "processed_logprobs"]
         flags += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-seqs", 256]
-        flags += ["--kv-cache-memory-bytes", KV_CACHE_BYTES, "--no-enable-log-requests"]
+        flags += ["--kv-cache-memory-bytes", KV_CACHE_BYTES, "--block-size", BLOCK_SIZE, "--no-enable-log-requests"]
         flags += ["--worker-extension-cls", "opd_lightning.backends.vllm_worker.WorkerExtension"]
         flags += ["--weight-transfer-config", '{"backend": "opd_lightning"}']
         environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
