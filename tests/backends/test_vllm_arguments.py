@@ -8,7 +8,13 @@ import torch
 
 from opd_lightning.backends.hf import HFStudent
 from opd_lightning.backends.vllm_colocated import VLLMColocatedEngine
-from opd_lightning.backends.vllm_placement import environment, launcher_variables, process_group_kept, visible_devices
+from opd_lightning.backends.vllm_placement import (
+    engine_defaults,
+    environment,
+    launcher_variables,
+    process_group_kept,
+    visible_devices,
+)
 from opd_lightning.backends.vllm_probe import check_same_model
 from opd_lightning.backends.vllm_requests import (
     CalledOff,
@@ -178,6 +184,31 @@ def test_the_first_weights_are_checked_against_the_student(student):
         check_same_model(student, model, lambda ids: [value + 0.5 for value in honest(ids)], 0.3, 100, "engine")
     with pytest.raises(ValueError, match="disagree"):
         check_same_model(student, model, lambda ids: [float("nan") for _ in honest(ids)], 0.3, 100, "engine")
+
+
+def test_a_probe_of_one_token_is_still_compared(student, monkeypatch):
+    asked = []
+
+    def score(token_ids):
+        asked.append(token_ids)
+        return [0.0] * (len(token_ids) - 1)
+
+    monkeypatch.setattr(type(student.tokenizer), "render", lambda self, messages: [9])
+    with pytest.raises(ValueError, match="disagree"):
+        check_same_model(student, student.load(), score, 0.01, 100, "engine")
+    assert asked == [[9, 9]]
+
+
+def test_engines_on_several_processes_do_not_share_named_gpus(monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"engine\.devices: each of 2 training processes .*Leave it out"):
+        visible_devices(torch.device("cuda", 0), [1], 1)
+
+
+def test_what_the_cpu_build_needs_is_set_there_only():
+    assert engine_defaults(torch.device("cpu"), 64)["enable_chunked_prefill"] is False
+    assert "enable_chunked_prefill" not in engine_defaults(torch.device("cuda"), 64)
 
 
 def test_environment_variables_are_taken_back(monkeypatch):

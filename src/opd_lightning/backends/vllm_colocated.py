@@ -60,7 +60,7 @@ class VLLMColocatedEngine(RolloutEngine):
         engine_args: Arguments of `vllm.LLM`, for example gpu_memory_utilization, max_model_len, enforce_eager,
             quantization, kv_cache_dtype. Where not given: dtype is bfloat16 on a GPU and float32 on a CPU,
             max_model_len the student's context, gpu_memory_utilization 0.4 (the rest is for training), and on a CPU
-            prompts are prefilled whole.
+            prompts are prefilled whole and block_size is 32.
         sleep: Give vLLM's GPU memory back between generations: its weights wait in CPU memory, its cache is dropped.
         own_process: Run vLLM in a child process; weights then go through a file in shared memory. Always so with
             `devices`, and with tensor_parallel_size or pipeline_parallel_size above 1.

@@ -38,8 +38,9 @@ def engine_defaults(device: torch.device, max_model_len: int) -> dict[str, Any]:
         "generation_config": "vllm",
         "disable_log_stats": True,
     }
-    if not is_cuda:  # a seeded request whose prompt is cut in two stops the CPU build
-        defaults["enable_chunked_prefill"] = False
+    if not is_cuda:
+        defaults["enable_chunked_prefill"] = False  # a seeded request whose prompt is cut in two stops the CPU build
+        defaults["block_size"] = 32  # only whole blocks of a prompt are shared, and 128 is seldom reached
     return defaults
 
 
