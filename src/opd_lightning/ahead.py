@@ -94,6 +94,7 @@ class AheadEngine(RolloutEngine):
         self._future: Future[Generation] | None = None
         self._taken: Generation | None = None
         self._saved: Mapping[str, Any] | None = None
+        self._error: BaseException | None = None  # of the generation asked for last
 
     def setup(self, student: Student, device: torch.device) -> None:
         """Set the engine up."""
@@ -137,6 +138,7 @@ class AheadEngine(RolloutEngine):
         self._wait()  # interrupted here, it stays
         future, self._future = self._future, None
         saved, self._saved = self._saved, None
+        self._error = None if future is None else future.exception()
         if self._taken is not None and self._taken.step == batch.step:  # the step failed and is done again
             return self._taken
         try:
@@ -172,16 +174,16 @@ class AheadEngine(RolloutEngine):
         Args:
             num_samples: Rollouts per prompt.
         """
-        generation = self._taken
+        generation, error = self._taken, self._error
         if generation is None and self._future is not None:
-            if error := self._future.exception():
-                warnings.warn(
-                    f"The rollouts of the next step were not generated ({error}), so they are not in this checkpoint: a"
-                    " resumed run generates them with the weights it has, one step newer than this run would have.",
-                    stacklevel=2,
-                )
-            else:
-                generation = self._future.result()
+            error = self._future.exception()
+            generation = self._future.result() if error is None else None
+        if generation is None and error is not None:
+            warnings.warn(
+                f"The rollouts of the next step were not generated ({error}), so they are not in this checkpoint: a"
+                " resumed run generates them with the weights it has, one step newer than this run would have used.",
+                stacklevel=2,
+            )
         shares = gather_objects(None if generation is None else _groups(generation, num_samples))
         if generation is None or any(share is None for share in shares):
             return {}
@@ -197,7 +199,7 @@ class AheadEngine(RolloutEngine):
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Forget what was generated and restore `state_dict`; `take` finds the rollouts by their step."""
         self._wait()
-        self._future = self._taken = None
+        self._future = self._taken = self._error = None
         self._saved = state or None
 
     def interrupt(self) -> None:
