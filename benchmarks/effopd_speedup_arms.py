@@ -214,13 +214,8 @@ GROUPS: dict[str, tuple[range, list[Arm]]] = {  # seeds, arms; most important fi
         ],
     ),
     "difficulty": (FRESH_THREE, arms(*(f"effopd-accuracy-level-{level}" for level in (1, 2, 3)), **SLOW)),
-    "ideas": (
-        FRESH_THREE,
-        [
-            *arms("adaptive-fixed", "moments-along-fixed", "moments-forgotten-fixed", "gradient-fixed", **SLOW),
-            Arm("adaptive-fixed", 5e-4),
-        ],
-    ),
+    "adaptive": (FRESH_FIVE, [*arms("adaptive-fixed", **SLOW), Arm("adaptive-fixed", 5e-4)]),
+    "ideas": (FRESH_THREE, arms("moments-along-fixed", "moments-forgotten-fixed", "gradient-fixed", **SLOW)),
     "paper-ratio": (  # 50 scored prompts beside 1,024 rollouts; minutes per run, hence one seed
         range(5, 6),
         [

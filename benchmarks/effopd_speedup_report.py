@@ -77,7 +77,7 @@ SECTIONS = (
     Section("256 rollouts a step", ("large",), range(3), prompts=256),
     Section("1,024 rollouts a step", ("paper-ratio",), range(5, 8), prompts=1024),
     Section("A far bar", ("far", "far-more"), range(1, 4), target="far"),
-    Section("Ideas", ("ideas", "confirm", "too-large"), range(5, 8)),
+    Section("Ideas", ("adaptive", "ideas", "confirm"), range(5, 10)),
 )
 
 
