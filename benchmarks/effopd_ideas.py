@@ -47,39 +47,6 @@ class AlwaysBack:
         return next(self._scores)
 
 
-class AdaptiveInterval:
-    """Stands in for `Schedule`: the pause doubles after a search without success and halves after one with."""
-
-    def __init__(self, first: int = 1, shortest: int = 2, longest: int = 16) -> None:
-        self.interval, self.shortest, self.longest = first, shortest, longest
-
-    def is_due(self, settled: int, step: int) -> bool:
-        """Whether a search falls due after step `settled` and not later than `step`."""
-        return step - settled >= self.interval
-
-    def learn(self, *, accepted: bool) -> None:
-        """Adapt the pause to what the last search found."""
-        wanted = self.interval // 2 if accepted else self.interval * 2
-        self.interval = min(max(wanted, self.shortest), self.longest)
-
-
-class AdaptiveEffOPD(EffOPD):
-    """Spends in proportion to what searches have gained: see `AdaptiveInterval`."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Search after the first step."""
-        super().on_train_start(trainer, pl_module)
-        self.pauses: Any = AdaptiveInterval()
-        self._extrapolator.schedule = self.pauses
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Search, and adapt."""
-        before = self.last_search
-        super().on_train_batch_end(trainer, pl_module, *args)
-        if self.last_search is not before and self.last_search is not None:
-            self.pauses.learn(accepted=self.last_search.accepted)
-
-
 class MomentsEffOPD(EffOPD):
     """After an accepted move Adam's moments are moved by the same multiple of their own change, or forgotten."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from effopd_baselines import AlphaOPD, ExtrapolatedTeacher
-from effopd_ideas import AccuracyOnLevels, AdaptiveEffOPD, AlwaysBack, GradientEffOPD, MomentsEffOPD
+from effopd_ideas import AccuracyOnLevels, AlwaysBack, GradientEffOPD, MomentsEffOPD
 
 from opd_lightning.backends.hf import HFTeacher
 from opd_lightning.callbacks.effopd import EffOPD
@@ -95,7 +95,7 @@ METHODS: dict[str, Method] = {
     "effopd-accuracy-level-1": Method(lambda: EffOPD(AccuracyOnLevels([1]))),
     "effopd-accuracy-level-2": Method(lambda: EffOPD(AccuracyOnLevels([2]))),
     "effopd-accuracy-level-3": Method(lambda: EffOPD(AccuracyOnLevels([3]))),
-    "adaptive-fixed": on_fixed(AdaptiveEffOPD, candidates=DOUBLING),
+    "adaptive-fixed": on_fixed(schedule="adaptive", candidates=DOUBLING),
     "moments-along-fixed": on_fixed(MomentsEffOPD, **DENSE_DOUBLING),
     "moments-forgotten-fixed": on_fixed(MomentsEffOPD, **DENSE_DOUBLING, forget=True),
     "gradient-fixed": on_fixed(GradientEffOPD, **DENSE_DOUBLING),

@@ -50,7 +50,7 @@ class EffOPDOptimizer(Optimizer):
         optimizer: The optimiser to wrap; its parameters are those that may move.
         score: What to maximise: a function without arguments that returns a number for the weights as they are. When
             it has an attribute `tokens` (spent so far on this process), searches report what they cost in tokens.
-        schedule: "powers_of_two", an integer n (every n steps), or a list of steps.
+        schedule: "powers_of_two", "adaptive", an integer n (every n steps), or a list of steps.
         candidates: Positive multiples of Delta to add to the current weights, in increasing order.
         backward: Negative multiples, tried only when the first candidate fails.
         accept: "not_worse" keeps ties with the best so far (the paper), "better" does not (the authors' code).

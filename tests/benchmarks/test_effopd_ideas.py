@@ -1,28 +1,9 @@
 import pytest
 import torch
-from effopd_ideas import AccuracyOnLevels, AdaptiveEffOPD, AdaptiveInterval, AlwaysBack, GradientEffOPD, MomentsEffOPD
+from effopd_ideas import AccuracyOnLevels, AlwaysBack, GradientEffOPD, MomentsEffOPD
 from toys import make_data, make_module, make_trainer, weights_of
 
 from opd_lightning import EffOPD
-
-
-def test_the_pause_doubles_after_a_failure_and_halves_after_a_success():
-    pauses = AdaptiveInterval(first=1, shortest=2, longest=8)
-    assert pauses.is_due(0, 1)
-    seen = []
-    for accepted in (False, False, False, False, True, True, True, True):
-        pauses.learn(accepted=accepted)
-        seen.append(pauses.interval)
-    assert seen == [2, 4, 8, 8, 4, 2, 2, 2]
-    assert pauses.is_due(10, 12) and not pauses.is_due(10, 11)
-
-
-def test_searches_without_success_become_rare(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
-    steps = []
-    callback = AdaptiveEffOPD(lambda module: steps.append(module.trainer.global_step) or -len(steps))
-    module = make_module(tiny_qwen3_folder, tiny_teacher_folder)
-    make_trainer(tmp_path, 12, callbacks=[callback]).fit(module, make_data())
-    assert sorted(set(steps)) == [1, 3, 7]  # the next would be at 15
 
 
 def run_with_moves(make, folder, student, teacher):

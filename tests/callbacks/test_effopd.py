@@ -207,9 +207,11 @@ def test_a_raising_score_restores_the_weights_and_reaches_the_user(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [3, 4, 6])
-@pytest.mark.parametrize("with_average", [False, True], ids=["plain", "average beside"])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stop, with_average):
-    def callbacks(folder, schedule="powers_of_two"):
+@pytest.mark.parametrize(
+    ("schedule", "with_average"), [("powers_of_two", False), ("powers_of_two", True), ("adaptive", False)]
+)
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stop, schedule, with_average):
+    def callbacks(folder):
         effopd = EffOPD(held_out, schedule=schedule)
         average = [EMAWeightAveraging(decay=0.8)] if with_average else []
         saver = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
@@ -229,6 +231,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stop, with_average):
     ends = [torch.load(tmp_path / name / f"step={NUM_BATCHES}.ckpt", weights_only=True) for name in ("whole", "again")]
     assert same(ends[0]["effopd"]["anchor"], ends[1]["effopd"]["anchor"])
     assert same(ends[0]["state_dict"], ends[1]["state_dict"])
+
+
+def test_adaptive_searches_without_success_become_rare(tmp_path):
+    steps = []
+    effopd = EffOPD(lambda module: steps.append(module.trainer.global_step) or -len(steps), schedule="adaptive")
+    fit(tmp_path, Regression(), effopd)
+    assert sorted(set(steps)) == [step for step in (1, 3, 7, 15, 31) if step <= NUM_BATCHES]
 
 
 def test_a_checkpoint_of_the_same_step_holds_the_moved_weights(tmp_path):

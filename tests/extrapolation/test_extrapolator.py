@@ -120,8 +120,9 @@ def test_a_score_that_is_not_finite_is_a_failure(bad):
         assert torch.equal(weight, before)
 
 
+@pytest.mark.parametrize("schedule", ["powers_of_two", "adaptive"])
 @pytest.mark.parametrize("stop", [1, 3, 4, 6])
-def test_a_restored_state_goes_on_bit_for_bit(stop, tmp_path):
+def test_a_restored_state_goes_on_bit_for_bit(stop, schedule, tmp_path):
     target = torch.linspace(-1, 1, 6)
 
     def run(weight, extrapolator, steps):
@@ -134,16 +135,16 @@ def test_a_restored_state_goes_on_bit_for_bit(stop, tmp_path):
         return reports
 
     whole = nn.Parameter(torch.zeros(6))
-    extrapolator = make(whole, schedule="powers_of_two")
+    extrapolator = make(whole, schedule=schedule)
     reports = run(whole, extrapolator, 20)
 
     weight = nn.Parameter(torch.zeros(6))
-    first = make(weight, schedule="powers_of_two")
+    first = make(weight, schedule=schedule)
     run(weight, first, stop)
     torch.save({"weight": weight.detach(), "state": first.state_dict()}, tmp_path / "state.pt")
     loaded = torch.load(tmp_path / "state.pt", weights_only=True)
     resumed = nn.Parameter(loaded["weight"].clone())
-    second = Extrapolator(LineSearch(), Schedule("powers_of_two"))
+    second = Extrapolator(LineSearch(), Schedule(schedule))
     second.load_state_dict(loaded["state"])
     second.start({"w": resumed})
     later = run(resumed, second, 20 - stop)

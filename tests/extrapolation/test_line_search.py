@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_lightning.extrapolation import LineSearch, Schedule
+from opd_lightning.extrapolation.schedule import next_pause
 
 SCORES = st.one_of(st.integers(-3, 3).map(float), st.sampled_from([math.nan, math.inf, -math.inf]))
 FORWARD = st.lists(st.integers(1, 20), min_size=1, max_size=5, unique=True).map(sorted)
@@ -92,7 +93,16 @@ def test_a_search_is_due_when_a_scheduled_step_was_passed(spec, due, settled, la
     assert Schedule(spec).is_due(settled, settled + later) == expected
 
 
+def test_the_pause_of_the_adaptive_schedule_follows_the_successes():
+    schedule = Schedule("adaptive")
+    assert schedule.is_due(0, 1) and not schedule.is_due(8, 11, pause=4) and schedule.is_due(8, 12, pause=4)
+    pauses = [1]
+    for accepted in (False, False, False, False, False, True, True, True, True):
+        pauses.append(next_pause(pauses[-1], accepted=accepted))
+    assert pauses == [1, 2, 4, 8, 16, 16, 8, 4, 2, 2]
+
+
 @pytest.mark.parametrize("spec", ["often", 0, -1, True, 2.5, None, [], [0, 1], [4, 3], [3, 3], [1.5]])
 def test_refuses_other_schedules(spec):
-    with pytest.raises(ValueError, match="schedule: expected 'powers_of_two', an integer"):
+    with pytest.raises(ValueError, match="schedule: expected 'powers_of_two', 'adaptive', an integer"):
         Schedule(spec)

@@ -52,8 +52,8 @@ class EffOPD(Callback):
     Args:
         score: What to maximise: a `Score`, or a function of the module that returns a number. When it has an attribute
             `tokens` (spent so far on this process), searches report what they cost in tokens.
-        schedule: "powers_of_two", an integer n (every n optimiser steps), or a list of steps; counted since the
-            callback started, in steps of the chosen optimiser.
+        schedule: "powers_of_two", "adaptive", an integer n (every n optimiser steps), or a list of steps; counted since
+            the callback started, in steps of the chosen optimiser.
         candidates: Positive multiples of Delta to add to the current weights, in increasing order.
         backward: Negative multiples, tried only when the first candidate fails: averaging with the older point.
         accept: "not_worse" keeps ties with the best so far (the paper), "better" does not (the authors' code).

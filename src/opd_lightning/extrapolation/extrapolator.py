@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.extrapolation.line_search import LineSearch, Outcome, Trial
-from opd_lightning.extrapolation.schedule import Schedule
+from opd_lightning.extrapolation.schedule import FIRST_PAUSE, Schedule, next_pause
 from opd_lightning.extrapolation.shards import agree, gather_objects
 from opd_lightning.extrapolation.weights import DEFAULT_LORA_STEP, AnchoredWeights, LoraStep
 
@@ -111,6 +111,7 @@ class Extrapolator:
         self.num_accepted = 0
         self.search_seconds = 0.0
         self._settled_step = 0
+        self._pause = FIRST_PAUSE
         self._elapsed_before = 0.0
         self._running_since: float | None = None
         self._weights: AnchoredWeights | None = None
@@ -148,7 +149,7 @@ class Extrapolator:
     @property
     def is_due(self) -> bool:
         """Whether the steps counted since the last look call for a search."""
-        return self.schedule.is_due(self._settled_step, self.num_steps)
+        return self.schedule.is_due(self._settled_step, self.num_steps, self._pause)
 
     def search(
         self,
@@ -184,6 +185,7 @@ class Extrapolator:
             return None
         outcome = self._walk(self._weights, score, before_edit, after_edit)
         self._settled_step = self.num_steps
+        self._pause = next_pause(self._pause, accepted=outcome.best.factor != 0)
         seconds = time.perf_counter() - clock
         self.num_searches += 1
         self.num_accepted += outcome.best.factor != 0
@@ -266,6 +268,7 @@ class Extrapolator:
         return {
             "num_steps": self.num_steps,
             "settled_step": self._settled_step,
+            "pause": self._pause,
             "num_searches": self.num_searches,
             "num_accepted": self.num_accepted,
             "search_seconds": self.search_seconds,
@@ -278,6 +281,7 @@ class Extrapolator:
         self.reset()
         self.num_steps = state["num_steps"]
         self._settled_step = state["settled_step"]
+        self._pause = state.get("pause", FIRST_PAUSE)  # absent from older checkpoints
         self.num_searches = state["num_searches"]
         self.num_accepted = state["num_accepted"]
         self.search_seconds = state["search_seconds"]

@@ -7,7 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-ScheduleSpec = Literal["powers_of_two"] | int | Sequence[int]
+ScheduleSpec = Literal["powers_of_two", "adaptive"] | int | Sequence[int]
+
+FIRST_PAUSE, SHORTEST_PAUSE, LONGEST_PAUSE = 1, 2, 16  # optimiser steps between searches of the adaptive schedule
+
+
+def next_pause(pause: int, *, accepted: bool) -> int:
+    """Steps to the next search of the adaptive schedule: half as many after a success, twice as many after a failure.
+
+    Args:
+        pause: Steps before the last search.
+        accepted: Whether it moved the weights.
+    """
+    return min(max(pause // 2 if accepted else pause * 2, SHORTEST_PAUSE), LONGEST_PAUSE)
 
 
 @dataclass(frozen=True)
@@ -15,8 +27,8 @@ class Schedule:
     """The optimiser steps after which a search is due, counted from 1.
 
     Args:
-        spec: "powers_of_two" (1, 2, 4, 8, ...: the paper), an integer n (n, 2n, 3n, ...), or the steps themselves in
-            increasing order.
+        spec: "powers_of_two" (1, 2, 4, 8, ...: the paper), an integer n (n, 2n, 3n, ...), the steps themselves in
+            increasing order, or "adaptive": the first after step 1, then as `next_pause` says.
 
     Raises:
         ValueError: The schedule is none of these.
@@ -25,7 +37,7 @@ class Schedule:
     spec: ScheduleSpec = "powers_of_two"
 
     def __post_init__(self) -> None:
-        if self.spec == "powers_of_two":
+        if self.spec in ("powers_of_two", "adaptive"):
             return
         if isinstance(self.spec, int) and not isinstance(self.spec, bool) and self.spec >= 1:
             return
@@ -33,8 +45,8 @@ class Schedule:
             object.__setattr__(self, "spec", tuple(self.spec))
             return
         raise ValueError(
-            "schedule: expected 'powers_of_two', an integer n >= 1 (search every n optimiser steps) or an increasing "
-            f"list of steps >= 1, got {self.spec!r}."
+            "schedule: expected 'powers_of_two', 'adaptive', an integer n >= 1 (search every n optimiser steps) or an"
+            f" increasing list of steps >= 1, got {self.spec!r}."
         )
 
     @staticmethod
@@ -43,7 +55,7 @@ class Schedule:
         return integers and len(steps) > 0 and list(steps) == sorted(set(steps))
 
     def num_due(self, step: int) -> int:
-        """How many searches are due in the first `step` optimiser steps."""
+        """How many searches are due in the first `step` optimiser steps, where that is known beforehand."""
         if self.spec == "powers_of_two":
             return step.bit_length()
         if isinstance(self.spec, int):
@@ -51,6 +63,14 @@ class Schedule:
         assert not isinstance(self.spec, str)
         return bisect_right(self.spec, step)
 
-    def is_due(self, settled: int, step: int) -> bool:
-        """Whether a search falls due after step `settled` and not later than `step`."""
+    def is_due(self, settled: int, step: int, pause: int = FIRST_PAUSE) -> bool:
+        """Whether a search falls due after step `settled` and not later than `step`.
+
+        Args:
+            settled: Step of the last search, or 0.
+            step: Steps so far.
+            pause: Of the adaptive schedule.
+        """
+        if self.spec == "adaptive":
+            return step - settled >= pause
         return self.num_due(step) > self.num_due(settled)
