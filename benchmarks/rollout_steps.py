@@ -105,14 +105,40 @@ def measure_steps(folder: Path, repeats: int) -> dict:
     return {name: summarize_steps(name, measured) for name, measured in steps.items()}
 
 
+def measure_ahead(folder: Path, repeats: int) -> dict:
+    """The steps of the larger model with servers, with and without generating one step ahead, in turn."""
+    os.sched_setaffinity(0, OWN_CORE)
+    student, teacher = (str(make_counter(folder / name, SIZES["10M"], seed)) for seed, name in enumerate("st"))
+    with ExitStack() as stack:
+        urls = [
+            stack.enter_context(ServerProcess(Path(model), folder / f"server{i}", SERVER_CORE, 512)).url
+            for i, model in enumerate((student, teacher))
+        ]
+        make_engine = partial(VLLMServerEngine, Connection(urls[:1]))
+        make_teacher = partial(VLLMServerTeacher, Connection(urls[1:]), max_top_k=16)
+        cases = {
+            name: Case(student, partial(counting_data, generate_ahead=ahead), make_engine, make_teacher, 5, repeats)
+            for name, ahead in (("on-policy", False), ("one step ahead", True))
+        }
+        steps: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
+        for _ in range(repeats):
+            for name, case in cases.items():
+                steps[name] += fit(case, folder)
+    summary = {name: summarize_steps(name, measured) for name, measured in steps.items()}
+    totals = [summary[name]["median_seconds"]["total"] for name in cases]
+    print(f"one step ahead: {totals[0] / totals[1]:.2f}x", flush=True)
+    return summary | {"speedup_of_medians": totals[0] / totals[1]}
+
+
 def sandbox_data(engine: RolloutEngine) -> OPDDataModule:
     """As in the quickstart."""
     return OPDDataModule(ArithmeticTask(), engine, sampling=Sampling(max_new_tokens=72))
 
 
-def counting_data(engine: RolloutEngine) -> OPDDataModule:
+def counting_data(engine: RolloutEngine, *, generate_ahead: bool = False) -> OPDDataModule:
     """The same number of longer rollouts."""
-    return OPDDataModule(CountingTask(), engine, sampling=Sampling(max_new_tokens=256, stop_ids=[ZERO]))
+    sampling = Sampling(max_new_tokens=256, stop_ids=[ZERO])
+    return OPDDataModule(CountingTask(), engine, sampling=sampling, generate_ahead=generate_ahead)
 
 
 def fit(case: Case, folder: Path) -> list[dict[str, float]]:

@@ -7,6 +7,7 @@ Sections, each in a process of its own:
     sync        seconds to hand the weights over, against the time that copying the same bytes takes
     teacher     `HFTeacher` against `VLLMServerTeacher`: time, bytes, and how much hides behind generation
     steps       where the time of whole training steps goes
+    ahead       the same with generation one step ahead
 
 Everything that is compared is measured in turn, repeat by repeat, and ratios are taken repeat by repeat before their
 median: a machine busy with other things then slows both sides of each ratio. Vocabulary and layers of the models that
@@ -35,7 +36,7 @@ from typing import Any
 
 import torch
 from rollout_handover import measure_sync, measure_teacher
-from rollout_steps import measure_steps
+from rollout_steps import measure_ahead, measure_steps
 from rollout_workloads import (
     ENGINE_ARGS,
     SIZES,
@@ -210,6 +211,7 @@ SECTIONS: dict[str, Callable[[Path, int], dict]] = {
     "sync": measure_sync,
     "teacher": measure_teacher,
     "steps": measure_steps,
+    "ahead": measure_ahead,
 }
 
 
