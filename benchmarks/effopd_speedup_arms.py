@@ -216,8 +216,8 @@ GROUPS: dict[str, tuple[range, list[Arm]]] = {  # seeds, arms; most important fi
     "difficulty": (FRESH_THREE, arms(*(f"effopd-accuracy-level-{level}" for level in (1, 2, 3)), **SLOW)),
     "adaptive": (FRESH_FIVE, [*arms("adaptive-fixed", **SLOW), Arm("adaptive-fixed", 5e-4)]),
     "ideas": (FRESH_THREE, arms("moments-along-fixed", "moments-forgotten-fixed", "gradient-fixed", **SLOW)),
-    "paper-ratio": (  # 50 scored prompts beside 1,024 rollouts; minutes per run, hence one seed
-        range(5, 6),
+    "paper-ratio": (  # 50 scored prompts beside 1,024 rollouts; minutes per run, hence two seeds
+        range(5, 7),
         [
             *arms("effopd-kl", "opd", lr=1e-4, max_steps=64, **PAPER_RATIO),
             *arms("opd", "two-sided-kl", lr=5e-4, max_steps=16, **PAPER_RATIO),
