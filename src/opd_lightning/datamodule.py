@@ -1,7 +1,7 @@
 """`OPDDataModule`: which prompts next, and what the student answers to them.
 
 The loader yields prompts only. Generation happens in `on_after_batch_transfer`, which Lightning calls immediately
-before `training_step` whatever its fetcher does: the rollouts of a step always come from the weights of that step.
+before `training_step` whatever its fetcher does: a step's rollouts come from its own weights (`generate_ahead` aside).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from opd_lightning.streams import HeldOutBatches, PromptStream, held_out_batches
 
 
 class OPDDataModule(LightningDataModule):
-    """Selects prompts, generates on-policy, grades.
+    """Selects prompts, generates (on-policy, unless told otherwise), grades.
 
     Args:
         task: Problems, chat messages and marking.

@@ -97,10 +97,15 @@ def test_a_prompt_without_room_is_refused(tied_pair):
         tied_pair.vllm.generate(tied_pair.prompts, Sampling(max_new_tokens=250))
 
 
-def test_an_engine_can_be_closed_and_used_again(tied_pair):
+def test_an_engine_can_be_closed_and_is_checked_when_used_again(tied_pair, monkeypatch):
+    from opd_lightning.backends import vllm_colocated
+
+    checks = []
+    monkeypatch.setattr(vllm_colocated, "check_same_model", lambda *arguments: checks.append(arguments))
     tied_pair.vllm.close()
     assert not torch.distributed.is_initialized()
     tied_pair.sync()
+    assert len(checks) == 1
     assert_greedy_is_the_same(tied_pair)
 
 

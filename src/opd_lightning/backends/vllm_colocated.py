@@ -213,7 +213,7 @@ class VLLMColocatedEngine(RolloutEngine):
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
-        self._asleep = False
+        self._asleep = self._is_checked = False
         self.weight_version = -1
 
     # ------------------------------------------------------------------------------------------------------- internals

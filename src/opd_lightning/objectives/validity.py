@@ -84,7 +84,7 @@ def _check_numbers(objective: Objective) -> None:
         if not holds:
             raise ValueError(f"objective.{name}: expected {wanted}, got {getattr(objective, name)}.")
     if objective.importance == "masked" and objective.importance_cap == 1:
-        raise ValueError("objective.importance_cap: importance='masked' wants more than 1, which leaves nothing.")
+        raise ValueError("objective.importance_cap: importance='masked' wants more than 1: at 1 nothing is left.")
 
 
 def _check_sampled_token(objective: Objective) -> None:

@@ -79,7 +79,8 @@ class Server:
 
     Attributes:
         url: Its address.
-        num_in_flight: Requests it is working on for us.
+        num_in_flight: Requests it is working on for us, or that wait for one of its slots.
+        slots: As many as it may work on at once.
     """
 
     def __init__(self, url: str, connection: Connection) -> None:
