@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from opd_lightning.callbacks.effopd import EffOPD
-from opd_lightning.callbacks.opd_scores import TaskAccuracy
-from opd_lightning.evaluation import Answers, answer, render_prompts
+from opd_lightning.callbacks.effopd_scores import TaskAccuracy
+from opd_lightning.rollouts.answering import Answers, answer, render_prompts
 from opd_lightning.tasks import ArithmeticTask
 
 

@@ -24,14 +24,14 @@ from effopd_speedup_arms import GROUPS, METHODS, TARGETS, Arm
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from opd_lightning.backends.hf import HFStudent
-from opd_lightning.callbacks.opd_scores import divergence_from_teacher
-from opd_lightning.datamodule import OPDDataModule
-from opd_lightning.evaluation import answer, render_prompts
+from opd_lightning.callbacks.effopd_scores import divergence_from_teacher
 from opd_lightning.extrapolation import SearchReport, undisturbed
 from opd_lightning.interfaces import Sampling
-from opd_lightning.module import OPDModule
-from opd_lightning.schedules import WarmupDecay
+from opd_lightning.rollouts.answering import answer, render_prompts
 from opd_lightning.tasks import ArithmeticTask
+from opd_lightning.training.datamodule import OPDDataModule
+from opd_lightning.training.module import OPDModule
+from opd_lightning.training.schedules import WarmupDecay
 
 FOLDER = Path(__file__).parent / "results"
 RESULTS = {"near": FOLDER / "effopd_speedup_cpu-2core.jsonl", "far": FOLDER / "effopd_far_cpu-2core.jsonl"}

@@ -9,7 +9,7 @@ from effopd_ideas import AccuracyOnLevels, AlwaysBack, GradientEffOPD, MomentsEf
 
 from opd_lightning.backends.hf import HFTeacher
 from opd_lightning.callbacks.effopd import EffOPD
-from opd_lightning.callbacks.opd_scores import TaskAccuracy, TeacherKL, TeacherKLOnFixedRollouts
+from opd_lightning.callbacks.effopd_scores import TaskAccuracy, TeacherKL, TeacherKLOnFixedRollouts
 from opd_lightning.interfaces import Teacher
 
 

@@ -18,11 +18,11 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from opd_lightning.backends.hf import HFStudent, HFTeacher
-from opd_lightning.datamodule import OPDDataModule
 from opd_lightning.interfaces import Sampling
-from opd_lightning.module import OPDModule
 from opd_lightning.objectives import chunking
 from opd_lightning.tasks import ArithmeticTask
+from opd_lightning.training.datamodule import OPDDataModule
+from opd_lightning.training.module import OPDModule
 
 RESULTS = Path(__file__).parent / "results"
 WORK = ("generate", "teacher", "student", "optimizer")

@@ -31,10 +31,10 @@ from rollout_workloads import (
 )
 
 from opd_lightning.backends.hf import HFStudent, HFTeacher
-from opd_lightning.backends.vllm_colocated import VLLMColocatedEngine
-from opd_lightning.backends.vllm_server import Connection, VLLMServerEngine, VLLMServerTeacher
-from opd_lightning.batching import collate, cut_by_tokens
+from opd_lightning.backends.vllm.colocated import VLLMColocatedEngine
+from opd_lightning.backends.vllm.server import Connection, VLLMServerEngine, VLLMServerTeacher
 from opd_lightning.interfaces import MicroBatch, Rollout, RolloutEngine, Sampling, ScoreRequest, Teacher
+from opd_lightning.rollouts.batching import collate, cut_by_tokens
 
 CPU = torch.device("cpu")
 

@@ -29,14 +29,14 @@ from rollout_workloads import (
 )
 
 from opd_lightning.backends.hf import HFEngine, HFStudent, HFTeacher
-from opd_lightning.backends.vllm_colocated import VLLMColocatedEngine
-from opd_lightning.backends.vllm_server import Connection, VLLMServerEngine, VLLMServerTeacher
-from opd_lightning.datamodule import OPDDataModule
+from opd_lightning.backends.vllm.colocated import VLLMColocatedEngine
+from opd_lightning.backends.vllm.server import Connection, VLLMServerEngine, VLLMServerTeacher
 from opd_lightning.interfaces import RolloutEngine, Sampling, Teacher
-from opd_lightning.module import OPDModule
 from opd_lightning.objectives import Objective
 from opd_lightning.sandbox import resolve
 from opd_lightning.tasks import ArithmeticTask
+from opd_lightning.training.datamodule import OPDDataModule
+from opd_lightning.training.module import OPDModule
 
 PARTS = ("sync", "generate", "grade", "teacher", "student", "optimizer")
 NUM_WARM_UP = 2

@@ -48,7 +48,7 @@ from rollout_workloads import (
 )
 
 from opd_lightning.backends.hf import HFEngine, HFStudent
-from opd_lightning.backends.vllm_colocated import VLLMColocatedEngine
+from opd_lightning.backends.vllm.colocated import VLLMColocatedEngine
 from opd_lightning.interfaces import Prompt, Rollout, RolloutEngine, Sampling
 from opd_lightning.tasks import ArithmeticTask
 

@@ -24,9 +24,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from opd_lightning.evaluation import render_prompts
 from opd_lightning.interfaces import Problem, Prompt, Split, Task
 from opd_lightning.interfaces import Tokenizer as StudentTokenizer
+from opd_lightning.rollouts.answering import render_prompts
 
 VOCABULARY = 4096
 ZERO = 8  # id of the count zero, which closes a response; n tokens to go is id ZERO + n
@@ -169,7 +169,7 @@ class ServerProcess:
         flags += ["--max-model-len", max_model_len, "--max-logprobs", 20, "--logprobs-mode", "processed_logprobs"]
         flags += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-seqs", 256]
         flags += ["--kv-cache-memory-bytes", KV_CACHE_BYTES, "--block-size", BLOCK_SIZE, "--no-enable-log-requests"]
-        flags += ["--worker-extension-cls", "opd_lightning.backends.vllm_worker.WorkerExtension"]
+        flags += ["--worker-extension-cls", "opd_lightning.backends.vllm.worker.WorkerExtension"]
         flags += ["--weight-transfer-config", '{"backend": "opd_lightning"}']
         environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         with log.open("w") as output:

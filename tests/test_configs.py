@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opd_lightning import cli
+from opd_lightning.commands import cli
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

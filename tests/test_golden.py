@@ -12,10 +12,10 @@ from lightning.pytorch.callbacks import Callback
 from toys import make_trainer
 
 from opd_lightning.backends.hf import HFStudent, HFTeacher
-from opd_lightning.datamodule import OPDDataModule
 from opd_lightning.interfaces import Sampling
-from opd_lightning.module import OPDModule
 from opd_lightning.tasks import ArithmeticTask
+from opd_lightning.training.datamodule import OPDDataModule
+from opd_lightning.training.module import OPDModule
 
 GOLDEN = Path(__file__).parent / "golden" / "sandbox.json"
 NAMES = ("loss", "reverse_kl", "forward_kl", "overlap_ratio", "student_entropy", "teacher_entropy", "grad_norm")

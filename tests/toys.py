@@ -8,10 +8,10 @@ import torch
 from lightning import Trainer
 
 from opd_lightning.backends.hf import HFEngine, HFStudent, HFTeacher
-from opd_lightning.datamodule import OPDDataModule
 from opd_lightning.interfaces import Problem, Sampling, Task
-from opd_lightning.module import OPDModule
 from opd_lightning.selection import Shuffled
+from opd_lightning.training.datamodule import OPDDataModule
+from opd_lightning.training.module import OPDModule
 
 
 class CopyEngine(HFEngine):

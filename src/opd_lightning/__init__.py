@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opd_lightning.callbacks.effopd import EffOPD as EffOPD
-    from opd_lightning.callbacks.scores import HeldOutLoss as HeldOutLoss
-    from opd_lightning.optim import EffOPDOptimizer as EffOPDOptimizer
+    from opd_lightning.callbacks.held_out_loss import HeldOutLoss as HeldOutLoss
+    from opd_lightning.extrapolation.optimizer import EffOPDOptimizer as EffOPDOptimizer
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "EffOPD": "opd_lightning.callbacks.effopd",
-    "EffOPDOptimizer": "opd_lightning.optim",
-    "HeldOutLoss": "opd_lightning.callbacks.scores",
+    "EffOPDOptimizer": "opd_lightning.extrapolation.optimizer",
+    "HeldOutLoss": "opd_lightning.callbacks.held_out_loss",
 }
 
 __all__ = [*_HOMES, "__version__"]

@@ -10,9 +10,9 @@ from conftest import END_OF_TEXT, END_OF_TURN, VOCAB_SIZE, make_model, make_toke
 from torch.profiler import ProfilerActivity, profile
 
 from opd_lightning.backends.hf import HFEngine, HFStudent, LoraSettings
-from opd_lightning.batching import collate
 from opd_lightning.interfaces import Problem, Prompt, Sampling
 from opd_lightning.randomness import derive_seed
+from opd_lightning.rollouts.batching import collate
 
 NEVER = [VOCAB_SIZE - 1]  # a stop id rare enough to let responses run to the end
 

@@ -11,7 +11,7 @@ from conftest import CHARACTERS, END_OF_TEXT, END_OF_TURN, VOCAB_SIZE, make_mode
 from safetensors.torch import load_file, save_file
 
 from opd_lightning.backends.hf import HFStudent, HFTeacher, LoraSettings, check_compatibility
-from opd_lightning.backends.hf.loading import Source
+from opd_lightning.backends.hf.loading import ModelSource
 from opd_lightning.interfaces import Student
 
 
@@ -126,7 +126,7 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused_before_the_weights(tmp_p
 
 
 def test_sandbox_names_stand_for_folders_of_the_package():
-    assert Source("sandbox:student", "student").is_folder
+    assert ModelSource("sandbox:student", "student").is_folder
     with pytest.raises(ValueError, match=r"expected sandbox:student or sandbox:teacher, got 'sandbox:cat'"):
         HFStudent("sandbox:cat").load()
 

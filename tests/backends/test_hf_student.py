@@ -10,8 +10,8 @@ from conftest import END_OF_TEXT, END_OF_TURN, VOCAB_SIZE, make_model, make_toke
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from opd_lightning.backends.hf import HFStudent, LoraSettings
-from opd_lightning.batching import collate
 from opd_lightning.interfaces import Problem, Rollout
+from opd_lightning.rollouts.batching import collate
 
 
 def make_batch(lengths=((3, 5), (6, 2), (1, 9)), side="right"):

@@ -10,11 +10,11 @@ from conftest import VOCAB_SIZE, make_model, make_tokenizer, save_folder
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from opd_lightning.backends.hf import BaseModelTeacher, HFStudent, HFTeacher, LoraSettings, scores
-from opd_lightning.backends.hf.scores import HiddenScores
+from opd_lightning.backends.hf import BaseModelTeacher, HFStudent, HFTeacher, LoraSettings, hidden_scores
+from opd_lightning.backends.hf.hidden_scores import HiddenScores
 from opd_lightning.backends.hf.teacher import _VisitingWeights
-from opd_lightning.batching import collate
 from opd_lightning.interfaces import Problem, Rollout, ScoreRequest
+from opd_lightning.rollouts.batching import collate
 
 CPU = torch.device("cpu")
 EVERYTHING = ScoreRequest(top_k=16, arbitrary_ids=True, full_vocabulary=True)
@@ -82,7 +82,7 @@ def test_scores_against_float64(tiny_teacher_folder, student, temperature, optio
 
 @pytest.mark.parametrize("entries", [1, 3 * VOCAB_SIZE, 2**27])
 def test_slices_and_parts_give_the_same(monkeypatch, entries):
-    monkeypatch.setattr(scores, "_ENTRIES_AT_ONCE", entries)
+    monkeypatch.setattr(hidden_scores, "_ENTRIES_AT_ONCE", entries)
     generator = torch.Generator().manual_seed(0)
     hidden, ids = torch.randn(11, 5, generator=generator), torch.randint(0, VOCAB_SIZE, (11,), generator=generator)
     head = torch.randn(VOCAB_SIZE, 5, generator=generator)

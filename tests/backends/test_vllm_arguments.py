@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from opd_lightning.backends.hf import HFStudent
-from opd_lightning.backends.vllm_colocated import VLLMColocatedEngine
-from opd_lightning.backends.vllm_placement import (
+from opd_lightning.backends.vllm.colocated import VLLMColocatedEngine
+from opd_lightning.backends.vllm.placement import (
     engine_defaults,
     environment,
     launcher_variables,
     process_group_kept,
     visible_devices,
 )
-from opd_lightning.backends.vllm_probe import check_same_model
-from opd_lightning.backends.vllm_requests import (
+from opd_lightning.backends.vllm.probe import check_same_model
+from opd_lightning.backends.vllm.requests import (
     CalledOff,
     check_prompts,
     make_rollout,

@@ -6,7 +6,7 @@ from conftest import VOCAB_SIZE, make_model, make_tokenizer, save_folder
 from fake_vllm_server import FakeVLLM, serve
 
 from opd_lightning.backends.hf import HFEngine, HFStudent, LoraSettings
-from opd_lightning.backends.vllm_server import (
+from opd_lightning.backends.vllm.server import (
     Connection,
     FileTransfer,
     NCCLTransfer,
@@ -204,7 +204,7 @@ def test_untempered_log_probs_are_refused(student, folder):
 
 
 def test_weights_that_went_astray_are_noticed(student, folder, monkeypatch):
-    from opd_lightning.backends.vllm_server import engine as room
+    from opd_lightning.backends.vllm.server import engine as room
 
     honest = room.folder_weights
     monkeypatch.setattr(
@@ -271,7 +271,7 @@ def test_servers_that_never_finish_are_given_up(student, folder):
 
 
 def test_a_server_that_was_refused_is_checked_again(student, folder, monkeypatch):
-    from opd_lightning.backends.vllm_server import engine as room
+    from opd_lightning.backends.vllm.server import engine as room
 
     honest = room.folder_weights
     model = student.load()

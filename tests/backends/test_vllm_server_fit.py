@@ -7,7 +7,7 @@ from fake_vllm_server import FakeVLLM, serve
 from lightning.pytorch.callbacks import Callback
 from toys import make_data, make_module, make_trainer, weights_of
 
-from opd_lightning.backends.vllm_server import Connection, ServerUnreachable, VLLMServerEngine, VLLMServerTeacher
+from opd_lightning.backends.vllm.server import Connection, ServerUnreachable, VLLMServerEngine, VLLMServerTeacher
 from opd_lightning.callbacks.rescue import RescueCheckpoint
 from opd_lightning.interfaces import Sampling
 from opd_lightning.objectives import Objective

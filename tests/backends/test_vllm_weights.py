@@ -8,7 +8,7 @@ from conftest import VOCAB_SIZE, make_model, make_tokenizer, save_folder
 from safetensors.torch import load_file
 
 from opd_lightning.backends.hf import HFStudent, LoraSettings
-from opd_lightning.backends.vllm_weights import folder_weights, write_blank_model, write_weights
+from opd_lightning.backends.vllm.weights import folder_weights, write_blank_model, write_weights
 
 
 def load_student(tmp_path, *, tied, lora_targets=None):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from opd_lightning.interfaces import Problem, Task
-from opd_lightning.tasks import MathTask, Source
+from opd_lightning.tasks import DataSource, MathTask
 from opd_lightning.tasks.repeats import find_repeats
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
@@ -20,7 +20,7 @@ def write(tmp_path):
     def write(rows, name="sums.jsonl"):
         path = tmp_path / name
         path.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
-        return Source(str(path))
+        return DataSource(str(path))
 
     return write
 
@@ -62,7 +62,7 @@ def test_instructions_of_the_data_are_taken_off_before_the_suffix_is_added(write
 def test_system_prompt_of_the_data_wins(tmp_path):
     messages = [{"role": "system", "content": "Theirs."}, {"role": "user", "content": "1+1?"}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"question": messages, "answer": "2"}))
-    (asked,) = MathTask(Source(str(tmp_path / "chat.jsonl")), system_prompt="Ours.", suffix=None).problems("train")
+    (asked,) = MathTask(DataSource(str(tmp_path / "chat.jsonl")), system_prompt="Ours.", suffix=None).problems("train")
     assert list(asked.messages) == messages
 
 
@@ -92,7 +92,7 @@ def test_splits_and_several_sources(write):
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        MathTask(Source("a.jsonl"), **settings)
+        MathTask(DataSource("a.jsonl"), **settings)
 
 
 def test_a_reference_without_a_final_answer_is_refused(write):
@@ -198,7 +198,7 @@ def test_task_is_built_from_flags(write):
 
 @needs_gsm8k
 def test_gsm8k_references_mark_themselves_right_and_their_neighbours_wrong():
-    task = MathTask(Source(str(GSM8K / "train.jsonl")), test=Source(str(GSM8K / "test.jsonl")))
+    task = MathTask(DataSource(str(GSM8K / "train.jsonl")), test=DataSource(str(GSM8K / "test.jsonl")))
     problems, held_out = task.problems("train"), task.problems("test")
     assert (len(problems), len(held_out)) == (7473, 1319)
     assert problems[0].uid == "gsm8k/train/0"
@@ -217,7 +217,7 @@ def test_gsm8k_references_mark_themselves_right_and_their_neighbours_wrong():
 @pytest.mark.slow
 def test_gsm8k_solutions_mark_themselves_right_whatever_the_question_asks_for():
     solutions = [json.loads(line)["answer"] for line in (GSM8K / "train.jsonl").open()]
-    task = MathTask(Source(str(GSM8K / "train.jsonl")))
+    task = MathTask(DataSource(str(GSM8K / "train.jsonl")))
     problems = task.problems("train")
     assert all(task.grade_all(problems, solutions))
     # expressions that a model may leave unfinished go to math-verify

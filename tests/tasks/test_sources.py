@@ -5,7 +5,7 @@ import math
 import pytest
 
 from opd_lightning.interfaces.columns import MISSING, look_up, matches
-from opd_lightning.tasks.sources import Source, load_problems
+from opd_lightning.tasks.sources import DataSource, load_problems
 
 ROWS = [
     {"question": "1+1?", "answer": "2", "level": 1, "language": "en"},
@@ -62,7 +62,7 @@ def raw(tmp_path):
 
 @pytest.mark.parametrize("ending", WRITERS)
 def test_every_format_gives_the_same_problems(data, ending):
-    problems = load_problems(Source(data(ROWS, ending)), "train")
+    problems = load_problems(DataSource(data(ROWS, ending)), "train")
     assert [problem.uid for problem in problems] == ["sums/train/0", "sums/train/1", "sums/train/2"]
     assert [problem.messages for problem in problems] == [({"role": "user", "content": r["question"]},) for r in ROWS]
     assert [problem.answer for problem in problems] == ["2", "4", "6"]
@@ -84,7 +84,7 @@ def test_every_format_gives_the_same_problems(data, ending):
     ],
 )
 def test_filters_keep_rows_under_their_own_number(data, ending, settings, kept):
-    problems = load_problems(Source(data(ROWS, ending), name="s", **settings), "test")
+    problems = load_problems(DataSource(data(ROWS, ending), name="s", **settings), "test")
     assert [problem.uid for problem in problems] == [f"s/test/{index}" for index in kept]
 
 
@@ -92,7 +92,7 @@ def test_filters_keep_rows_under_their_own_number(data, ending, settings, kept):
 def test_verl_columns(data, ending):
     messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1+1?"}]
     rows = [{"prompt": messages, "reward_model": {"ground_truth": "2", "style": "rule"}, "extra_info": {"level": 3}}]
-    source = Source(
+    source = DataSource(
         data(rows, ending), question="prompt", answer="reward_model.ground_truth", where={"extra_info.level": 3}
     )
     (problem,) = load_problems(source, "train")
@@ -103,13 +103,13 @@ def test_verl_columns(data, ending):
 
 def test_other_column_names_and_number_answers(data):
     rows = [{"problem": "1+1?", "solution": 2}, {"problem": "1/2?", "solution": 0.5}]
-    problems = load_problems(Source(data(rows), question="problem", answer="solution"), "train")
+    problems = load_problems(DataSource(data(rows), question="problem", answer="solution"), "train")
     assert [problem.answer for problem in problems] == ["2", "0.5"]
 
 
 def test_blank_lines_and_byte_order_mark_are_tolerated(raw):
     path = raw(b'\xef\xbb\xbf{"question": "a\xe2\x80\xa8b", "answer": "1"}\r\n\n  \n{"question": "b", "answer": "2"}')
-    problems = load_problems(Source(path), "train")
+    problems = load_problems(DataSource(path), "train")
     assert [problem.answer for problem in problems] == ["1", "2"]
 
 
@@ -123,7 +123,7 @@ def test_blank_lines_and_byte_order_mark_are_tolerated(raw):
     ],
 )
 def test_default_names(path, label):
-    assert Source(path).label == label
+    assert DataSource(path).label == label
 
 
 def test_local_folder_in_hub_format(data, tmp_path, monkeypatch):
@@ -133,14 +133,14 @@ def test_local_folder_in_hub_format(data, tmp_path, monkeypatch):
     folder = tmp_path / "hub_format"
     (folder / "data").mkdir(parents=True)
     write_parquet(folder / "data" / "train-00000-of-00001.parquet", ROWS)
-    problems = load_problems(Source(str(folder)), "train")
+    problems = load_problems(DataSource(str(folder)), "train")
     assert [problem.uid for problem in problems] == [f"hub_format/train/{index}" for index in range(3)]
     write_parquet(folder / "data" / "test-00000-of-00001.parquet", ROWS[:1])
-    assert len(load_problems(Source(str(folder), split="test"), "test")) == 1
+    assert len(load_problems(DataSource(str(folder), split="test"), "test")) == 1
     with pytest.raises(ValueError, match=r"hub_format has the splits train, test\. Choose one with source\.split"):
-        load_problems(Source(str(folder)), "train")
+        load_problems(DataSource(str(folder)), "train")
     with pytest.raises(ValueError, match=r"(?s)hub_format: .*could be loaded.*nowhere"):
-        load_problems(Source(str(folder), split="nowhere"), "train")
+        load_problems(DataSource(str(folder), split="nowhere"), "train")
 
 
 def test_unknown_hub_name_is_one_clear_error(monkeypatch):
@@ -151,7 +151,7 @@ def test_unknown_hub_name_is_one_clear_error(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ValueError, match=r"some/thing: no such file, and no data set could be loaded.*not on the hub"):
-        load_problems(Source("some/thing"), "train")
+        load_problems(DataSource("some/thing"), "train")
 
 
 GOOD_LINE = '{"question": "1+1?", "answer": "2"}\n'
@@ -237,15 +237,15 @@ GOOD_LINE = '{"question": "1+1?", "answer": "2"}\n'
 )
 def test_bad_files(raw, name, content, message):
     with pytest.raises(ValueError, match=message):
-        load_problems(Source(raw(content, name)), "train")
+        load_problems(DataSource(raw(content, name)), "train")
 
 
 def test_missing_file_names_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=rf"data/train\.jsonl does not exist\. Relative paths start from {tmp_path}"):
-        load_problems(Source("data/train.jsonl"), "train")
+        load_problems(DataSource("data/train.jsonl"), "train")
     with pytest.raises(ValueError, match=r"neither a file, a folder nor the name of a hub data set"):
-        load_problems(Source("/data/train/all of it"), "train")
+        load_problems(DataSource("/data/train/all of it"), "train")
 
 
 @pytest.mark.parametrize(
@@ -258,12 +258,12 @@ def test_missing_file_names_where_it_was_looked_for(tmp_path, monkeypatch):
 )
 def test_filters_that_leave_nothing(data, settings, message):
     with pytest.raises(ValueError, match=message):
-        load_problems(Source(data(ROWS), **settings), "train")
+        load_problems(DataSource(data(ROWS), **settings), "train")
 
 
 def test_rows_that_filters_leave_out_may_be_broken(data):
     rows = [*ROWS, {"question": None, "answer": "", "level": 3}]
-    assert len(load_problems(Source(data(rows), where={"level": [1, 2]}), "train")) == 3
+    assert len(load_problems(DataSource(data(rows), where={"level": [1, 2]}), "train")) == 3
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_rows_that_filters_leave_out_may_be_broken(data):
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        Source(**settings)
+        DataSource(**settings)
 
 
 def test_dotted_columns():

@@ -4,7 +4,7 @@ import torch
 from make_tiny_models import make_prompts, perturb
 
 from opd_lightning.backends.hf import HFEngine, HFStudent, LoraSettings
-from opd_lightning.backends.vllm_colocated import VLLMColocatedEngine
+from opd_lightning.backends.vllm.colocated import VLLMColocatedEngine
 from opd_lightning.interfaces import Sampling
 
 CPU = torch.device("cpu")

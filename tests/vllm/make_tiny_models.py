@@ -50,7 +50,7 @@ def perturb(model, seed: int, scale: float = 0.05) -> None:
 
 def student_log_probs(student, model, rollouts, temperature: float) -> torch.Tensor:
     """The student's own log-probabilities of sampled tokens, end to end."""
-    from opd_lightning.batching import collate
+    from opd_lightning.rollouts.batching import collate
 
     batch = collate(rollouts, student.tokenizer.pad_id)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from engine_pair import CPU, GREEDY, Pair, assert_greedy_is_the_same, tokens
 from make_tiny_models import make_folder, make_prompts
 
 from opd_lightning.backends.hf import HFStudent
-from opd_lightning.backends.vllm_colocated import VLLMColocatedEngine
+from opd_lightning.backends.vllm.colocated import VLLMColocatedEngine
 from opd_lightning.interfaces import Sampling
 
 pytestmark = pytest.mark.vllm
@@ -98,7 +98,7 @@ def test_a_prompt_without_room_is_refused(tied_pair):
 
 
 def test_an_engine_can_be_closed_and_is_checked_when_used_again(tied_pair, monkeypatch):
-    from opd_lightning.backends import vllm_colocated
+    from opd_lightning.backends.vllm import colocated as vllm_colocated
 
     checks = []
     monkeypatch.setattr(vllm_colocated, "check_same_model", lambda *arguments: checks.append(arguments))
@@ -110,7 +110,7 @@ def test_an_engine_can_be_closed_and_is_checked_when_used_again(tied_pair, monke
 
 
 def test_weights_that_went_astray_are_noticed(tmp_path, monkeypatch):
-    from opd_lightning.backends import vllm_colocated
+    from opd_lightning.backends.vllm import colocated as vllm_colocated
 
     honest = vllm_colocated.folder_weights
 

@@ -12,10 +12,10 @@ from toys import make_data, make_module, make_trainer, weights_of
 
 from opd_lightning import EffOPD
 from opd_lightning.backends.hf import HFEngine, LoraSettings
-from opd_lightning.backends.vllm_colocated import VLLMColocatedEngine
-from opd_lightning.backends.vllm_placement import environment
-from opd_lightning.checkpoints import export
+from opd_lightning.backends.vllm.colocated import VLLMColocatedEngine
+from opd_lightning.backends.vllm.placement import environment
 from opd_lightning.interfaces import Sampling
+from opd_lightning.training.checkpoints import export
 
 pytestmark = pytest.mark.vllm
 

@@ -22,9 +22,9 @@ sys.path.append(str(Path(__file__).parent.parent / "backends"))
 from fake_vllm_server import recorded_answers
 
 from opd_lightning.backends.hf import HFEngine, HFStudent, HFTeacher
-from opd_lightning.backends.vllm_server import Connection, VLLMServerEngine, VLLMServerTeacher
-from opd_lightning.batching import collate
+from opd_lightning.backends.vllm.server import Connection, VLLMServerEngine, VLLMServerTeacher
 from opd_lightning.interfaces import Sampling, ScoreRequest
+from opd_lightning.rollouts.batching import collate
 
 pytestmark = pytest.mark.vllm
 
@@ -34,7 +34,7 @@ WARM = Sampling(max_new_tokens=24, temperature=0.7)
 FLAGS = [
     *("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--block-size", "32", "--max-logprobs", "20"),
     *("--kv-cache-memory-bytes", str(2**28), "--logprobs-mode", "processed_logprobs", "--no-enable-chunked-prefill"),
-    *("--worker-extension-cls", "opd_lightning.backends.vllm_worker.WorkerExtension"),
+    *("--worker-extension-cls", "opd_lightning.backends.vllm.worker.WorkerExtension"),
     *("--weight-transfer-config", '{"backend": "opd_lightning"}'),
 ]
 

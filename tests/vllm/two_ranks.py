@@ -11,7 +11,7 @@ def main(rank, folder, store):
     from make_tiny_models import make_prompts, perturb
 
     from opd_lightning.backends.hf import HFEngine, HFStudent
-    from opd_lightning.backends.vllm_colocated import VLLMColocatedEngine
+    from opd_lightning.backends.vllm.colocated import VLLMColocatedEngine
     from opd_lightning.interfaces import Sampling
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)

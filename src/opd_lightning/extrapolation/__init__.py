@@ -6,10 +6,10 @@ Knows torch and nothing else: no Lightning, no tokenizer, no distillation. `EffO
 
 from opd_lightning.extrapolation.extrapolator import Extrapolator, SearchReport
 from opd_lightning.extrapolation.isolation import isolated_rng, undisturbed
-from opd_lightning.extrapolation.line_search import Accept, LineSearch, Outcome, Trial
+from opd_lightning.extrapolation.line_search import Accept, LineSearch, SearchOutcome, Trial
 from opd_lightning.extrapolation.low_rank import extrapolate_product
 from opd_lightning.extrapolation.schedule import Schedule, ScheduleSpec
-from opd_lightning.extrapolation.shards import any_sharded, gather_objects, rank, reshard, world_size
+from opd_lightning.extrapolation.shards import any_sharded, reshard
 from opd_lightning.extrapolation.weights import (
     DEFAULT_LORA_STEP,
     AnchoredWeights,
@@ -25,19 +25,16 @@ __all__ = [
     "Extrapolator",
     "LineSearch",
     "LoraStep",
-    "Outcome",
     "ParameterFilter",
     "Schedule",
     "ScheduleSpec",
+    "SearchOutcome",
     "SearchReport",
     "Trial",
     "any_sharded",
     "extrapolate_product",
-    "gather_objects",
     "isolated_rng",
-    "rank",
     "reshard",
     "select_parameters",
     "undisturbed",
-    "world_size",
 ]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_lightning.extrapolation.line_search import LineSearch, Outcome, Trial
+from opd_lightning.distributed import agree, gather_objects
+from opd_lightning.extrapolation.line_search import LineSearch, SearchOutcome, Trial
 from opd_lightning.extrapolation.schedule import FIRST_PAUSE, Schedule, next_pause
-from opd_lightning.extrapolation.shards import agree, gather_objects
 from opd_lightning.extrapolation.weights import DEFAULT_LORA_STEP, AnchoredWeights, LoraStep
 
 
@@ -207,7 +207,7 @@ class Extrapolator:
         score: Callable[[], float],
         before_edit: Callable[[], None],
         after_edit: Callable[[], None],
-    ) -> Outcome:
+    ) -> SearchOutcome:
         def move_to(factor: float) -> None:
             before_edit()
             weights.move_to(factor)

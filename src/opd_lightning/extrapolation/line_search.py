@@ -20,7 +20,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SearchOutcome:
     """What a search tried and what it keeps.
 
     Attributes:
@@ -75,7 +75,7 @@ class LineSearch:
         bar = best + self.min_improvement
         return math.isfinite(score) and (score >= bar if self.accept == "not_worse" else score > bar)
 
-    def run(self, evaluate: Callable[[float], float]) -> Outcome:
+    def run(self, evaluate: Callable[[float], float]) -> SearchOutcome:
         """Search the ray.
 
         Args:
@@ -91,7 +91,7 @@ class LineSearch:
                 best = trials[-1]
             if best is not current:
                 break
-        return Outcome(current.score, tuple(trials), best)
+        return SearchOutcome(current.score, tuple(trials), best)
 
 
 def _checked_factors(name: str, factors: Sequence[float], sign: int) -> tuple[float, ...]:

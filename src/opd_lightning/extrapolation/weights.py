@@ -10,18 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from opd_lightning.distributed import gather_objects, rank, world_size
 from opd_lightning.extrapolation.low_rank import extrapolate_product, find_pairs
-from opd_lightning.extrapolation.shards import (
-    any_sharded,
-    export_shard,
-    gather_objects,
-    local_shard,
-    rank,
-    shard_of,
-    sum_over_shards,
-    whole,
-    world_size,
-)
+from opd_lightning.extrapolation.shards import any_sharded, export_shard, local_shard, shard_of, sum_over_shards, whole
 
 LoraStep = Literal["factors", "product"]
 ParameterFilter = str | Callable[[str], bool] | None

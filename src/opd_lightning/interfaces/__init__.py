@@ -5,7 +5,7 @@ N response tokens of a micro-batch laid end to end, K compared tokens, V vocabul
 """
 
 from opd_lightning.interfaces.seams import (
-    Outcome,
+    PromptOutcome,
     PromptSelector,
     RolloutEngine,
     Score,
@@ -34,10 +34,10 @@ __all__ = [
     "Listener",
     "Message",
     "MicroBatch",
-    "Outcome",
     "Problem",
     "Prompt",
     "PromptBatch",
+    "PromptOutcome",
     "PromptSelector",
     "Rollout",
     "RolloutBatch",

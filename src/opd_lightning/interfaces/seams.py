@@ -223,7 +223,7 @@ class RolloutEngine(ABC):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PromptOutcome:
     """What became of one prompt of a step: its index in the training problems and the rewards of its rollouts."""
 
     index: int
@@ -241,7 +241,7 @@ class PromptSelector(ABC):
     def select(self, num_problems: int) -> list[int]:
         """Indices of the next problems; a function of the seed and of the saved state only."""
 
-    def observe(self, outcomes: Iterable[Outcome]) -> None:  # noqa: B027 - most do not learn
+    def observe(self, outcomes: Iterable[PromptOutcome]) -> None:  # noqa: B027 - most do not learn
         """Learn from the rollouts of the last selection (default: ignore them)."""
 
     @property

@@ -4,10 +4,10 @@ Depends on torch and on the interfaces only. `Objective` joins the factors; `sum
 """
 
 from opd_lightning.objectives.chunking import ChunkedLoss, sum_over_chunks
+from opd_lightning.objectives.dense_scores import DenseScores
 from opd_lightning.objectives.divergences import Divergence, ForwardKL, JensenShannon, ReverseKL
 from opd_lightning.objectives.logprobs import entropy, full_log_probs, log_probs_at, top_log_probs
 from opd_lightning.objectives.objective import Objective
-from opd_lightning.objectives.scores import DenseScores
 from opd_lightning.objectives.statistics import TokenStatistics, token_statistics
 
 __all__ = [

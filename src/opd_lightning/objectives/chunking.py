@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from opd_lightning.interfaces import ScoreRequest, TeacherScores
+from opd_lightning.objectives.dense_scores import DenseScores
 from opd_lightning.objectives.logprobs import full_log_probs
 from opd_lightning.objectives.objective import Objective
-from opd_lightning.objectives.scores import DenseScores
 from opd_lightning.objectives.statistics import TokenStatistics, token_statistics
 
 Projection = Callable[[Tensor], Tensor]

@@ -7,6 +7,7 @@ import warnings
 from torch import Tensor
 
 from opd_lightning.interfaces import Sampling, ScoreRequest, TeacherScores
+from opd_lightning.objectives.candidate_weights import Weighting, WeightScale, candidate_weights
 from opd_lightning.objectives.divergences import Divergence, ReverseKL
 from opd_lightning.objectives.estimators import candidate_losses, sampled_token_losses
 from opd_lightning.objectives.logprobs import full_log_probs, log_probs_at
@@ -26,7 +27,6 @@ from opd_lightning.objectives.validity import (
     Importance,
     check_objective,
 )
-from opd_lightning.objectives.weightings import Weighting, WeightScale, candidate_weights
 
 
 class Objective:

@@ -6,9 +6,9 @@ import math
 import warnings
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from opd_lightning.objectives.candidate_weights import Weighting, WeightScale
 from opd_lightning.objectives.divergences import Divergence
 from opd_lightning.objectives.supports import Normalization, Support
-from opd_lightning.objectives.weightings import Weighting, WeightScale
 
 if TYPE_CHECKING:
     from opd_lightning.objectives.objective import Objective

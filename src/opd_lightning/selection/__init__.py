@@ -7,6 +7,6 @@ and resumed draws what it would have drawn.
 from opd_lightning.selection.difficulty import DifficultyPool
 from opd_lightning.selection.filtered import Filtered
 from opd_lightning.selection.mixture import Mixture
-from opd_lightning.selection.streams import InOrder, Shuffled
+from opd_lightning.selection.passes import InOrder, Shuffled
 
 __all__ = ["DifficultyPool", "Filtered", "InOrder", "Mixture", "Shuffled"]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_lightning.interfaces import Outcome, Problem, PromptSelector
+from opd_lightning.interfaces import Problem, PromptOutcome, PromptSelector
 from opd_lightning.randomness import derive_seed
-from opd_lightning.selection.streams import Shuffled, check_num_problems
+from opd_lightning.selection.passes import Shuffled, check_num_problems
 
 
 class DifficultyPool(PromptSelector):
@@ -82,7 +82,7 @@ class DifficultyPool(PromptSelector):
         self._position = end
         return chosen
 
-    def observe(self, outcomes: Iterable[Outcome]) -> None:
+    def observe(self, outcomes: Iterable[PromptOutcome]) -> None:
         """Count right answers.
 
         Raises:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from opd_lightning.interfaces import Outcome, Problem, PromptSelector
+from opd_lightning.interfaces import Problem, PromptOutcome, PromptSelector
 from opd_lightning.interfaces.columns import look_up, matches
-from opd_lightning.selection.streams import Shuffled, check_num_problems
+from opd_lightning.selection.passes import Shuffled, check_num_problems
 
 
 class Filtered(PromptSelector):
@@ -68,9 +68,9 @@ class Filtered(PromptSelector):
         """Indices of the next problems."""
         return [self._kept[place] for place in self.inner.select(num_problems)]
 
-    def observe(self, outcomes: Iterable[Outcome]) -> None:
+    def observe(self, outcomes: Iterable[PromptOutcome]) -> None:
         """Hand the outcomes on."""
-        self.inner.observe([Outcome(self._places[outcome.index], outcome.rewards) for outcome in outcomes])
+        self.inner.observe([PromptOutcome(self._places[outcome.index], outcome.rewards) for outcome in outcomes])
 
     def state_dict(self) -> dict[str, Any]:
         """State of the inner selector."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from opd_lightning.interfaces import Problem, PromptSelector
 from opd_lightning.randomness import derive_seed
-from opd_lightning.selection.streams import Shuffled, check_num_problems
+from opd_lightning.selection.passes import Shuffled, check_num_problems
 
 # 2^64 divided by the golden ratio: steps of this size spread over [0, 2^64) more evenly than any other.
 _GOLDEN_STEP = 0x9E3779B97F4A7C15

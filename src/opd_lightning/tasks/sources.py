@@ -1,4 +1,4 @@
-"""Where problems come from: `Source` names a file or a hub data set, `load_problems` reads it."""
+"""Where problems come from: `DataSource` names a file or a hub data set, `load_problems` reads it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """One data set and how to read it.
 
     Rows keep their place: the uid of a problem is ``name/split/row`` with the row counted from 0 in the whole file, so
@@ -79,7 +79,7 @@ class Source:
         return folder if path.stem in _SPLIT_NAMES and folder else path.stem
 
 
-def load_problems(source: Source, split: str) -> list[Problem]:
+def load_problems(source: DataSource, split: str) -> list[Problem]:
     """Read a source: filtered rows as problems, with question and answer as they stand there.
 
     Args:
@@ -149,7 +149,7 @@ def _answer(value: Any, where: str) -> str:
     return text
 
 
-def _nothing_left(source: Source, rows: list[Row]) -> str:
+def _nothing_left(source: DataSource, rows: list[Row]) -> str:
     reasons = []
     for path in source.where:
         seen = {_shorten(value) for _, row in rows if (value := look_up(row, path)) is not MISSING}
@@ -166,7 +166,7 @@ def _shorten(value: Any) -> str:
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
 
 
-def _read_rows(source: Source) -> Iterator[Row]:
+def _read_rows(source: DataSource) -> Iterator[Row]:
     path = Path(source.path).expanduser()
     reader = _READERS.get(path.suffix.lower())
     if path.is_file():
@@ -254,7 +254,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         yield f"row {number}", row
 
 
-def _read_hub(source: Source) -> Iterator[Row]:
+def _read_hub(source: DataSource) -> Iterator[Row]:
     import datasets
 
     try:

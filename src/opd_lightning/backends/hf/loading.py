@@ -22,7 +22,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where a model comes from.
 
     Attributes:
@@ -94,14 +94,14 @@ class Source:
         )
 
 
-def load_config(source: Source) -> Any:
+def load_config(source: ModelSource) -> Any:
     """Load the model's configuration (no weights)."""
     source.check()
     with _explained(source, "configuration"):
         return AutoConfig.from_pretrained(source.location, **source.options)
 
 
-def load_tokenizer(source: Source) -> Any:
+def load_tokenizer(source: ModelSource) -> Any:
     """Load the tokenizer."""
     source.check()
     with _explained(source, "tokenizer"):
@@ -115,7 +115,7 @@ def load_tokenizer(source: Source) -> Any:
     return tokenizer
 
 
-def load_eos_ids(source: Source, config: Any) -> list[int]:
+def load_eos_ids(source: ModelSource, config: Any) -> list[int]:
     """Ids that end a generation according to generation_config.json, or to the model's configuration without one."""
     try:
         eos = GenerationConfig.from_pretrained(source.location, **source.options).eos_token_id
@@ -127,7 +127,7 @@ def load_eos_ids(source: Source, config: Any) -> list[int]:
 
 
 def load_model(
-    source: Source,
+    source: ModelSource,
     dtype: str,
     attn_implementation: str | None = None,
     quantization_config: Mapping[str, Any] | None = None,
@@ -191,7 +191,7 @@ def check_quantization(role: str, quantization_config: Mapping[str, Any] | None)
 
 
 @contextmanager
-def _explained(source: Source, what: str) -> Iterator[None]:
+def _explained(source: ModelSource, what: str) -> Iterator[None]:
     """Turn the many ways in which loading fails into one line that names the setting."""
     try:
         yield
@@ -213,7 +213,7 @@ def _explained(source: Source, what: str) -> Iterator[None]:
         raise ValueError(f"{source.argument}: cannot load the {what} of {source.path!r}: {reason}.{hint}") from error
 
 
-def _hub_hint(source: Source) -> str:
+def _hub_hint(source: ModelSource) -> str:
     return (
         f" There is no such folder in {Path.cwd()}, so it was taken for a hub id: check the spelling, the network"
         " (HF_HUB_OFFLINE, access token), or give a local folder."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-from opd_lightning.backends.hf.loading import Source, load_config, load_eos_ids, load_tokenizer
+from opd_lightning.backends.hf.loading import ModelSource, load_config, load_eos_ids, load_tokenizer
 from opd_lightning.backends.hf.student import HFStudent, check_vocabulary_rows
 from opd_lightning.backends.hf.tokenizer import HFTokenizer
 from opd_lightning.interfaces import Student
@@ -27,7 +27,7 @@ class Compatibility:
     context_length: int | None
 
 
-def check_compatibility(student: Student, source: Source) -> Compatibility:
+def check_compatibility(student: Student, source: ModelSource) -> Compatibility:
     """Check a teacher's tokenizer and configuration against the student, reading no weights.
 
     Refused: different token ids; a teacher with fewer rows than ids; a teacher that ends its turn with a token which
@@ -68,7 +68,7 @@ def check_compatibility(student: Student, source: Source) -> Compatibility:
     return Compatibility(student.tokenizer.vocab_size, limit)
 
 
-def _compare_vocabularies(student: HFStudent, teacher: HFTokenizer, source: Source) -> None:
+def _compare_vocabularies(student: HFStudent, teacher: HFTokenizer, source: ModelSource) -> None:
     own, other = student.tokenizer.vocabulary, teacher.vocabulary
     if own == other:
         return
@@ -89,7 +89,7 @@ def _id(vocabulary: dict[str, int], token: str) -> str:
     return f"id {vocabulary[token]}" if token in vocabulary else "no token"
 
 
-def _compare_stop_ids(student: HFStudent, teacher: HFTokenizer, source: Source) -> None:
+def _compare_stop_ids(student: HFStudent, teacher: HFTokenizer, source: ModelSource) -> None:
     missing = [i for i in teacher.stop_ids if i not in student.tokenizer.stop_ids and i < student.tokenizer.vocab_size]
     if missing:
         names = [teacher.name_of(token_id) for token_id in missing]
@@ -100,7 +100,7 @@ def _compare_stop_ids(student: HFStudent, teacher: HFTokenizer, source: Source) 
         )
 
 
-def _compare_rendering(student: HFStudent, teacher: HFTokenizer, source: Source) -> None:
+def _compare_rendering(student: HFStudent, teacher: HFTokenizer, source: ModelSource) -> None:
     rendered = student.tokenizer.render(_PROBE)
     if not teacher.has_template:
         return

@@ -25,7 +25,7 @@ from opd_lightning.backends.hf.anatomy import (
 )
 from opd_lightning.backends.hf.loading import (
     DTYPES,
-    Source,
+    ModelSource,
     check_dtype,
     load_config,
     load_eos_ids,
@@ -100,9 +100,9 @@ class HFStudent(Student):
         return self.lora is not None or self.adapter_path is not None
 
     @cached_property
-    def source(self) -> Source:
+    def source(self) -> ModelSource:
         """Where the model comes from."""
-        return Source(self.path, "student", self.revision, self.trust_remote_code)
+        return ModelSource(self.path, "student", self.revision, self.trust_remote_code)
 
     @cached_property
     def config(self) -> Any:
@@ -246,7 +246,7 @@ class HFStudent(Student):
         blank.save_pretrained(str(folder))
 
 
-def check_vocabulary_rows(source: Source, config: Any, tokenizer: HFTokenizer) -> None:
+def check_vocabulary_rows(source: ModelSource, config: Any, tokenizer: HFTokenizer) -> None:
     """Refuse a model with fewer rows than its tokenizer has ids."""
     num_rows = config.get_text_config(decoder=True).vocab_size
     if num_rows < tokenizer.vocab_size:

@@ -22,9 +22,9 @@ from opd_lightning.backends.hf.anatomy import (
     head_of,
     verify_anatomy,
 )
-from opd_lightning.backends.hf.loading import Source, check_dtype, check_quantization, load_model
+from opd_lightning.backends.hf.hidden_scores import HiddenScores
+from opd_lightning.backends.hf.loading import ModelSource, check_dtype, check_quantization, load_model
 from opd_lightning.backends.hf.preflight import Compatibility, check_compatibility
-from opd_lightning.backends.hf.scores import HiddenScores
 from opd_lightning.backends.hf.student import HFStudent
 from opd_lightning.interfaces import MicroBatch, ScoreRequest, Student, Teacher
 
@@ -77,7 +77,7 @@ class HFTeacher(Teacher):
         self.quantization_config: Mapping[str, Any] | None = quantization_config
         self.offload = offload
         self.float32_head = float32_head
-        self.source = Source(path, "teacher", revision, trust_remote_code)
+        self.source = ModelSource(path, "teacher", revision, trust_remote_code)
         self._compatibility: Compatibility | None = None
         self._model: Any = None
         self._head: nn.Module | None = None

@@ -1,0 +1,1 @@
+"""vLLM, in this process or behind servers: the only room that imports vllm, and the only HTTP client."""

@@ -1,0 +1,19 @@
+"""Models behind vLLM servers, over HTTP: the only room that speaks it. Imports no vLLM.
+
+`VLLMServerTeacher` (scores), `VLLMServerEngine` (rollouts; `FileTransfer` and `NCCLTransfer` bring the weights there),
+`Connection` (where the servers are).
+"""
+
+from opd_lightning.backends.vllm.server.client import Connection, ServerUnreachable
+from opd_lightning.backends.vllm.server.engine import VLLMServerEngine
+from opd_lightning.backends.vllm.server.teacher import VLLMServerTeacher
+from opd_lightning.backends.vllm.server.transfer import FileTransfer, NCCLTransfer
+
+__all__ = [
+    "Connection",
+    "FileTransfer",
+    "NCCLTransfer",
+    "ServerUnreachable",
+    "VLLMServerEngine",
+    "VLLMServerTeacher",
+]

@@ -1,0 +1,179 @@
+"""Scores for EffOPD in an `OPDModule` run: task accuracy, and closeness to the teacher with or without new rollouts.
+
+All split their work over processes and compare candidates on common random numbers: a prompt's seed never changes.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from opd_lightning.interfaces import Rollout, Score
+from opd_lightning.interfaces.arguments import check_at_least
+from opd_lightning.objectives import Objective, sum_over_chunks
+from opd_lightning.rollouts.answering import Answers, answer, render_prompts
+from opd_lightning.rollouts.batching import collate, cut_by_tokens
+from opd_lightning.training.module import OPDModule
+
+
+class _MeanOverProcesses(Score):
+    """A (sum, count) of each process, added up and divided once."""
+
+    @override
+    def __call__(self, trainer: Any, module: OPDModule) -> float:
+        total, count = self.sum_and_count(trainer, module)
+        both = torch.tensor([total, count], dtype=torch.float64, device=module.device)
+        total, count = trainer.strategy.reduce(both, reduce_op="sum").tolist()
+        return float(total / count)
+
+    @abstractmethod
+    def sum_and_count(self, trainer: Any, module: OPDModule) -> tuple[float, float]:
+        """This process's share."""
+
+
+class _OnFreshRollouts(_MeanOverProcesses):
+    """Answers a fixed set of training prompts with the weights at hand.
+
+    Attributes:
+        uids: The prompts' problems, once chosen.
+        tokens: Response tokens generated so far on this process.
+    """
+
+    def __init__(self, num_prompts: int = 50, num_samples: int = 1) -> None:
+        check_at_least(1, type(self).__name__, num_prompts=num_prompts, num_samples=num_samples)
+        self.num_prompts = num_prompts
+        self.num_samples = num_samples
+        self.uids: list[str] = []
+        self.tokens = 0
+
+    def answer_prompts(self, trainer: Any, module: OPDModule) -> Answers:
+        """Answer this process's share of the prompts, each sample with its own unchanging seed."""
+        data = trainer.datamodule
+        problems = data.problems_for_scores(self.num_prompts)
+        if not self.uids:
+            self.uids = [problem.uid for problem in problems]
+            kept_out = "kept out of training" if data.num_reserved >= len(problems) else "also trained on"
+            rank_zero_info(
+                f"{type(self).__name__} scores on {len(problems)} prompts, {kept_out}: {', '.join(self.uids)}"
+            )
+        positions = list(range(len(problems)))[trainer.global_rank :: trainer.world_size]
+        prompts = render_prompts(
+            module.spec.tokenizer,
+            [problems[i] for i in positions],
+            positions,
+            num_samples=self.num_samples,
+            seed_parts=(data.seed, "score"),
+        )
+        data.engine.sync(module.student, module.weight_version)
+        answers = answer(data.engine, data.task, prompts, data.sampling, num_samples=self.num_samples)
+        self.tokens += sum(len(rollout.response_ids) for rollout in answers.rollouts)
+        return answers
+
+
+class TaskAccuracy(_OnFreshRollouts):
+    """Mean reward on n training prompts, the score of arXiv 2605.11739 (which uses 50 prompts and one sample each).
+
+    Needs reference answers. It is coarse: on 50 prompts it moves in steps of 0.02, so that neighbouring candidates
+    often tie and an accepted tie can do harm; `TeacherKL` is finer and needs no answers.
+
+    Args:
+        num_prompts: Training prompts, chosen once from the seed; `data.num_reserved` keeps them out of training.
+        num_samples: Answers per prompt.
+
+    Raises:
+        ValueError: A number is below 1; at the first score also when there are fewer training prompts.
+    """
+
+    @override
+    def sum_and_count(self, trainer: Any, module: OPDModule) -> tuple[float, float]:
+        rollouts = self.answer_prompts(trainer, module).rollouts
+        return sum(rollout.reward for rollout in rollouts), len(rollouts)
+
+
+class TeacherKL(_OnFreshRollouts):
+    """Negative reverse KL to the teacher, per token in nats, on fresh answers to n training prompts. Needs no labels.
+
+    Args:
+        num_prompts: Training prompts, chosen once from the seed; `data.num_reserved` keeps them out of training.
+        num_samples: Answers per prompt.
+
+    Raises:
+        ValueError: A number is below 1; at the first score also when there are fewer training prompts.
+    """
+
+    @override
+    def sum_and_count(self, trainer: Any, module: OPDModule) -> tuple[float, float]:
+        total, count = divergence_from_teacher(module, self.answer_prompts(trainer, module).rollouts)
+        return -total, count
+
+
+class TeacherKLOnFixedRollouts(_MeanOverProcesses):
+    """Negative reverse KL to the teacher, per token in nats, on rollouts of the step just trained. Generates nothing.
+
+    The cheapest score: one teacher and one student pass per candidate. The rollouts come from the weights before the
+    step (one step earlier still with `data.generate_ahead`), so it does not see where a candidate would go that leaves
+    their states.
+
+    Args:
+        num_rollouts: Rollouts used, over all processes; None takes all of the step.
+
+    Raises:
+        ValueError: The number is below 1.
+    """
+
+    def __init__(self, num_rollouts: int | None = None) -> None:
+        if num_rollouts is not None and num_rollouts < 1:
+            raise ValueError(f"TeacherKLOnFixedRollouts.num_rollouts: expected at least 1 or null, got {num_rollouts}.")
+        self.num_rollouts = num_rollouts
+
+    @override
+    def sum_and_count(self, trainer: Any, module: OPDModule) -> tuple[float, float]:
+        rollouts = module.last_rollouts
+        if self.num_rollouts is not None:
+            rollouts = rollouts[: -(-self.num_rollouts // trainer.world_size)]
+        total, count = divergence_from_teacher(module, rollouts)
+        return -total, count
+
+
+def divergence_from_teacher(module: OPDModule, rollouts: Sequence[Rollout]) -> tuple[float, int]:
+    """Sum of the reverse KL over the response tokens of the rollouts, in nats, and their number.
+
+    Where the teacher cannot give its whole vocabulary, the run's own objective is summed instead.
+
+    Raises:
+        ValueError: That objective is a score function, whose value means nothing.
+    """
+    student, teacher = module.student, module.teacher
+    assert student is not None and teacher is not None
+    objective = module.objective
+    if teacher.offer.full_vocabulary:
+        objective = Objective(
+            student_temperature=objective.student_temperature,
+            teacher_temperature=objective.teacher_temperature,
+            chunk_tokens=objective.chunk_tokens,
+        )
+    elif objective.estimator != "direct":
+        raise ValueError(
+            "score: this teacher does not give its whole vocabulary, and the value of objective.estimator="
+            f"{objective.estimator!r} means nothing. Use TaskAccuracy, or a direct objective."
+        )
+    pad_id = module.spec.tokenizer.pad_id
+    groups = cut_by_tokens(rollouts, module.max_tokens_per_micro_batch)
+    micro_batches = [collate(group, pad_id).to(module.device) for group in groups]
+    total = 0.0
+    for micro_batch, scores in zip(micro_batches, teacher.score_all(micro_batches, objective.request()), strict=True):
+        loss = sum_over_chunks(
+            module.spec.hidden_states(student, micro_batch),
+            lambda hidden: module.spec.logits(student, hidden),
+            objective,
+            scores,
+            micro_batch.response_ids,
+            micro_batch.rollout_log_probs,
+        )
+        total += float(loss.loss_sum)
+    return total, sum(micro_batch.num_tokens for micro_batch in micro_batches)

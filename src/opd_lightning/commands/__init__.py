@@ -1,0 +1,1 @@
+"""The `opd-lightning` command."""

@@ -1,0 +1,40 @@
+"""Several processes that train together: who am I, how many are we, what does everybody have. Knows torch only."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+from torch import distributed as dist
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, 0 for the first."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def gather_objects(mine: T) -> list[T]:
+    """What each process passed, in the order of ranks; the same list everywhere."""
+    if world_size() == 1:
+        return [mine]
+    everyone: list[T] = [mine] * world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def agree(score: float) -> float:
+    """Mean score over all processes, computed from the same list everywhere so that no two can decide differently.
+
+    A NaN or an infinity on one process makes the mean NaN.
+    """
+    scores = gather_objects(score)
+    if not all(math.isfinite(value) for value in scores):
+        return math.nan
+    return scores[0] if len(set(scores)) == 1 else math.fsum(scores) / len(scores)

@@ -1,0 +1,300 @@
+"""`OPDDataModule`: which prompts next, and what the student answers to them.
+
+The loader yields prompts only. Generation happens in `on_after_batch_transfer`, which Lightning calls immediately
+before `training_step` whatever its fetcher does: a step's rollouts come from its own weights (`generate_ahead` aside).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+
+from opd_lightning.distributed import gather_objects
+from opd_lightning.interfaces import (
+    Problem,
+    Prompt,
+    PromptBatch,
+    PromptOutcome,
+    PromptSelector,
+    RolloutBatch,
+    RolloutEngine,
+    Sampling,
+    Split,
+    Task,
+    Tokenizer,
+)
+from opd_lightning.interfaces.arguments import check_at_least
+from opd_lightning.randomness import derive_seed
+from opd_lightning.rollouts.answering import Answers, grade, render_prompts
+from opd_lightning.rollouts.one_step_ahead import AheadEngine, generate
+from opd_lightning.rollouts.prompt_limits import check_not_empty, check_stop_ids, keep_fitting
+from opd_lightning.rollouts.prompt_stream import HeldOutBatches, PromptStream, held_out_batches, join_shares
+
+
+class OPDDataModule(LightningDataModule):
+    """Selects prompts, generates (on-policy, unless told otherwise), grades.
+
+    Args:
+        task: Problems, chat messages and marking.
+        engine: Who generates; None is `HFEngine()` (the live student through transformers).
+        selector: Which prompts next; None is `Shuffled()`.
+        sampling: How training rollouts are sampled. Temperature and cuts must fit the objective.
+        prompts_per_step: Prompts of one optimiser step, over all processes.
+        rollouts_per_prompt: Responses per prompt.
+        validation_sampling: How validation, test and predict answers are sampled; None is `sampling`.
+        validation_samples: Answers per problem there (the n of avg@n and pass@n).
+        validation_batch_size: Problems answered at once per process.
+        num_validation_problems: Only the first so many problems of the validation split; None is all of them.
+        max_prompt_tokens: Longest prompt; None is what the student's context leaves beside `max_new_tokens`.
+        drop_long_prompts: Leave longer prompts out with a warning instead of refusing to start.
+        predict_split: Split that `predict` answers.
+        num_reserved: Training problems kept out of training, for EffOPD's scores.
+        seed: Decides prompt order and every sample, together with step and position.
+        generate_ahead: Generate the next step's rollouts while this step trains, with the weights from before it: off
+            policy by one step. The engine needs its own copy of the weights (docs/vllm.md).
+
+    Raises:
+        ValueError: A number is out of range, or a split has no problems.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        engine: RolloutEngine | None = None,
+        selector: PromptSelector | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        prompts_per_step: int = 64,
+        rollouts_per_prompt: int = 1,
+        validation_sampling: Sampling | None = None,
+        validation_samples: int = 1,
+        validation_batch_size: int = 256,
+        num_validation_problems: int | None = None,
+        max_prompt_tokens: int | None = None,
+        drop_long_prompts: bool = False,
+        predict_split: Split = "test",
+        num_reserved: int = 0,
+        seed: int = 0,
+        generate_ahead: bool = False,
+    ) -> None:
+        super().__init__()
+        check_at_least(1, "data", prompts_per_step=prompts_per_step, rollouts_per_prompt=rollouts_per_prompt)
+        check_at_least(1, "data", validation_samples=validation_samples, validation_batch_size=validation_batch_size)
+        check_at_least(1, "data", num_validation_problems=num_validation_problems, max_prompt_tokens=max_prompt_tokens)
+        check_at_least(0, "data", num_reserved=num_reserved)
+        self.task = task
+        engine = engine if engine is not None else _default_engine()
+        self.ahead = AheadEngine(engine) if generate_ahead else None
+        self.engine = self.ahead or engine
+        self.selector = selector if selector is not None else _default_selector()
+        self.sampling = sampling
+        self.prompts_per_step = prompts_per_step
+        self.rollouts_per_prompt = rollouts_per_prompt
+        self.validation_sampling = validation_sampling if validation_sampling is not None else sampling
+        self.validation_samples = validation_samples
+        self.validation_batch_size = validation_batch_size
+        self.num_validation_problems = num_validation_problems
+        self.max_prompt_tokens = max_prompt_tokens
+        self.drop_long_prompts = drop_long_prompts
+        self.predict_split: Split = predict_split
+        self.num_reserved = num_reserved
+        self.seed = seed
+        self.stream: PromptStream | None = None
+        self._training_problems: list[Problem] = []
+        self.longest_prompt = 0  # tokens, among the training prompts
+        self.held_out: dict[str, list[Problem]] = {}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The student's tokenizer."""
+        return self._module.spec.tokenizer  # type: ignore[no-any-return]
+
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        """What a run must share with the run whose checkpoint it resumes."""
+        assert self.stream is not None
+        return {
+            "seed_everything (data.seed)": self.seed,
+            "data.prompts_per_step": self.prompts_per_step,
+            "data.generate_ahead": self.ahead is not None,
+            "data.selector": type(self.selector).__name__,
+            "data.task (number of training problems)": len(self.stream.problems),
+        }
+
+    @property
+    def _module(self) -> Any:
+        assert self.trainer is not None
+        return self.trainer.lightning_module
+
+    def setup(self, stage: str) -> None:
+        """Read the problems of this stage and check that every prompt fits the student's context."""
+        assert self.trainer is not None
+        if stage == "fit" and (self.stream is None or self.trainer.global_step == 0):  # a new run starts from the start
+            self._training_problems = self._fitting_problems("train", self.sampling)
+            reserved = {problem.uid for problem in self.problems_for_scores(self.num_reserved)}
+            problems = [problem for problem in self._training_problems if problem.uid not in reserved]
+            if not problems:
+                raise ValueError(
+                    f"data.num_reserved={self.num_reserved} leaves none of the {len(self._training_problems)} training"
+                    " problems. Lower it."
+                )
+            self.selector.setup(problems, self.seed)
+            self.stream = PromptStream(problems, self.selector, self.prompts_per_step)
+            self.load_state_dict({})
+        wanted: dict[str, list[Split]] = {
+            "fit": ["validation"],
+            "validate": ["validation"],
+            "test": ["test"],
+            "predict": [self.predict_split],
+        }
+        for split in wanted[stage]:
+            if split not in self.held_out and not (stage == "fit" and self.trainer.limit_val_batches == 0):
+                problems = self._fitting_problems(split, self.validation_sampling)
+                num_problems = self.num_validation_problems if split == "validation" else None
+                self.held_out[split] = problems[:num_problems]
+
+    def problems_for_scores(self, num_problems: int) -> list[Problem]:
+        """Training problems to score candidates on: a function of the seed, the reserved ones first.
+
+        Raises:
+            ValueError: There are not so many.
+        """
+        if num_problems > len(self._training_problems):
+            raise ValueError(
+                f"EffOPD score: {num_problems} prompts were asked for, but there are {len(self._training_problems)}"
+                " training problems. Lower num_prompts (or data.num_reserved)."
+            )
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "problems for scores"))
+        order = torch.randperm(len(self._training_problems), generator=generator)
+        return [self._training_problems[i] for i in order[:num_problems].tolist()]
+
+    def train_dataloader(self) -> PromptStream:
+        """The prompt stream of this rank."""
+        assert self.stream is not None and self.trainer is not None
+        self.stream.rank, self.stream.world_size = self.trainer.global_rank, self.trainer.world_size
+        return self.stream
+
+    def val_dataloader(self) -> HeldOutBatches | list[Any]:
+        """Held-out problems, split over ranks."""
+        return self._held_out_loader("validation") if "validation" in self.held_out else []
+
+    def test_dataloader(self) -> HeldOutBatches:
+        """Test problems, split over ranks."""
+        return self._held_out_loader("test")
+
+    def predict_dataloader(self) -> HeldOutBatches:
+        """Problems of `predict_split`, split over ranks."""
+        return self._held_out_loader(self.predict_split)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """In training, turn prompts into graded rollouts of the current weights."""
+        assert self.trainer is not None
+        return self.generate(batch) if self.trainer.training else batch
+
+    def generate(self, batch: PromptBatch) -> RolloutBatch:
+        """Generate, or take what was generated ahead; grade; let the selector see the outcomes of all ranks."""
+        prompts, seconds = self._render(batch), {"sync": 0.0}
+        generation = self.ahead.take(batch, prompts, self.sampling) if self.ahead else None
+        if generation is None:
+            seconds["sync"] = self._sync()
+            with self.trainer.precision_plugin.forward_context():  # type: ignore[union-attr]  # this hook is outside
+                generation = generate(self.engine, prompts, self.sampling, self._module.prefetch, step=batch.step)
+        started = time.perf_counter()
+        rollouts = grade(self.task, generation.rollouts)
+        seconds["grade"] = time.perf_counter() - started
+        groups = Answers(rollouts, self.rollouts_per_prompt, seconds).by_problem()
+        rewards = [tuple(rollout.reward for rollout in group) for group in groups]
+        outcomes = [PromptOutcome(*pair) for pair in zip(batch.indices, rewards, strict=True)]
+        self.selector.observe(join_shares(gather_objects(outcomes)))
+        if self.ahead:
+            assert self.stream is not None
+            self.ahead.keep(generation)
+            following = self.stream.draw_ahead()
+            seconds["sync"] += self._sync()
+            self.ahead.start(self._render(following), self.sampling, self._module.prefetch, step=following.step)
+        return RolloutBatch(
+            rollouts=rollouts,
+            weight_version=generation.weight_version,
+            step=batch.step,
+            sampling=self.sampling,
+            seconds=generation.seconds | seconds,
+            staleness=generation.staleness,
+        )
+
+    def commit(self) -> None:
+        """The last batch has been trained: from now on checkpoints continue after it."""
+        assert self.stream is not None
+        self.stream.commit()
+        if self.ahead:
+            self.ahead.commit()
+
+    def state_dict(self) -> dict[str, Any]:
+        """With `generate_ahead`, the next step's rollouts: the weights that made them are in no checkpoint."""
+        return {"ahead": self.ahead.state_dict(self.rollouts_per_prompt)} if self.ahead else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict`, or start over from an empty one."""
+        if self.ahead:
+            self.ahead.load_state_dict(state_dict.get("ahead"))
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Call off and close what would keep the process alive; Lightning tears nothing down after an error."""
+        self.engine.interrupt()
+        self._module.teardown("fit")
+        self.teardown("fit")
+
+    def teardown(self, stage: str) -> None:
+        """Close the engine."""
+        self.engine.close()
+
+    def _sync(self) -> float:
+        module, started = self._module, time.perf_counter()
+        self.engine.sync(module.student, module.weight_version)
+        return time.perf_counter() - started
+
+    def _render(self, batch: PromptBatch) -> list[Prompt]:
+        return render_prompts(
+            self.tokenizer,
+            batch.problems,
+            batch.positions,
+            num_samples=self.rollouts_per_prompt,
+            seed_parts=(self.seed, "train", batch.step),
+        )
+
+    def _held_out_loader(self, split: Split) -> HeldOutBatches:
+        ranks = self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
+        return held_out_batches(self.held_out[split], self.validation_batch_size, *ranks)
+
+    def _fitting_problems(self, split: Split, sampling: Sampling) -> list[Problem]:
+        """Problems of the split whose prompts leave room for a whole response."""
+        problems = self.task.problems(split)
+        check_not_empty(problems, type(self.task).__name__, split)
+        check_stop_ids(sampling, self.tokenizer.vocab_size)
+        problems, longest = keep_fitting(
+            problems,
+            [len(self.tokenizer.render(problem.messages)) for problem in problems],
+            split=split,
+            setting="data.sampling" if sampling is self.sampling else "data.validation_sampling",
+            context=min(self._module.spec.context_length, self.engine.context_length or sys.maxsize),
+            max_new_tokens=sampling.max_new_tokens,
+            max_prompt_tokens=self.max_prompt_tokens,
+            drop=self.drop_long_prompts,
+        )
+        if split == "train":
+            self.longest_prompt = longest
+        return problems
+
+
+def _default_engine() -> RolloutEngine:
+    from opd_lightning.backends.hf import HFEngine  # transformers is slow to import and not always wanted
+
+    return HFEngine()
+
+
+def _default_selector() -> PromptSelector:
+    from opd_lightning.selection import Shuffled
+
+    return Shuffled()

@@ -1,0 +1,140 @@
+import pytest
+import torch
+from toys import LetterTask, adamw, make_data, make_module, make_trainer, weights_of
+
+from opd_lightning import EffOPD
+from opd_lightning.backends.hf import LoraSettings
+from opd_lightning.callbacks.effopd_scores import (
+    TaskAccuracy,
+    TeacherKL,
+    TeacherKLOnFixedRollouts,
+    divergence_from_teacher,
+)
+from opd_lightning.interfaces import Score
+
+SCORES = {
+    "accuracy": lambda: TaskAccuracy(num_prompts=4, num_samples=2),
+    "fresh": lambda: TeacherKL(num_prompts=4),
+    "fixed": lambda: TeacherKLOnFixedRollouts(),
+}
+
+
+def fit(folder, student, teacher, score, *, steps=4, data=None, ckpt_path=None, lora=False, **options):
+    torch.manual_seed(0)
+    student_options = {"lora": LoraSettings(r=4)} if lora else {}
+    module = make_module(student, teacher, optimizer=adamw, student_options=student_options)
+    effopd = EffOPD(score=score, **({"schedule": "powers_of_two", "candidates": (0.5, 1.0)} | options))
+    trainer = make_trainer(folder, steps, callbacks=[effopd])
+    trainer.fit(module, data if data is not None else make_data(), ckpt_path=ckpt_path)
+    return module, effopd, trainer
+
+
+class Spy(Score):
+    """Keeps what a score said."""
+
+    def __init__(self, inner):
+        self.inner, self.values = inner, []
+
+    def __call__(self, trainer, module):
+        self.values.append(self.inner(trainer, module))
+        return self.values[-1]
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_every_score_drives_a_search_and_the_rollouts_stay_on_policy(
+    tmp_path, tiny_qwen3_folder, tiny_teacher_folder, name
+):
+    spy = Spy(SCORES[name]())
+    module, effopd, _ = fit(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, spy)
+    assert len(spy.values) >= 6  # searches at 1, 2 and 4: where they stand, and at least one candidate each
+    assert module.weight_version > 4  # every candidate tried is a change of the weights
+    assert effopd.last_search is not None
+
+
+def test_teacher_kl_is_the_reverse_kl_per_token_against_a_full_forward(
+    tmp_path, tiny_qwen3_folder, tiny_teacher_folder
+):
+    module, _, _ = fit(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, TeacherKLOnFixedRollouts(), steps=1)
+    module.teacher.setup(module.spec, module.student, torch.device("cpu"))
+    with torch.no_grad():
+        total, count = divergence_from_teacher(module, module.last_rollouts)
+    from transformers import AutoModelForCausalLM
+
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_teacher_folder, dtype=torch.float64)
+    student = AutoModelForCausalLM.from_pretrained(tiny_qwen3_folder, dtype=torch.float64)
+    student.load_state_dict({name: weight.double() for name, weight in module.student.state_dict().items()})
+    vocab_size, expected, num_tokens = module.spec.tokenizer.vocab_size, 0.0, 0
+    with torch.no_grad():
+        for rollout in module.last_rollouts:
+            ids = torch.cat([rollout.prompt_ids, rollout.response_ids])[None]
+            at = slice(len(rollout.prompt_ids) - 1, -1)
+            p = student(ids).logits[0, at, :vocab_size].log_softmax(-1)
+            q = teacher(ids).logits[0, at, :vocab_size].log_softmax(-1)
+            expected += float((p.exp() * (p - q)).sum())
+            num_tokens += len(rollout.response_ids)
+    assert count == num_tokens
+    assert total == pytest.approx(expected, rel=1e-4)
+
+
+def test_candidates_are_compared_on_common_random_numbers(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
+    class Twice(Score):
+        def __init__(self):
+            self.inner, self.pairs = TaskAccuracy(num_prompts=6), []
+
+        def __call__(self, trainer, module):
+            self.pairs.append((self.inner(trainer, module), self.inner(trainer, module)))
+            return self.pairs[-1][0]
+
+    score = Twice()
+    fit(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, score, steps=2)
+    assert all(first == second for first, second in score.pairs)
+
+
+def test_reserved_prompts_are_scored_on_and_never_trained_on(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
+    score = TaskAccuracy(num_prompts=4)
+    data = make_data(num_reserved=4)
+    fit(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, score, data=data)
+    trained_on = {problem.uid for problem in data.stream.problems}
+    assert len(score.uids) == 4
+    assert len(trained_on) == 8
+    assert trained_on.isdisjoint(score.uids)
+    assert score.tokens > 0
+
+
+def test_too_many_prompts_are_refused(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
+    with pytest.raises(ValueError, match="50 prompts were asked for, but there are 12 training problems"):
+        fit(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, TaskAccuracy())
+
+
+@pytest.mark.parametrize("score", [TaskAccuracy, TeacherKL])
+def test_impossible_sizes_are_refused(score):
+    with pytest.raises(ValueError, match=f"{score.__name__}.num_prompts: expected an integer of at least 1, got 0"):
+        score(num_prompts=0)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("stop", [2, 3])  # at a trigger and between two
+@pytest.mark.parametrize("name", SCORES)
+def test_resume_with_a_search_equals_one_run(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, name, stop, lora):
+    folders = tiny_qwen3_folder, tiny_teacher_folder
+    whole, _, _ = fit(tmp_path, *folders, SCORES[name](), steps=5, lora=lora)
+    _, _, trainer = fit(tmp_path, *folders, SCORES[name](), steps=stop, lora=lora)
+    trainer.save_checkpoint(tmp_path / "stop.ckpt")
+    resumed, _, _ = fit(tmp_path, *folders, SCORES[name](), steps=5, lora=lora, ckpt_path=tmp_path / "stop.ckpt")
+    assert all(torch.equal(weight, weights_of(whole)[n]) for n, weight in weights_of(resumed).items())
+
+
+def test_a_rejected_search_equals_plain_distillation(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
+    class NeverBetter(Score):
+        def __init__(self):
+            self.value = 0.0
+
+        def __call__(self, trainer, module):
+            self.value -= 1
+            return self.value
+
+    searched, _, _ = fit(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, NeverBetter())
+    module = make_module(tiny_qwen3_folder, tiny_teacher_folder, optimizer=adamw)
+    torch.manual_seed(0)
+    make_trainer(tmp_path, 4).fit(module, make_data(task=LetterTask()))
+    assert all(torch.equal(weight, weights_of(module)[name]) for name, weight in weights_of(searched).items())

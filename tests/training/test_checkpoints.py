@@ -1,0 +1,98 @@
+import pytest
+import torch
+from safetensors.torch import load_file
+from toys import adamw, make_data, make_module, make_trainer, weights_of
+
+from opd_lightning.backends.hf import LoraSettings
+from opd_lightning.training.checkpoints import build_student, check_checkpoint_file, export, read_checkpoint
+
+
+@pytest.fixture
+def trained(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
+    def train(lora=False):
+        options = {"lora": LoraSettings(r=4)} if lora else {}
+        module = make_module(tiny_qwen3_folder, tiny_teacher_folder, optimizer=adamw, student_options=options)
+        trainer = make_trainer(tmp_path, 2)
+        trainer.fit(module, make_data())
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        return module, tmp_path / "x.ckpt"
+
+    return train
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_export_writes_what_was_trained(tmp_path, trained, lora):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    module, path = trained(lora)
+    export(str(path), str(tmp_path / "model"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids = torch.tensor([[9, 12, 30, 11]])
+    torch.testing.assert_close(logits_of(model, ids), logits_of(module.student, ids), rtol=1e-4, atol=1e-4)
+    AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert load_file(tmp_path / "model" / "model.safetensors")
+
+
+def test_an_adapter_can_be_exported_alone(tmp_path, trained, tiny_qwen3_folder):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    module, path = trained(lora=True)
+    export(str(path), str(tmp_path / "adapter"), merge_adapter=False)
+    base = AutoModelForCausalLM.from_pretrained(tiny_qwen3_folder)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    ids = torch.tensor([[9, 12, 30, 11]])
+    torch.testing.assert_close(logits_of(model, ids), logits_of(module.student, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_validate_reads_a_checkpoint_or_takes_the_plain_student(
+    tmp_path, trained, tiny_qwen3_folder, tiny_teacher_folder
+):
+    module, path = trained()
+    fresh = make_module(tiny_qwen3_folder, tiny_teacher_folder)
+    trainer = make_trainer(tmp_path, 1, limit_val_batches=1.0)
+    trainer.validate(fresh, make_data(), ckpt_path=path, verbose=False)
+    assert all(torch.equal(weight, weights_of(module)[name]) for name, weight in weights_of(fresh).items())
+    plain = make_module(tiny_qwen3_folder, tiny_teacher_folder)
+    trainer.validate(plain, make_data(), verbose=False)
+    assert any(not torch.equal(weight, weights_of(module)[name]) for name, weight in weights_of(plain).items())
+
+
+def test_export_does_not_overwrite(tmp_path, trained):
+    _, path = trained()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not an empty folder"):
+        export(str(path), str(tmp_path / "full"))
+
+
+def test_a_checkpoint_cut_short_is_named(tmp_path, trained):
+    _, path = trained()
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"x.ckpt' \(\d+ bytes\) is cut short or not a checkpoint"):
+        check_checkpoint_file(path)
+
+
+def test_a_missing_checkpoint_lists_the_ones_beside_it(tmp_path, trained):
+    trained()
+    with pytest.raises(ValueError, match=r"no file .*y.ckpt'. Checkpoints there: x.ckpt"):
+        check_checkpoint_file(tmp_path / "y.ckpt")
+
+
+def test_a_foreign_checkpoint_is_refused(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    with pytest.raises(ValueError, match="was not written by OPDModule"):
+        read_checkpoint(tmp_path / "foreign.ckpt")
+
+
+def test_a_checkpoint_cannot_name_a_class_of_its_own_or_switch_remote_code_on(tiny_qwen3_folder):
+    with pytest.raises(ValueError, match=r"class 'os.system' is not ours"):
+        build_student({"class_path": "os.system", "init_args": {}})
+    arguments = {"path": str(tiny_qwen3_folder), "trust_remote_code": True}
+    student = build_student({"class_path": "opd_lightning.backends.hf.HFStudent", "init_args": arguments})
+    assert student.trust_remote_code is False
