@@ -15,9 +15,8 @@ from typing_extensions import override
 
 from opd_lightning.interfaces import Rollout, Score
 from opd_lightning.interfaces.arguments import check_at_least
-from opd_lightning.objectives import Objective, sum_over_chunks
-from opd_lightning.rollouts.answering import Answers, answer, render_prompts
-from opd_lightning.rollouts.batching import collate, cut_by_tokens
+from opd_lightning.objectives import DivergenceObjective
+from opd_lightning.rollouts.answering import Answers, render_prompts
 from opd_lightning.training.module import OPDModule
 
 
@@ -69,8 +68,7 @@ class _OnFreshRollouts(_MeanOverProcesses):
             num_samples=self.num_samples,
             seed_parts=(data.seed, "score"),
         )
-        data.engine.sync(module.student, module.weight_version)
-        answers = answer(data.engine, data.task, prompts, data.sampling, num_samples=self.num_samples)
+        answers: Answers = data.answer(prompts, data.sampling, num_samples=self.num_samples)
         self.tokens += sum(len(rollout.response_ids) for rollout in answers.rollouts)
         return answers
 
@@ -146,34 +144,25 @@ def divergence_from_teacher(module: OPDModule, rollouts: Sequence[Rollout]) -> t
     Where the teacher cannot give its whole vocabulary, the run's own objective is summed instead.
 
     Raises:
-        ValueError: That objective is a score function, whose value means nothing.
+        ValueError: There is no teacher, or that objective's value means nothing.
     """
-    student, teacher = module.student, module.teacher
-    assert student is not None and teacher is not None
-    objective = module.objective
+    teacher, objective = module.teacher, module.objective
+    if teacher is None:
+        raise ValueError("score: it measures the divergence from the teacher, but model.teacher is not set.")
     if teacher.offer.full_vocabulary:
-        objective = Objective(
+        temperature = getattr(objective, "teacher_temperature", 1.0)
+        objective = DivergenceObjective(
             student_temperature=objective.student_temperature,
-            teacher_temperature=objective.teacher_temperature,
+            teacher_temperature=temperature,
             chunk_tokens=objective.chunk_tokens,
         )
-    elif objective.estimator != "direct":
+    elif not objective.value_is_divergence:
         raise ValueError(
-            "score: this teacher does not give its whole vocabulary, and the value of objective.estimator="
-            f"{objective.estimator!r} means nothing. Use TaskAccuracy, or a direct objective."
+            f"score: this teacher does not give its whole vocabulary, and the value of {type(objective).__name__} is no"
+            " divergence. Use TaskAccuracy, or a DivergenceObjective with estimator Direct."
         )
-    pad_id = module.spec.tokenizer.pad_id
-    groups = cut_by_tokens(rollouts, module.max_tokens_per_micro_batch)
-    micro_batches = [collate(group, pad_id).to(module.device) for group in groups]
-    total = 0.0
-    for micro_batch, scores in zip(micro_batches, teacher.score_all(micro_batches, objective.request()), strict=True):
-        loss = sum_over_chunks(
-            module.spec.hidden_states(student, micro_batch),
-            lambda hidden: module.spec.logits(student, hidden),
-            objective,
-            scores,
-            micro_batch.response_ids,
-            micro_batch.rollout_log_probs,
-        )
-        total += float(loss.loss_sum)
-    return total, sum(micro_batch.num_tokens for micro_batch in micro_batches)
+    total, count = 0.0, 0
+    for compared in module.compare(module.make_micro_batches(rollouts), objective, objective.request()):
+        total += float(compared.losses.sum())
+        count += compared.micro_batch.num_tokens
+    return total, count

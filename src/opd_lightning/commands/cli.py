@@ -38,6 +38,8 @@ ROOMS_WITH_SHORT_NAMES = (  # `HFStudent` works in YAML for the whole path, but 
     "callbacks.samples",
     "callbacks.held_out_loss",
     "objectives",
+    "rollouts.one_step_ahead",
+    "rollouts.plain_engine",
     "training.schedules",
     "selection",
     "tasks",

@@ -22,12 +22,29 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from opd_lightning.interfaces import PromptSelector, RolloutEngine, Score, Student, Task, Teacher
-from opd_lightning.objectives import Objective
+from opd_lightning.interfaces import (
+    Advantage,
+    Objective,
+    PromptSelector,
+    RolloutEngine,
+    RolloutSource,
+    Score,
+    Student,
+    Task,
+    Teacher,
+    TokenWeighting,
+)
+from opd_lightning.objectives import Estimator, Importance, Support
 from opd_lightning.objectives.divergences import Divergence
 
 PROGRAM = "opd-lightning"
 SEAMS: dict[str, type] = {
+    "advantage": Advantage,
+    "estimator": Estimator,
+    "importance": Importance,
+    "source": RolloutSource,
+    "support": Support,
+    "token_weighting": TokenWeighting,
     "callbacks": Callback,
     "divergence": Divergence,
     "engine": RolloutEngine,

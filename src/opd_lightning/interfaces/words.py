@@ -1,13 +1,14 @@
 """The words of the project: the data that travels through one step.
 
-`Problem` -> `Prompt` -> `Rollout` -> `RolloutBatch` -> `MicroBatch`. Knows nothing of Lightning, transformers or vLLM.
+`Problem` -> `Prompt` -> `Rollout` -> `RolloutBatch`; what the models see of them is in `tokens.py`. Knows nothing of
+Lightning, transformers or vLLM.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -45,7 +46,8 @@ class Sampling:
         temperature: Divides the logits; 0 means greedy decoding.
         top_p: Nucleus mass in (0, 1]; 1 keeps the whole distribution.
         top_k: Keep only the k likeliest tokens; 0 keeps all.
-        stop_ids: Token ids that close a response; None takes the student's own list (generation config and tokenizer).
+        stop_ids: Token ids that close a response; None takes the student's own list (generation config and tokenizer),
+            and an empty list means that only `max_new_tokens` ends one.
 
     Raises:
         ValueError: A value is outside its range.
@@ -68,10 +70,6 @@ class Sampling:
             raise ValueError(f"sampling.top_p: expected a number in (0, 1] (1 switches the cut off), got {self.top_p}.")
         if self.top_k < 0:
             raise ValueError(f"sampling.top_k: expected 0 (no cut) or a positive integer, got {self.top_k}.")
-        if self.stop_ids is not None and not self.stop_ids:
-            raise ValueError(
-                "sampling.stop_ids: expected at least one token id, or null for the student's own list, got []."
-            )
 
     @property
     def is_whole_distribution(self) -> bool:
@@ -97,18 +95,23 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response. Token ids are the truth; `text` is for graders and people only.
+    """One response. Token ids are the truth; `text` is for graders and people only.
+
+    A response may have several turns: then `student_wrote` says which of its tokens are the student's own. Only those
+    are scored and trained on; the others (a tool's answer, say) are read like the prompt.
 
     Attributes:
         problem: What was asked.
         prompt_ids: int64 [P] on the CPU.
         response_ids: int64 [T] on the CPU, the closing token included when there is one.
         log_probs: float32 [T] on the CPU, nats: log-probability of each sampled token under the student's tempered
-            distribution over its whole vocabulary (before any top-p or top-k cut).
+            distribution over its whole vocabulary (before any top-p or top-k cut); NaN where it is not known.
         finished: True when a stop id closed the response, False when it was cut at `max_new_tokens`.
         seed: The seed it was drawn with.
-        text: Decoded response without special tokens.
-        reward: Grade in [0, 1]; NaN until the task has graded it.
+        text: What was generated, decoded, without the token that closed it.
+        reward: Grade in [0, 1]; NaN until the task has graded it, and where it never does.
+        student_wrote: bool [T] on the CPU; None when the student wrote every token.
+        extras: Values of single tokens, float32 [T] on the CPU, that an objective's `shape` has attached by name.
     """
 
     problem: Problem
@@ -119,6 +122,15 @@ class Rollout:
     seed: int
     text: str = ""
     reward: float = math.nan
+    student_wrote: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def trained_positions(self) -> Tensor:
+        """int64 [N]: positions in the response of the tokens that the student wrote."""
+        if self.student_wrote is None:
+            return torch.arange(len(self.response_ids))
+        return self.student_wrote.nonzero().squeeze(-1)
 
     def to(self, *args: Any, **kwargs: Any) -> Rollout:
         """Nothing to move: rollouts live on the CPU."""
@@ -155,6 +167,21 @@ class PromptBatch:
         return self
 
 
+@dataclass(frozen=True)
+class StepPrompts:
+    """The rendered prompts of one step on this process.
+
+    Attributes:
+        step: Step of the prompt stream.
+        positions: Position of each prompt in the step's global list.
+        prompts: One entry per problem.
+    """
+
+    step: int
+    positions: tuple[int, ...]
+    prompts: tuple[Prompt, ...]
+
+
 @dataclass
 class RolloutBatch:
     """The graded rollouts of one step on this process.
@@ -165,7 +192,8 @@ class RolloutBatch:
         step: Step of the prompt stream.
         sampling: How they were sampled.
         seconds: Wall-clock seconds of each part ("sync", "generate", "grade").
-        staleness: Steps trained since the weights that generated them: 0 on-policy, 1 when generated one step ahead.
+        staleness: Steps trained since the weights that generated them: 0 on-policy, 1 when generated one step ahead;
+            None where others than the student wrote them, or nobody knows.
     """
 
     rollouts: list[Rollout]
@@ -173,7 +201,7 @@ class RolloutBatch:
     step: int
     sampling: Sampling
     seconds: dict[str, float] = field(default_factory=dict)
-    staleness: int = 0
+    staleness: int | None = 0
 
     @property
     def num_response_tokens(self) -> int:
@@ -183,66 +211,3 @@ class RolloutBatch:
     def to(self, *args: Any, **kwargs: Any) -> RolloutBatch:
         """Nothing to move yet: micro-batches go to the device one at a time."""
         return self
-
-
-@dataclass
-class MicroBatch:
-    """Padded sequences, and their response tokens laid end to end.
-
-    Attributes:
-        input_ids: int64 [B, L].
-        attention_mask: int64 [B, L], 1 for real tokens.
-        position_ids: int64 [B, L], 0 for the first real token of a row.
-        rows: int64 [N], row of each response token.
-        columns: int64 [N], column whose hidden state *predicts* the response token (one before the token itself).
-        response_ids: int64 [N], the sampled tokens.
-        rollout_log_probs: float32 [N], the engine's log-probabilities of them.
-        positions: int64 [N], 0-based position inside the response.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    rows: Tensor
-    columns: Tensor
-    response_ids: Tensor
-    rollout_log_probs: Tensor
-    positions: Tensor
-
-    @property
-    def num_tokens(self) -> int:
-        """N, the number of response tokens."""
-        return self.response_ids.numel()
-
-    def to(self, device: torch.device | str) -> MicroBatch:
-        """Return a copy on the device."""
-        return MicroBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
-
-
-@dataclass(frozen=True)
-class ScoreRequest:
-    """What an objective (and the metrics) will ask of `TeacherScores`.
-
-    Attributes:
-        top_k: Size of the teacher's own top-k list; 0 when it is not asked for.
-        arbitrary_ids: Log-probabilities at ids that the student chooses.
-        full_vocabulary: Log-probabilities of the whole vocabulary.
-        temperature: Teacher temperature: divides the teacher's logits.
-    """
-
-    top_k: int = 0
-    arbitrary_ids: bool = False
-    full_vocabulary: bool = False
-    temperature: float = 1.0
-
-
-def describe_request(request: ScoreRequest) -> str:
-    """The request in words."""
-    parts = ["log-probabilities of the sampled tokens"]
-    if request.top_k:
-        parts.append(f"its own top {request.top_k}")
-    if request.arbitrary_ids:
-        parts.append("log-probabilities at ids the student chooses")
-    if request.full_vocabulary:
-        parts.append("the full vocabulary")
-    return ", ".join(parts)

@@ -1,28 +1,61 @@
-"""Pure maths of the objective: log-probabilities, divergences, supports, weightings, estimators, and their statistics.
+"""Pure maths of what is minimised: log-probabilities, divergences, supports, estimators, and the facts of tokens.
 
-Depends on torch and on the interfaces only. `Objective` joins the factors; `sum_over_chunks` applies it to many tokens.
+Depends on torch and on the interfaces only. `DivergenceObjective`, `SampledTokenObjective` and `NLL` join the factors;
+`compare_in_chunks` applies one of them to many tokens.
 """
 
-from opd_lightning.objectives.chunking import ChunkedLoss, sum_over_chunks
+from opd_lightning.objectives.chunks import TokenResults, compare_in_chunks
 from opd_lightning.objectives.dense_scores import DenseScores
 from opd_lightning.objectives.divergences import Divergence, ForwardKL, JensenShannon, ReverseKL
+from opd_lightning.objectives.estimators import CandidateScore, Direct, Estimator
+from opd_lightning.objectives.facts import known_facts, token_facts
+from opd_lightning.objectives.hidden_scores import HiddenScores
+from opd_lightning.objectives.likelihood import NLL
 from opd_lightning.objectives.logprobs import entropy, full_log_probs, log_probs_at, top_log_probs
-from opd_lightning.objectives.objective import Objective
-from opd_lightning.objectives.statistics import TokenStatistics, token_statistics
+from opd_lightning.objectives.objective import DivergenceObjective
+from opd_lightning.objectives.sampled_token import Clipped, Importance, Masked, SampledTokenObjective, Truncated
+from opd_lightning.objectives.supports import (
+    FullVocabulary,
+    Intersection,
+    SampledToken,
+    StudentTopK,
+    Support,
+    SymmetricDifference,
+    TeacherTopK,
+    Union,
+)
 
 __all__ = [
-    "ChunkedLoss",
+    "NLL",
+    "CandidateScore",
+    "Clipped",
     "DenseScores",
+    "Direct",
     "Divergence",
+    "DivergenceObjective",
+    "Estimator",
     "ForwardKL",
+    "FullVocabulary",
+    "HiddenScores",
+    "Importance",
+    "Intersection",
     "JensenShannon",
-    "Objective",
+    "Masked",
     "ReverseKL",
-    "TokenStatistics",
+    "SampledToken",
+    "SampledTokenObjective",
+    "StudentTopK",
+    "Support",
+    "SymmetricDifference",
+    "TeacherTopK",
+    "TokenResults",
+    "Truncated",
+    "Union",
+    "compare_in_chunks",
     "entropy",
     "full_log_probs",
+    "known_facts",
     "log_probs_at",
-    "sum_over_chunks",
-    "token_statistics",
+    "token_facts",
     "top_log_probs",
 ]

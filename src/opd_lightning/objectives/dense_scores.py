@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import override
 
 from opd_lightning.interfaces import TeacherScores
 
@@ -24,30 +25,12 @@ class DenseScores(TeacherScores):
             f"expected one response id per row of {tuple(log_probs.shape)}, got {tuple(response_ids.shape)}"
         )
         self._log_probs = log_probs.detach()
-        self._response_ids = response_ids
+        self.response_ids = response_ids
 
-    @property
-    def num_tokens(self) -> int:
-        """N."""
-        return self._log_probs.shape[0]
-
+    @override
     def slice(self, start: int, stop: int) -> DenseScores:
-        """Scores of the response tokens start..stop-1."""
-        return DenseScores(self._log_probs[start:stop], self._response_ids[start:stop])
+        return DenseScores(self._log_probs[start:stop], self.response_ids[start:stop])
 
-    def sampled(self) -> Tensor:
-        """[N] log-probabilities of the sampled tokens."""
-        return self.at(self._response_ids[:, None]).squeeze(-1)
-
-    def at(self, token_ids: Tensor) -> Tensor:
-        """[N, K] log-probabilities at the given ids [N, K]."""
-        return self._log_probs.gather(-1, token_ids)
-
-    def topk(self, k: int) -> tuple[Tensor, Tensor]:
-        """The k likeliest ids [N, k] and their log-probabilities [N, k]; k is clipped to V."""
-        log_probs, ids = self._log_probs.topk(min(k, self._log_probs.shape[-1]), dim=-1)
-        return ids, log_probs
-
+    @override
     def full(self) -> Tensor:
-        """[N, V] log-probabilities of the whole vocabulary."""
         return self._log_probs

@@ -1,107 +1,142 @@
-"""Losses whose gradient estimates the gradient of a divergence: over candidates, or from the sampled token alone.
-
-Rewards are taken from the current student's log-probabilities and detached, so the expectation of each gradient is that
-of the divergence at the current weights.
-"""
+"""How the gradient of a divergence over candidate tokens is formed: directly, or as a score function."""
 
 from __future__ import annotations
 
-import math
-from typing import Literal
+from abc import ABC, abstractmethod
+from typing import get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from opd_lightning.objectives.arguments import check_advantage_clip
+from opd_lightning.objectives.candidate_weights import Weighting, WeightScale, candidate_weights
 from opd_lightning.objectives.divergences import Divergence
-from opd_lightning.objectives.logprobs import close_slots
-
-LARGEST_LOG_IMPORTANCE = 20.0
-"""Bound on |log p - rollout log-probability| before the exponential."""
+from opd_lightning.objectives.logprobs import clip_reward, close_slots
+from opd_lightning.objectives.supports import SampledToken, Support
 
 
-def clip_reward(reward: Tensor, bound: float | None) -> Tensor:
-    """Clamp rewards to [-bound, bound]; None leaves them."""
-    return reward if bound is None else reward.clamp(-bound, bound)
+class Estimator(ABC):
+    """Turns aligned log-probabilities on a support into losses.
+
+    Attributes:
+        value_is_divergence: Whether the losses are the divergence itself.
+    """
+
+    value_is_divergence: bool = False
+
+    @abstractmethod
+    def check(self, support: Support) -> None:
+        """Refuse supports on which this estimator has no usable gradient.
+
+        Raises:
+            ValueError: It is one of them; the message says why, and what to use.
+        """
+
+    @abstractmethod
+    def losses(
+        self, student_log_probs: Tensor, teacher_log_probs: Tensor, mask: Tensor | None, divergence: Divergence
+    ) -> Tensor:
+        """Losses [n].
+
+        Args:
+            student_log_probs: [n, K] log p with gradient, normalised as the support says.
+            teacher_log_probs: [n, K] log q.
+            mask: bool [n, K], True where a slot counts; None when all do.
+            divergence: What is measured.
+        """
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
 
 
-def candidate_losses(
-    student_log_probs: Tensor,
-    teacher_log_probs: Tensor,
-    mask: Tensor | None,
-    weights: Tensor,
-    divergence: Divergence,
-    *,
-    centered: bool,
-    advantage_clip: float | None,
-) -> Tensor:
-    """Score-function losses [n] over candidates: -sum_v w(v) sg[A(v)] log p(v).
+class Direct(Estimator):
+    """Differentiates the divergence on the support; its value is the divergence there."""
 
-    The expectation over tokens is taken analytically, so no importance ratio is involved. A is the divergence's reward,
-    clipped first and centred second, so that centred advantages have a weighted mean of exactly 0.
+    value_is_divergence = True
+
+    @override
+    def check(self, support: Support) -> None:
+        if support.normalization == "none" and not support.is_whole:
+            raise ValueError(
+                "support.normalization: differentiating the un-normalised divergence on"
+                f" {type(support).__name__} moves the student even where it equals the teacher (arXiv 2605.11182). Use"
+                " 'renormalize' or 'tail', or estimator: CandidateScore."
+            )
+
+    @override
+    def losses(
+        self, student_log_probs: Tensor, teacher_log_probs: Tensor, mask: Tensor | None, divergence: Divergence
+    ) -> Tensor:
+        return divergence.value(student_log_probs, teacher_log_probs, mask)
+
+
+class CandidateScore(Estimator):
+    """Score-function losses over candidates: -sum_v w(v) sg[A(v)] log p(v), A the divergence's reward.
+
+    The expectation over tokens is taken analytically under the current student, so no importance ratio is involved.
+    Values are surrogates: only their gradient means something.
+
+    Without normalisation, uncentred normalised weights by student probability give the gradient of the renormalised
+    reverse KL plus K_S grad log P_S (P_S: the student's mass on the support, K_S: the weighted mean of log p/q), which
+    moves mass out of the support wherever K_S > 0 (arXiv 2604.13016, its authors' code); `centered` removes exactly
+    that term.
 
     Args:
-        student_log_probs: [n, K] log p with gradient.
-        teacher_log_probs: [n, K] log q.
-        mask: bool [n, K], True where a slot counts; None when all do.
-        weights: [n, K] detached, 0 in masked slots.
-        divergence: Gives the reward.
-        centered: Subtract the weighted mean of the rewards of each position.
-        advantage_clip: Bound on |reward|.
+        weighting: What w is.
+        scale: Whether w sums to 1 at each position ("normalized") or is left as it is ("raw").
+        centered: Subtract the w-mean of the advantages of each position.
+        advantage_clip: Bound on the absolute reward, before centring; null leaves it free.
+
+    Raises:
+        ValueError: A setting is outside its range.
     """
-    with torch.no_grad():
-        student = close_slots(student_log_probs.detach(), mask)
-        teacher = close_slots(teacher_log_probs, mask)
-        advantages = clip_reward(divergence.reward(student, teacher), advantage_clip)
-        if centered:
-            total = weights.sum(-1, keepdim=True)
-            mean = (weights * advantages).sum(-1, keepdim=True) / total.clamp(min=torch.finfo(total.dtype).tiny)
-            advantages = advantages - mean
-        coefficients = -weights * advantages
-    return (coefficients * close_slots(student_log_probs, mask)).sum(-1)
 
+    def __init__(
+        self,
+        weighting: Weighting = "student_probability",
+        scale: WeightScale = "normalized",
+        centered: bool = False,
+        advantage_clip: float | None = None,
+    ) -> None:
+        for name, value, allowed in (
+            ("weighting", weighting, get_args(Weighting)),
+            ("scale", scale, get_args(WeightScale)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"estimator.{name}: expected one of {', '.join(allowed)}, got {value!r}.")
+        check_advantage_clip("estimator", advantage_clip)
+        self.weighting: Weighting = weighting
+        self.scale: WeightScale = scale
+        self.centered = centered
+        self.advantage_clip = advantage_clip
 
-def sampled_token_losses(
-    student_log_probs: Tensor,
-    teacher_log_probs: Tensor,
-    rollout_log_probs: Tensor,
-    divergence: Divergence,
-    *,
-    importance: Literal["truncated", "masked", "ppo", "none"],
-    importance_cap: float,
-    clip_low: float,
-    clip_high: float,
-    advantage_clip: float | None,
-) -> Tensor:
-    """Score-function losses [n] of the sampled tokens, -sg[A] log p in expectation over what was sampled.
+    @override
+    def check(self, support: Support) -> None:
+        if isinstance(support, SampledToken):
+            raise ValueError(
+                "objective.estimator: CandidateScore weights candidates, but the sampled token is one, which the"
+                " sampling already weights. Use SampledTokenObjective, or another support."
+            )
+        if support.is_single and support.normalization == "none" and self.centered:
+            raise ValueError(
+                f"estimator.centered: {type(support).__name__} with k=1 compares one token, whose centred advantage is"
+                " always 0. Use k of at least 2, normalization: tail, or centered: false."
+            )
 
-    "truncated" multiplies A by sg[min(ratio, cap)], ratio = p / p_rollout: it corrects each token for the difference
-    between the engine that drew it and the student that trains on it; the cap bounds the variance and leaves a small
-    bias. "ppo" is -min(ratio A, clip(ratio, 1 - low, 1 + high) A) (arXiv 1707.06347, Eq. 7): a token gets no gradient
-    once its ratio has left the interval in the direction that A asks for. "masked" weights by the ratio as it is and
-    leaves tokens out whose ratio is above the cap or below its inverse: such a token says more about the difference of
-    the two models than about the teacher.
-
-    Args:
-        student_log_probs: [n] log p of the sampled tokens with gradient.
-        teacher_log_probs: [n] log q of them.
-        rollout_log_probs: [n] their log-probabilities when they were drawn.
-        divergence: Gives the reward.
-        importance: Which correction.
-        importance_cap: Largest ratio of "truncated" and "masked".
-        clip_low: How far below 1 the ratio of "ppo" may go.
-        clip_high: How far above 1 the ratio of "ppo" may go.
-        advantage_clip: Bound on |reward|.
-    """
-    student = close_slots(student_log_probs)
-    with torch.no_grad():
-        advantages = clip_reward(divergence.reward(student.detach(), teacher_log_probs), advantage_clip)
-    if importance == "none":
-        return -advantages * student
-    log_ratio = (student - rollout_log_probs).clamp(-LARGEST_LOG_IMPORTANCE, LARGEST_LOG_IMPORTANCE)
-    if importance == "truncated":
-        return -log_ratio.detach().exp().clamp(max=importance_cap) * advantages * student
-    ratio = log_ratio.exp()
-    if importance == "masked":
-        weight = ratio.detach() * (log_ratio.detach().abs() <= math.log(importance_cap))
-        return -weight * advantages * student
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    @override
+    def losses(
+        self, student_log_probs: Tensor, teacher_log_probs: Tensor, mask: Tensor | None, divergence: Divergence
+    ) -> Tensor:
+        weights = candidate_weights(student_log_probs, teacher_log_probs, mask, self.weighting, self.scale)
+        with torch.no_grad():
+            student = close_slots(student_log_probs.detach(), mask)
+            teacher = close_slots(teacher_log_probs, mask)
+            advantages = clip_reward(divergence.reward(student, teacher), self.advantage_clip)
+            if self.centered:  # after clipping: a weighted mean of exactly 0
+                total = weights.sum(-1, keepdim=True)
+                mean = (weights * advantages).sum(-1, keepdim=True) / total.clamp(min=torch.finfo(total.dtype).tiny)
+                advantages = advantages - mean
+            coefficients = -weights * advantages
+        return (coefficients * close_slots(student_log_probs, mask)).sum(-1)

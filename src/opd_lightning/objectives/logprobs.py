@@ -89,3 +89,8 @@ def close_slots(log_probs: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is not None:
         log_probs = log_probs.masked_fill(~mask, LOG_ZERO)
     return log_probs.clamp(min=LOG_ZERO)
+
+
+def clip_reward(reward: Tensor, bound: float | None) -> Tensor:
+    """Clamp rewards to [-bound, bound]; None leaves them."""
+    return reward if bound is None else reward.clamp(-bound, bound)

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from opd_lightning.interfaces import ScoreRequest, TeacherScores
 from opd_lightning.objectives.logprobs import LOG_ZERO
 
-Support = Literal[
-    "sampled_token",
-    "student_top_k",
-    "teacher_top_k",
-    "intersection",
-    "union",
-    "symmetric_difference",
-    "full_vocabulary",
-]
 Normalization = Literal["renormalize", "tail", "none"]
+
+DEFAULT_K = 16
 
 
 @dataclass(frozen=True)
@@ -39,63 +34,182 @@ class Candidates:
     mask: Tensor | None = None
 
 
-def request_scores(support: Support, k: int, temperature: float) -> ScoreRequest:
-    """What the teacher must answer for a support.
+class Support(ABC):
+    """Which tokens are compared at each position, and how both models are normalised on them.
 
-    Args:
-        support: Name of the support.
-        k: Size of the top-k lists.
-        temperature: Teacher temperature.
+    Attributes:
+        normalization: On the support: "renormalize" both models, append a "tail" bucket with the remaining mass of
+            each, or "none".
+        is_whole: Whether it is the whole vocabulary, which needs no normalisation.
+        is_single: Whether at most one token is compared.
     """
-    return ScoreRequest(
-        top_k=k if support in ("teacher_top_k", "intersection", "union", "symmetric_difference") else 0,
-        arbitrary_ids=support in ("student_top_k", "union", "symmetric_difference"),
-        full_vocabulary=support == "full_vocabulary",
-        temperature=temperature,
-    )
+
+    normalization: Normalization = "none"
+    is_whole: bool = False
+    is_single: bool = False
+
+    @abstractmethod
+    def request(self, temperature: float) -> ScoreRequest:
+        """What the teacher must answer, at its temperature."""
+
+    @abstractmethod
+    def select(self, student_logits: Tensor, teacher: TeacherScores, response_ids: Tensor) -> Candidates:
+        """Choose the candidate tokens of n positions; no gradient flows through the choice.
+
+        Args:
+            student_logits: [n, V], tempered or not: only the order matters.
+            teacher: Scores of the same n positions.
+            response_ids: int64 [n], the sampled tokens.
+        """
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
 
 
-@torch.no_grad()
-def select_candidates(
-    support: Support, k: int, student_logits: Tensor, teacher: TeacherScores, response_ids: Tensor
-) -> Candidates:
-    """Choose the candidate tokens of n positions; selecting carries no gradient.
+class FullVocabulary(Support):
+    """Every token: the exact divergence."""
 
-    S_p and S_q are the k likeliest tokens of student and teacher. The intersection lives in the student's k slots with
-    the others masked; union and symmetric difference have 2k slots, each token in one unmasked slot at most.
+    is_whole = True
 
-    Args:
-        support: Name of the support.
-        k: Size of the top-k lists, clipped to V.
-        student_logits: [n, V], tempered or not: only the order matters.
-        teacher: Scores of the same n positions.
-        response_ids: int64 [n], the sampled tokens.
-    """
-    if support == "full_vocabulary":
+    @override
+    def request(self, temperature: float) -> ScoreRequest:
+        return ScoreRequest(full_vocabulary=True, temperature=temperature)
+
+    @override
+    def select(self, student_logits: Tensor, teacher: TeacherScores, response_ids: Tensor) -> Candidates:
         return Candidates(None, teacher.full())
-    if support == "sampled_token":
+
+
+class SampledToken(Support):
+    """The sampled token against all others together (a tail bucket): the divergence of two coins.
+
+    For the policy gradient on the sampled token see `SampledTokenObjective`.
+    """
+
+    normalization = "tail"
+    is_single = True
+
+    @override
+    def request(self, temperature: float) -> ScoreRequest:
+        return ScoreRequest(temperature=temperature)
+
+    @override
+    def select(self, student_logits: Tensor, teacher: TeacherScores, response_ids: Tensor) -> Candidates:
         return Candidates(response_ids[:, None], teacher.sampled()[:, None])
-    k = min(k, student_logits.shape[-1])
-    if support == "teacher_top_k":
-        return Candidates(*teacher.topk(k))
-    student_ids = student_logits.topk(k, dim=-1).indices
-    if support == "student_top_k":
+
+
+class _TopK(Support):
+    """Supports made of the k likeliest tokens S_p of the student and S_q of the teacher.
+
+    Renormalised, they say nothing about the mass outside them: watch the metric `student_top_mass`, or use "tail".
+
+    Args:
+        k: Size of the top-k lists; clipped to the vocabulary.
+        normalization: "renormalize", "tail", or "none" (score functions only).
+
+    Raises:
+        ValueError: k is below 1, the normalisation is none of these, or a single token is renormalised, which has
+            probability 1 under both models and no gradient.
+    """
+
+    may_be_single = True  # whether k = 1 leaves one token
+
+    def __init__(self, k: int = DEFAULT_K, normalization: Normalization = "renormalize") -> None:
+        if k < 1:
+            raise ValueError(f"support.k: expected an integer of at least 1, got {k}.")
+        if normalization not in get_args(Normalization):
+            raise ValueError(
+                f"support.normalization: expected one of {', '.join(get_args(Normalization))}, got {normalization!r}."
+            )
+        self.k = k
+        self.normalization: Normalization = normalization
+        if self.is_single and normalization == "renormalize":
+            raise ValueError(
+                "support.k: a single renormalised token has probability 1 under both models, so"
+                f" {type(self).__name__} with k=1 has no gradient. Use k of at least 2, or normalization: tail."
+            )
+
+    @property
+    def is_single(self) -> bool:  # type: ignore[override]
+        """Whether at most one token is compared."""
+        return self.k == 1 and self.may_be_single
+
+    def _student_ids(self, student_logits: Tensor) -> Tensor:
+        return student_logits.topk(min(self.k, student_logits.shape[-1]), dim=-1).indices
+
+
+class StudentTopK(_TopK):
+    """S_p, the student's likeliest tokens (arXiv 2604.13016)."""
+
+    @override
+    def request(self, temperature: float) -> ScoreRequest:
+        return ScoreRequest(arbitrary_ids=True, temperature=temperature)
+
+    @override
+    def select(self, student_logits: Tensor, teacher: TeacherScores, response_ids: Tensor) -> Candidates:
+        student_ids = self._student_ids(student_logits)
         return Candidates(student_ids, teacher.at(student_ids))
-    teacher_ids, teacher_top = teacher.topk(k)
-    same = same_tokens(student_ids, teacher_ids)
-    if support == "intersection":
+
+
+class TeacherTopK(_TopK):
+    """S_q, the teacher's likeliest tokens."""
+
+    @override
+    def request(self, temperature: float) -> ScoreRequest:
+        return ScoreRequest(top_k=self.k, temperature=temperature)
+
+    @override
+    def select(self, student_logits: Tensor, teacher: TeacherScores, response_ids: Tensor) -> Candidates:
+        return Candidates(*teacher.topk(min(self.k, student_logits.shape[-1])))
+
+
+class Intersection(_TopK):
+    """Tokens in both S_p and S_q, in the student's k slots with the others masked; there may be none."""
+
+    @override
+    def request(self, temperature: float) -> ScoreRequest:
+        return ScoreRequest(top_k=self.k, temperature=temperature)
+
+    @override
+    def select(self, student_logits: Tensor, teacher: TeacherScores, response_ids: Tensor) -> Candidates:
+        student_ids = self._student_ids(student_logits)
+        teacher_ids, teacher_top = teacher.topk(student_ids.shape[-1])
+        same = same_tokens(student_ids, teacher_ids)
         there = teacher_top[:, None, :].expand_as(same).masked_fill(~same, -math.inf).amax(-1)
         return Candidates(student_ids, there, same.any(2))
-    if support == "union":
-        student_mask = torch.ones_like(student_ids, dtype=torch.bool)
-    else:
-        assert support == "symmetric_difference", support
-        student_mask = ~same.any(2)
-    return Candidates(
-        ids=torch.cat([student_ids, teacher_ids], dim=-1),
-        teacher_log_probs=torch.cat([teacher.at(student_ids), teacher_top], dim=-1),
-        mask=torch.cat([student_mask, ~same.any(1)], dim=-1),
-    )
+
+
+class Union(_TopK):
+    """Tokens in S_p or S_q, in 2k slots: each token in one unmasked slot at most."""
+
+    may_be_single = False
+
+    @override
+    def request(self, temperature: float) -> ScoreRequest:
+        return ScoreRequest(top_k=self.k, arbitrary_ids=True, temperature=temperature)
+
+    @override
+    def select(self, student_logits: Tensor, teacher: TeacherScores, response_ids: Tensor) -> Candidates:
+        student_ids = self._student_ids(student_logits)
+        teacher_ids, teacher_top = teacher.topk(student_ids.shape[-1])
+        same = same_tokens(student_ids, teacher_ids)
+        return Candidates(
+            ids=torch.cat([student_ids, teacher_ids], dim=-1),
+            teacher_log_probs=torch.cat([teacher.at(student_ids), teacher_top], dim=-1),
+            mask=torch.cat([self._student_mask(same), ~same.any(1)], dim=-1),
+        )
+
+    def _student_mask(self, same: Tensor) -> Tensor:
+        return torch.ones_like(same[:, :, 0])
+
+
+class SymmetricDifference(Union):
+    """Tokens in exactly one of S_p and S_q; there may be none."""
+
+    @override
+    def _student_mask(self, same: Tensor) -> Tensor:
+        return ~same.any(2)
 
 
 def same_tokens(first_ids: Tensor, second_ids: Tensor) -> Tensor:

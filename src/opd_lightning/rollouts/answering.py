@@ -10,7 +10,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from opd_lightning.interfaces import Problem, Prompt, Rollout, RolloutEngine, Sampling, Task, Tokenizer
+from opd_lightning.interfaces import (
+    Objective,
+    Problem,
+    Prompt,
+    Rollout,
+    RolloutBatch,
+    RolloutEngine,
+    Sampling,
+    Task,
+    Tokenizer,
+)
 from opd_lightning.randomness import derive_seed
 
 
@@ -64,6 +74,64 @@ def grade(task: Task, rollouts: Sequence[Rollout]) -> list[Rollout]:
     """The same rollouts with their rewards."""
     rewards = task.grade_all([rollout.problem for rollout in rollouts], [rollout.text for rollout in rollouts])
     return [rollout.graded(reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
+
+
+def resolve_stop_ids(tokenizer: Tokenizer, sampling: Sampling) -> list[int]:
+    """The ids that close a response: those of the sampling, else the student's own; there may be none.
+
+    Raises:
+        ValueError: One is no token of the student's.
+    """
+    stop_ids = list(tokenizer.stop_ids if sampling.stop_ids is None else sampling.stop_ids)
+    if unknown := [token_id for token_id in stop_ids if not 0 <= token_id < tokenizer.vocab_size]:
+        raise ValueError(
+            f"sampling.stop_ids: expected token ids from 0 to {tokenizer.vocab_size - 1}, got {unknown}."
+        )
+    return stop_ids
+
+
+def closed_text(tokenizer: Tokenizer, response_ids: Sequence[int], finished: bool) -> str:
+    """What was generated, decoded with all its special tokens; only the token that closed it is cut."""
+    return tokenizer.decode(response_ids[:-1] if finished else response_ids, skip_special_tokens=False)
+
+
+def check_rollouts(batch: RolloutBatch, num_expected: int, source: str) -> None:
+    """Refuse what a rollout source may not give.
+
+    Args:
+        batch: What it gave.
+        num_expected: One rollout per seed of every prompt.
+        source: Name of its class.
+
+    Raises:
+        ValueError: Another number of rollouts, or log-probabilities that do not fit their tokens.
+    """
+    if len(batch.rollouts) != num_expected:
+        raise ValueError(
+            f"data.source: {source} gave {len(batch.rollouts)} rollouts in step {batch.step}; expected {num_expected},"
+            " one per seed of every prompt."
+        )
+    for rollout in batch.rollouts:
+        if not len(rollout.response_ids) == len(rollout.log_probs):
+            raise ValueError(
+                f"data.source: {source} gave problem {rollout.problem.uid!r} a response of {len(rollout.response_ids)}"
+                f" tokens with {len(rollout.log_probs)} log-probabilities; expected one each (NaN where not known)."
+            )
+
+
+def shape_groups(objective: Objective, rollouts: Sequence[Rollout], group_size: int) -> list[Rollout]:
+    """Let an objective attach values to the rollouts of a step, those of a prompt together.
+
+    Raises:
+        ValueError: It gave others back than it was given.
+    """
+    groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
+    shaped = [rollout for group in objective.shape(groups) for rollout in group]
+    if [rollout.seed for rollout in shaped] != [rollout.seed for rollout in rollouts]:
+        raise ValueError(
+            f"model.objective: {type(objective).__name__}.shape must return the same rollouts in the same order."
+        )
+    return shaped
 
 
 def answer(

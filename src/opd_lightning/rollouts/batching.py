@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from opd_lightning.interfaces import MicroBatch, Rollout
+from opd_lightning.interfaces import MicroBatch, ResponseTokens, Rollout
 
 
 def sequence_length(rollout: Rollout) -> int:
@@ -59,23 +60,31 @@ def collate(rollouts: Sequence[Rollout], pad_id: int, *, side: Literal["left", "
     attention_mask = torch.zeros((len(rollouts), width), dtype=torch.int64)
     position_ids = torch.zeros((len(rollouts), width), dtype=torch.int64)
     rows, columns, positions = [], [], []
+    ids, log_probs = [], []
     for row, (rollout, length) in enumerate(zip(rollouts, lengths, strict=True)):
         start = width - length if side == "left" else 0
         input_ids[row, start : start + length] = torch.cat([rollout.prompt_ids, rollout.response_ids])
         attention_mask[row, start : start + length] = 1
         position_ids[row, start : start + length] = torch.arange(length)
-        num_tokens = len(rollout.response_ids)
+        places = rollout.trained_positions
         first = start + len(rollout.prompt_ids) - 1  # the last prompt token predicts the first response token
-        rows.append(torch.full((num_tokens,), row))
-        columns.append(torch.arange(first, first + num_tokens))
-        positions.append(torch.arange(num_tokens))
+        rows.append(torch.full_like(places, row))
+        columns.append(first + places)
+        positions.append(places)
+        ids.append(rollout.response_ids[places])
+        log_probs.append(rollout.log_probs[places])
     return MicroBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=position_ids,
         rows=torch.cat(rows),
         columns=torch.cat(columns),
-        response_ids=torch.cat([rollout.response_ids for rollout in rollouts]),
-        rollout_log_probs=torch.cat([rollout.log_probs for rollout in rollouts]),
-        positions=torch.cat(positions),
+        tokens=ResponseTokens(torch.cat(ids), torch.cat(log_probs), torch.cat(positions), _join_extras(rollouts)),
+        rollouts=tuple(rollouts),
     )
+
+
+def _join_extras(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
+    names = rollouts[0].extras.keys()
+    assert all(rollout.extras.keys() == names for rollout in rollouts), "an objective shapes all rollouts or none"
+    return {name: torch.cat([r.extras[name][r.trained_positions] for r in rollouts]) for name in names}

@@ -29,6 +29,27 @@ def check_stop_ids(sampling: Sampling, vocab_size: int) -> None:
         raise ValueError(f"sampling.stop_ids: expected token ids from 0 to {vocab_size - 1}, got {sampling.stop_ids}.")
 
 
+def check_context(subject: str, limit: int | None, longest_prompt: int, sampling: Sampling) -> None:
+    """Refuse rollouts that may become longer than somebody takes.
+
+    Args:
+        subject: Who, as the beginning of the message: "model.teacher: it reads".
+        limit: Most tokens (prompt + response); None when nobody knows.
+        longest_prompt: Tokens of the longest training prompt.
+        sampling: Says how long a response may get.
+
+    Raises:
+        ValueError: They may.
+    """
+    longest = longest_prompt + sampling.max_new_tokens
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"{subject} at most {limit} tokens, but the longest prompt has {longest_prompt} and sampling.max_new_tokens"
+            f" is {sampling.max_new_tokens}. Set data.max_prompt_tokens and sampling.max_new_tokens so that both fit"
+            f" (a server: start it with --max-model-len {longest})."
+        )
+
+
 def keep_fitting(
     problems: Sequence[Problem],
     lengths: Sequence[int],

@@ -16,8 +16,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from opd_lightning.interfaces import Teacher
-from opd_lightning.objectives import Objective
+from opd_lightning.interfaces import Objective, ScoreRequest, Teacher, TokenWeighting
+from opd_lightning.objectives import SampledTokenObjective, known_facts
 from opd_lightning.training.datamodule import OPDDataModule
 
 
@@ -35,29 +35,34 @@ def check_fit(
     Raises:
         ValueError: One of them; the message names it, says what was expected and what to do.
     """
-    if teacher is None:
+    request = objective.request()
+    if teacher is None and request is not None:
         raise ValueError(
-            "model.teacher: `fit` needs a teacher, for example {class_path: HFTeacher, init_args: {path: ...}}."
+            f"model.teacher: {type(objective).__name__} needs a teacher, for example"
+            " {class_path: HFTeacher, init_args: {path: ...}}."
         )
     if trainer.limit_train_batches not in (None, 1.0) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise ValueError(
             "trainer.limit_train_batches: the prompt stream goes on where it stopped, so passes would differ in length"
             " and validations be lost. Set trainer.max_steps and trainer.val_check_interval instead."
         )
-    if updates_per_batch > 1 and objective.effective_importance == "none":
+    stale = f"model.updates_per_batch={updates_per_batch}" if updates_per_batch > 1 else ""
+    stale = stale or (f"data.source: {type(data.source).__name__}" if data.source.staleness else "")
+    if stale and isinstance(objective, SampledTokenObjective) and objective.importance is None:
         warnings.warn(
-            f"model.updates_per_batch={updates_per_batch}: the later updates train on rollouts of older weights, and"
-            " this objective does not correct for that (objective.importance).",
+            f"{stale}: some rollouts come from older weights, and this objective does not correct for that. Set"
+            " objective.importance, for example Truncated.",
             stacklevel=2,
         )
-    if data.ahead and objective.support == "sampled_token" and objective.effective_importance == "none":
-        warnings.warn(
-            "data.generate_ahead: rollouts come from weights one step older, and this objective does not correct for"
-            " that. Set objective.importance: truncated.",
-            stacklevel=2,
+    if objective.needs_rollout_log_probs and not data.source.knows_log_probs(data.sampling):
+        raise ValueError(
+            f"model.objective: {type(objective).__name__} needs the log-probabilities that rollouts were drawn with,"
+            f" but {type(data.source).__name__} with {type(data.engine).__name__} does not know them for this"
+            " data.sampling. Set sampling.top_p to 1 and sampling.top_k to 0, or objective.importance: null."
         )
     objective.check_sampling(data.sampling)
-    teacher.check(objective.request())
+    if teacher is not None and request is not None:
+        teacher.check(request)
     if data.prompts_per_step % trainer.world_size:
         raise ValueError(
             f"data.prompts_per_step={data.prompts_per_step} cannot be split evenly over {trainer.world_size} processes."
@@ -85,33 +90,23 @@ def check_fit(
         )
 
 
-def check_teacher_context(teacher: Teacher, data: OPDDataModule) -> None:
-    """Refuse rollouts that may become longer than the teacher can read.
+def check_weighting(weighting: TokenWeighting | None, answers: ScoreRequest | None, facts_k: int) -> None:
+    """Refuse a token weighting that reads what this run cannot know.
+
+    Args:
+        weighting: None when all tokens weigh the same.
+        answers: What the teacher is asked for; None without a teacher.
+        facts_k: Size of the top-k lists of the facts.
 
     Raises:
-        ValueError: They may.
+        ValueError: It does.
     """
-    longest = data.longest_prompt + data.sampling.max_new_tokens
-    if teacher.context_length is not None and longest > teacher.context_length:
+    known = known_facts(answers, facts_k)
+    if weighting is not None and (unknown := [name for name in weighting.reads if name not in known]):
+        gives = f"which gives {answers}" if answers is not None else "there is none"
         raise ValueError(
-            f"model.teacher: it reads at most {teacher.context_length} tokens, but the longest prompt has"
-            f" {data.longest_prompt} and sampling.max_new_tokens is {data.sampling.max_new_tokens}. Set"
-            " data.max_prompt_tokens and sampling.max_new_tokens so that both fit."
-        )
-
-
-def check_engine_context(data: OPDDataModule) -> None:
-    """Refuse rollouts that may become longer than the engine takes; servers say only now how much that is.
-
-    Raises:
-        ValueError: They may.
-    """
-    longest, limit = data.longest_prompt + data.sampling.max_new_tokens, data.engine.context_length
-    if limit is not None and longest > limit:
-        raise ValueError(
-            f"data.engine: it takes at most {limit} tokens, but the longest prompt has {data.longest_prompt} and"
-            f" sampling.max_new_tokens is {data.sampling.max_new_tokens}. Start the servers with --max-model-len"
-            f" {longest}, or set data.max_prompt_tokens and sampling.max_new_tokens so that both fit."
+            f"model.token_weighting: {type(weighting).__name__} reads {', '.join(unknown)}, which this run cannot know"
+            f" from its teacher ({gives}). Known are: {', '.join(known)}."
         )
 
 

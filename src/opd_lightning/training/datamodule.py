@@ -1,20 +1,24 @@
 """`OPDDataModule`: which prompts next, and what the student answers to them.
 
 The loader yields prompts only. Generation happens in `on_after_batch_transfer`, which Lightning calls immediately
-before `training_step` whatever its fetcher does: a step's rollouts come from its own weights (`generate_ahead` aside).
+before `training_step` whatever its fetcher does: a step's rollouts come from its own weights, unless the source says
+how stale they are.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from lightning import LightningDataModule
 
 from opd_lightning.distributed import gather_objects
 from opd_lightning.interfaces import (
+    LiveStudent,
     Problem,
     Prompt,
     PromptBatch,
@@ -22,16 +26,19 @@ from opd_lightning.interfaces import (
     PromptSelector,
     RolloutBatch,
     RolloutEngine,
+    RolloutSource,
     Sampling,
     Split,
+    StepFacts,
+    StepPrompts,
     Task,
     Tokenizer,
 )
 from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.randomness import derive_seed
-from opd_lightning.rollouts.answering import Answers, grade, render_prompts
-from opd_lightning.rollouts.one_step_ahead import AheadEngine, generate
-from opd_lightning.rollouts.prompt_limits import check_not_empty, check_stop_ids, keep_fitting
+from opd_lightning.rollouts.answering import Answers, answer, check_rollouts, grade, render_prompts
+from opd_lightning.rollouts.on_policy import OnPolicy
+from opd_lightning.rollouts.prompt_limits import check_context, check_not_empty, check_stop_ids, keep_fitting
 from opd_lightning.rollouts.prompt_stream import HeldOutBatches, PromptStream, held_out_batches, join_shares
 
 
@@ -41,6 +48,7 @@ class OPDDataModule(LightningDataModule):
     Args:
         task: Problems, chat messages and marking.
         engine: Who generates; None is `HFEngine()` (the live student through transformers).
+        source: Where a step's rollouts come from; None is `OnPolicy()`. `OneStepAhead()` generates while training.
         selector: Which prompts next; None is `Shuffled()`.
         sampling: How training rollouts are sampled. Temperature and cuts must fit the objective.
         prompts_per_step: Prompts of one optimiser step, over all processes.
@@ -54,8 +62,6 @@ class OPDDataModule(LightningDataModule):
         predict_split: Split that `predict` answers.
         num_reserved: Training problems kept out of training, for EffOPD's scores.
         seed: Decides prompt order and every sample, together with step and position.
-        generate_ahead: Generate the next step's rollouts while this step trains, with the weights from before it: off
-            policy by one step. The engine needs its own copy of the weights (docs/vllm.md).
 
     Raises:
         ValueError: A number is out of range, or a split has no problems.
@@ -65,6 +71,7 @@ class OPDDataModule(LightningDataModule):
         self,
         task: Task,
         engine: RolloutEngine | None = None,
+        source: RolloutSource | None = None,
         selector: PromptSelector | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
         prompts_per_step: int = 64,
@@ -78,7 +85,6 @@ class OPDDataModule(LightningDataModule):
         predict_split: Split = "test",
         num_reserved: int = 0,
         seed: int = 0,
-        generate_ahead: bool = False,
     ) -> None:
         super().__init__()
         check_at_least(1, "data", prompts_per_step=prompts_per_step, rollouts_per_prompt=rollouts_per_prompt)
@@ -86,9 +92,8 @@ class OPDDataModule(LightningDataModule):
         check_at_least(1, "data", num_validation_problems=num_validation_problems, max_prompt_tokens=max_prompt_tokens)
         check_at_least(0, "data", num_reserved=num_reserved)
         self.task = task
-        engine = engine if engine is not None else _default_engine()
-        self.ahead = AheadEngine(engine) if generate_ahead else None
-        self.engine = self.ahead or engine
+        self.engine = engine if engine is not None else _default_engine()
+        self.source = source if source is not None else OnPolicy()
         self.selector = selector if selector is not None else _default_selector()
         self.sampling = sampling
         self.prompts_per_step = prompts_per_step
@@ -110,7 +115,7 @@ class OPDDataModule(LightningDataModule):
     @property
     def tokenizer(self) -> Tokenizer:
         """The student's tokenizer."""
-        return self._module.spec.tokenizer  # type: ignore[no-any-return]
+        return self._student.spec.tokenizer
 
     @property
     def resume_settings(self) -> dict[str, Any]:
@@ -119,19 +124,24 @@ class OPDDataModule(LightningDataModule):
         return {
             "seed_everything (data.seed)": self.seed,
             "data.prompts_per_step": self.prompts_per_step,
-            "data.generate_ahead": self.ahead is not None,
+            "data.source": type(self.source).__name__,
             "data.selector": type(self.selector).__name__,
             "data.task (number of training problems)": len(self.stream.problems),
         }
 
     @property
-    def _module(self) -> Any:
+    def _student(self) -> LiveStudent:
         assert self.trainer is not None
-        return self.trainer.lightning_module
+        module = self.trainer.lightning_module
+        if not hasattr(module, "spec"):
+            raise ValueError(f"data: OPDDataModule serves an OPDModule, not {type(module).__name__}.")
+        return cast("LiveStudent", module)
 
     def setup(self, stage: str) -> None:
         """Read the problems of this stage and check that every prompt fits the student's context."""
         assert self.trainer is not None
+        self.engine.preflight(self._student.spec)
+        self.source.setup(self.engine)
         if stage == "fit" and (self.stream is None or self.trainer.global_step == 0):  # a new run starts from the start
             self._training_problems = self._fitting_problems("train", self.sampling)
             reserved = {problem.uid for problem in self.problems_for_scores(self.num_reserved)}
@@ -190,79 +200,85 @@ class OPDDataModule(LightningDataModule):
         return self._held_out_loader(self.predict_split)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """In training, turn prompts into graded rollouts of the current weights."""
+        """In training, turn prompts into graded rollouts."""
         assert self.trainer is not None
-        return self.generate(batch) if self.trainer.training else batch
+        return self.roll_out(batch) if self.trainer.training else batch
 
-    def generate(self, batch: PromptBatch) -> RolloutBatch:
-        """Generate, or take what was generated ahead; grade; let the selector see the outcomes of all ranks."""
-        prompts, seconds = self._render(batch), {"sync": 0.0}
-        generation = self.ahead.take(batch, prompts, self.sampling) if self.ahead else None
-        if generation is None:
-            seconds["sync"] = self._sync()
-            with self.trainer.precision_plugin.forward_context():  # type: ignore[union-attr]  # this hook is outside
-                generation = generate(self.engine, prompts, self.sampling, self._module.prefetch, step=batch.step)
+    def roll_out(self, batch: PromptBatch) -> RolloutBatch:
+        """Get the step's rollouts, grade them, and let the selector see the outcomes of all ranks."""
+        student = self._student
+        found = self.source.rollouts(self._render(batch), self.sampling, student)
+        check_rollouts(found, len(batch.problems) * self.rollouts_per_prompt, type(self.source).__name__)
         started = time.perf_counter()
-        rollouts = grade(self.task, generation.rollouts)
-        seconds["grade"] = time.perf_counter() - started
+        rollouts = grade(self.task, found.rollouts)
+        seconds = found.seconds | {"grade": time.perf_counter() - started}
         groups = Answers(rollouts, self.rollouts_per_prompt, seconds).by_problem()
         rewards = [tuple(rollout.reward for rollout in group) for group in groups]
         outcomes = [PromptOutcome(*pair) for pair in zip(batch.indices, rewards, strict=True)]
         self.selector.observe(join_shares(gather_objects(outcomes)))
-        if self.ahead:
-            assert self.stream is not None
-            self.ahead.keep(generation)
-            following = self.stream.draw_ahead()
-            seconds["sync"] += self._sync()
-            self.ahead.start(self._render(following), self.sampling, self._module.prefetch, step=following.step)
-        return RolloutBatch(
-            rollouts=rollouts,
-            weight_version=generation.weight_version,
-            step=batch.step,
-            sampling=self.sampling,
-            seconds=generation.seconds | seconds,
-            staleness=generation.staleness,
-        )
+        for part, value in self.source.prepare(self._draw_next, self.sampling, student).items():
+            seconds[part] = seconds.get(part, 0.0) + value
+        return replace(found, rollouts=rollouts, seconds=seconds)
 
-    def commit(self) -> None:
+    def observe(self, facts: StepFacts) -> None:
         """The last batch has been trained: from now on checkpoints continue after it."""
         assert self.stream is not None
         self.stream.commit()
-        if self.ahead:
-            self.ahead.commit()
+        self.source.observe(facts)
+
+    def answer(self, prompts: Sequence[Prompt], sampling: Sampling, *, num_samples: int) -> Answers:
+        """Answer prompts with the student's current weights and grade the answers, outside the training rollouts."""
+        student = self._student
+        self.source.wait()
+        self.engine.sync(student.model, student.weight_version)
+        with torch.no_grad():
+            return answer(self.engine, self.task, prompts, sampling, num_samples=num_samples)
+
+    def connect(self, student: LiveStudent, device: torch.device) -> None:
+        """The student is loaded: get the engine ready for it.
+
+        Raises:
+            ValueError: The engine does not fit the student, or takes fewer tokens than rollouts may have.
+        """
+        self.engine.setup(student.spec, device)
+        check_context("data.engine: it takes", self.engine.context_length, self.longest_prompt, self.sampling)
+
+    def invalidate(self) -> None:
+        """The student's weights may have changed behind its version (averaged ones are swapped in, say)."""
+        self.source.wait()
+        self.engine.invalidate()
 
     def state_dict(self) -> dict[str, Any]:
-        """With `generate_ahead`, the next step's rollouts: the weights that made them are in no checkpoint."""
-        return {"ahead": self.ahead.state_dict(self.rollouts_per_prompt)} if self.ahead else {}
+        """The state of the rollout source after the last trained step."""
+        return {"source": self.source.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict`, or start over from an empty one."""
-        if self.ahead:
-            self.ahead.load_state_dict(state_dict.get("ahead"))
+        self.source.load_state_dict(state_dict.get("source", {}))
 
     def on_exception(self, exception: BaseException) -> None:
         """Call off and close what would keep the process alive; Lightning tears nothing down after an error."""
         self.engine.interrupt()
-        self._module.teardown("fit")
         self.teardown("fit")
 
     def teardown(self, stage: str) -> None:
-        """Close the engine."""
+        """Close source and engine."""
+        self.source.close()
         self.engine.close()
 
-    def _sync(self) -> float:
-        module, started = self._module, time.perf_counter()
-        self.engine.sync(module.student, module.weight_version)
-        return time.perf_counter() - started
+    def _draw_next(self) -> StepPrompts:
+        assert self.stream is not None
+        return self._render(self.stream.draw_ahead())
 
-    def _render(self, batch: PromptBatch) -> list[Prompt]:
-        return render_prompts(
-            self.tokenizer,
+    def _render(self, batch: PromptBatch) -> StepPrompts:
+        prompts = render_prompts(
+            self._student.spec.tokenizer,
             batch.problems,
             batch.positions,
             num_samples=self.rollouts_per_prompt,
             seed_parts=(self.seed, "train", batch.step),
         )
+        return StepPrompts(batch.step, tuple(batch.positions), tuple(prompts))
 
     def _held_out_loader(self, split: Split) -> HeldOutBatches:
         ranks = self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
@@ -278,7 +294,7 @@ class OPDDataModule(LightningDataModule):
             [len(self.tokenizer.render(problem.messages)) for problem in problems],
             split=split,
             setting="data.sampling" if sampling is self.sampling else "data.validation_sampling",
-            context=min(self._module.spec.context_length, self.engine.context_length or sys.maxsize),
+            context=min(self._student.spec.context_length, self.engine.context_length or sys.maxsize),
             max_new_tokens=sampling.max_new_tokens,
             max_prompt_tokens=self.max_prompt_tokens,
             drop=self.drop_long_prompts,

@@ -1,6 +1,6 @@
 """torchmetrics classes: they keep sums and counts, reduce them over ranks, and divide last.
 
-The token formulas are pure functions in `objectives/statistics.py`; here are the holders, and the few numbers that are
+The token formulas are pure functions in `objectives/facts.py`; here are the holders, and the few numbers that are
 about whole responses.
 """
 
@@ -14,20 +14,22 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from opd_lightning.interfaces import Rollout, ScoreRequest
+from opd_lightning.rollouts.comparison import Comparison
 
 SumAndCount = tuple[Tensor | float, Tensor | float]
 
 
-def add_metrics(needed: ScoreRequest, offered: ScoreRequest, k: int) -> ScoreRequest:
+def add_metrics(needed: ScoreRequest | None, offered: ScoreRequest, k: int) -> ScoreRequest | None:
     """What the objective needs, and for the metrics whatever more the teacher can give.
 
     Args:
-        needed: By the objective.
+        needed: By the objective; None when it needs no teacher, which is then asked for the metrics alone.
         offered: The most that the teacher gives.
         k: Size of the top-k sets that are compared; 0 for no metrics.
     """
     if not k:
         return needed
+    needed = needed if needed is not None else ScoreRequest()
     top_k = max(needed.top_k, min(k, offered.top_k))
     return replace(needed, full_vocabulary=offered.full_vocabulary, top_k=top_k)
 
@@ -124,6 +126,22 @@ class AnswerMetrics(Metric):
             "truncation_rate": truncated / num_rollouts,
             "num_problems": num_problems,
         }
+
+
+def comparison_statistics(compared: Comparison) -> tuple[dict[str, SumAndCount], dict[str, Tensor]]:
+    """(sum, count) and maxima of a compared micro-batch: loss, padding, and every fact where it is defined."""
+    batch, losses = compared.micro_batch, compared.losses.detach()
+    num_padded = batch.attention_mask.numel()
+    sums: dict[str, SumAndCount] = {
+        "loss": (losses.sum(), batch.num_tokens),
+        "padding_share": (num_padded - batch.attention_mask.sum(), num_padded),
+    }
+    for name, values in compared.facts.items():
+        sums[name] = (values.nansum(dtype=torch.float64), (~values.isnan()).sum())
+    mismatch = compared.facts.get("rollout_mismatch")
+    if mismatch is None:
+        return sums, {}
+    return sums, {"rollout_mismatch_max": torch.cat([mismatch.new_zeros(1), mismatch.nan_to_num(0.0)]).max()}
 
 
 def repetition_rate(token_ids: Tensor, ngram: int = 8) -> float:

@@ -7,33 +7,55 @@ the teacher at exactly these states. Does not know which backend generated or sc
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from opd_lightning.interfaces import MicroBatch, Rollout, RolloutBatch, Student, Teacher
-from opd_lightning.interfaces.arguments import check_at_least
-from opd_lightning.objectives import Objective, sum_over_chunks
-from opd_lightning.randomness import derive_seed
-from opd_lightning.rollouts.batching import collate, cut_by_tokens
-from opd_lightning.training.checks import (
-    check_engine_context,
-    check_fit,
-    check_optimizer,
-    check_resume,
-    check_teacher_context,
+from opd_lightning.interfaces import (
+    MicroBatch,
+    Objective,
+    Rollout,
+    RolloutBatch,
+    ScoreRequest,
+    StepFacts,
+    Student,
+    Teacher,
+    TokenWeighting,
+    TrainedRollout,
 )
-from opd_lightning.training.metrics import Means, SumAndCount, add_metrics, rollout_statistics
+from opd_lightning.interfaces.arguments import check_at_least
+from opd_lightning.objectives import DivergenceObjective
+from opd_lightning.objectives.supports import DEFAULT_K
+from opd_lightning.objectives.token_weights import known_divisor, weigh_tokens
+from opd_lightning.randomness import derive_seed
+from opd_lightning.rollouts.answering import shape_groups
+from opd_lightning.rollouts.comparison import Comparison, compare, make_micro_batches
+from opd_lightning.rollouts.prompt_limits import check_context
+from opd_lightning.training.checks import check_fit, check_optimizer, check_resume, check_weighting
+from opd_lightning.training.metrics import (
+    Means,
+    SumAndCount,
+    add_metrics,
+    comparison_statistics,
+    rollout_statistics,
+)
 from opd_lightning.training.stopwatch import Stopwatch
 from opd_lightning.training.student_module import StudentModule
 
 
 def _adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
+
+
+class _ClosesTeacher(Callback):
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        pl_module.teardown("fit")
 
 
 class OPDModule(StudentModule):
@@ -45,8 +67,9 @@ class OPDModule(StudentModule):
 
     Args:
         student: The model to train.
-        teacher: Who scores; needed by `fit` only.
-        objective: What is minimised; None is `Objective()`, the full-vocabulary reverse KL.
+        teacher: Who scores; needed by `fit` only, and there unless the objective does without.
+        objective: What is minimised; None is `DivergenceObjective()`, the full-vocabulary reverse KL.
+        token_weighting: How much each response token counts; None: all the same.
         optimizer: Optimiser by class path; the default is AdamW with learning rate 1e-6 and no weight decay.
         lr_scheduler: Scheduler by class path, stepped once per optimiser step (`WarmupDecay` covers the usual ones).
         max_tokens_per_micro_batch: Most padded tokens (prompts included) that go through the student at once.
@@ -62,6 +85,7 @@ class OPDModule(StudentModule):
         student: Student,
         teacher: Teacher | None = None,
         objective: Objective | None = None,
+        token_weighting: TokenWeighting | None = None,
         optimizer: OptimizerCallable = _adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
         max_tokens_per_micro_batch: int = 16384,
@@ -83,13 +107,16 @@ class OPDModule(StudentModule):
             raise ValueError(f"model.gradient_clip_norm: expected a positive number or null, got {gradient_clip_norm}.")
         self.automatic_optimization = False
         self.teacher = teacher
-        self.objective = objective if objective is not None else Objective()
+        self.objective = objective if objective is not None else DivergenceObjective()
+        self.token_weighting = token_weighting
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.updates_per_batch = updates_per_batch
         self.gradient_clip_norm = gradient_clip_norm
         self.max_skipped_steps = max_skipped_steps
         self.top_k_metrics = top_k_metrics
+        self.facts_k = top_k_metrics or (DEFAULT_K if token_weighting is not None and token_weighting.reads else 0)
+        self.score_request: ScoreRequest | None = None
         self.num_skipped_steps = 0
         self.num_skipped_in_a_row = 0
         self.step_metrics = Means()
@@ -98,78 +125,75 @@ class OPDModule(StudentModule):
 
     # ------------------------------------------------------------------------------------------------------- training
 
-    def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Any]:
-        """Move the student towards the teacher on its own rollouts; returns the loss of every token, in nats."""
-        is_fresh = batch.weight_version == self.weight_version
-        assert is_fresh or batch.staleness, "rollouts must come from the weights they train"
+    def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, StepFacts]:
+        """Move the student towards the teacher on the batch's rollouts; returns what became known of every token."""
+        assert batch.weight_version == self.weight_version or batch.staleness != 0, "these rollouts are not on-policy"
         # dropout must not depend on how often the global generator was used before: a resumed run has used it less
-        torch.manual_seed(derive_seed(self._data.seed, "dropout", batch.step, self.global_rank))
+        torch.manual_seed(derive_seed(self.data.seed, "dropout", batch.step, self.global_rank))
         self.stopwatch = Stopwatch(self.device)
-        token_losses: list[tuple[Rollout, Tensor]] = []
-        for share in self._shares(batch.rollouts):
-            groups = cut_by_tokens(share, self.max_tokens_per_micro_batch)
-            micro_batches = [collate(group, self.spec.tokenizer.pad_id).to(self.device) for group in groups]
-            for group, losses in zip(groups, self.accumulate_gradients(micro_batches), strict=True):
-                token_losses += zip(
-                    group, torch.split(losses, [len(rollout.response_ids) for rollout in group]), strict=True
-                )
+        trained: list[TrainedRollout] = []
+        for share in self._shares(shape_groups(self.objective, batch.rollouts, self.data.rollouts_per_prompt)):
+            trained += self.accumulate_gradients(self.make_micro_batches(share))
             self.update_weights()
         self.last_rollouts = batch.rollouts
         self.log_step(batch)
-        self._data.commit()
-        return {"token_losses": token_losses}
+        facts = StepFacts(batch.step, tuple(trained))
+        self.data.observe(facts)
+        return {"facts": facts}
 
-    def accumulate_gradients(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Backward through all micro-batches: gradient of the token sum over the global number of tokens.
-
-        Returns:
-            The loss of every token, [N] per micro-batch, on the CPU.
-        """
-        student = self.student
-        assert student is not None and self.teacher is not None
-        num_tokens = self._sum_over_ranks(sum(micro_batch.num_tokens for micro_batch in micro_batches))
-        token_losses = []
-        scores = iter(self.teacher.score_all(micro_batches, self.score_request))
-        for i, micro_batch in enumerate(micro_batches):
-            with self.stopwatch("teacher"):
-                teacher_scores = next(scores)
+    def accumulate_gradients(self, micro_batches: Sequence[MicroBatch]) -> list[TrainedRollout]:
+        """Backward through all micro-batches: gradient of the weighted token sum over the step's global divisor."""
+        normalizer = self.token_weighting.normalizer if self.token_weighting is not None else "all_tokens"
+        divisor = known_divisor(normalizer, micro_batches)
+        num_divided = self._sum_over_ranks(divisor) if divisor is not None else 1.0
+        total_weight = torch.zeros((), device=self.device)
+        trained: list[TrainedRollout] = []
+        comparisons = self.compare(
+            micro_batches, self.objective, self.score_request, facts_k=self.facts_k, clock=self.stopwatch
+        )
+        for i, compared in enumerate(comparisons):
             is_last = i == len(micro_batches) - 1
             with self.stopwatch("student"), nullcontext() if is_last else self._without_gradient_sync():
-                hidden = self.spec.hidden_states(student, micro_batch)
-                result = sum_over_chunks(
-                    hidden,
-                    lambda chunk: self.spec.logits(student, chunk),
-                    self.objective,
-                    teacher_scores,
-                    micro_batch.response_ids,
-                    micro_batch.rollout_log_probs,
-                    answers=self.score_request if self.top_k_metrics else None,
-                    statistics_k=self.top_k_metrics,
-                )
+                losses = compared.losses
+                if self.token_weighting is not None:
+                    weights = weigh_tokens(self.token_weighting, compared.facts, compared.micro_batch)
+                    losses = weights * losses
+                    total_weight += weights.sum()
                 # DDP averages over processes; the loss is a sum over all of them
-                self.manual_backward(result.loss_sum * (self.trainer.world_size / num_tokens))
-            num_padded = micro_batch.attention_mask.numel()
-            self.step_metrics.update(
-                {
-                    "loss": (result.loss_sum.detach(), micro_batch.num_tokens),
-                    "padding_share": (num_padded - micro_batch.attention_mask.sum(), num_padded),
-                }
-            )
-            self.step_metrics.update(result.statistics.sums, result.statistics.maxima)
-            token_losses.append(result.token_losses.cpu())
-        return token_losses
+                self.manual_backward(losses.sum() * (self.trainer.world_size / num_divided))
+            self.step_metrics.update(*comparison_statistics(compared))
+            trained += compared.by_rollout()
+        if self.token_weighting is not None:
+            self.step_metrics.update({"token_weight": (total_weight, sum(m.num_tokens for m in micro_batches))})
+        if divisor is None:
+            self._divide_gradients(self._sum_over_ranks(total_weight))
+        return trained
 
-    def prefetch(self, rollout: Rollout, step: int) -> None:
+    def compare(
+        self, micro_batches: Sequence[MicroBatch], objective: Objective, request: ScoreRequest | None, **options: Any
+    ) -> Iterator[Comparison]:
+        """Student against teacher, one micro-batch after the other (`rollouts.comparison.compare`)."""
+        return compare(self.spec, self.model, micro_batches, objective, self.teacher, request, **options)
+
+    def make_micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
+        """Cut rollouts under the token budget and put them on the device."""
+        return make_micro_batches(
+            rollouts,
+            max_tokens=self.max_tokens_per_micro_batch,
+            pad_id=self.spec.tokenizer.pad_id,
+            device=self.device,
+        )
+
+    def announce(self, rollout: Rollout, step: int) -> None:
         """Let a teacher that can begin to score a rollout of this step, from any thread."""
-        assert self.teacher is not None
-        self.teacher.prefetch(rollout, self.score_request, step)
+        if self.teacher is not None and self.score_request is not None:
+            self.teacher.prefetch(rollout, self.score_request, step)
 
     def update_weights(self) -> None:
         """Clip and step; skip the step when the gradient is not finite."""
-        assert self.student is not None
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
-        parameters = [p for p in self.student.parameters() if p.grad is not None]
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
         with self.stopwatch("optimizer"):
             norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip_norm or torch.inf)
             if torch.isfinite(norm):
@@ -210,24 +234,25 @@ class OPDModule(StudentModule):
         check_fit(
             teacher=self.teacher,
             objective=self.objective,
-            data=self._data,
+            data=self.data,
             trainer=self.trainer,
             updates_per_batch=self.updates_per_batch,
             max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
         )
-        assert self.teacher is not None
-        self.score_request = add_metrics(self.objective.request(), self.teacher.offer, self.top_k_metrics)
-        self.teacher.preflight(self.spec)
-        check_teacher_context(self.teacher, self._data)
+        if self.teacher is not None:
+            self.score_request = add_metrics(self.objective.request(), self.teacher.offer, self.facts_k)
+            self.teacher.preflight(self.spec)
+            limit = self.teacher.context_length
+            check_context("model.teacher: it reads", limit, self.data.longest_prompt, self.data.sampling)
+        check_weighting(self.token_weighting, self.score_request, self.facts_k)
         self.resume_settings = {
-            **self._data.resume_settings,
+            **self.data.resume_settings,
             **check_optimizer(self.make_optimizer, self.make_lr_scheduler),
         }
 
     def configure_optimizers(self) -> Any:
         """Optimiser over the trainable weights, and the scheduler if there is one."""
-        assert self.student is not None
-        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("model.student: no weight is trainable. Check the LoRA settings.")
         optimizer = self.make_optimizer(parameters)
@@ -236,16 +261,19 @@ class OPDModule(StudentModule):
         return {"optimizer": optimizer, "lr_scheduler": self.make_lr_scheduler(optimizer)}
 
     def on_fit_start(self) -> None:
-        """Load the teacher beside the student and hand the student to the engine."""
-        assert self.teacher is not None and self.student is not None
-        self.teacher.setup(self.spec, self.student, self.device)
-        self._data.engine.setup(self.spec, self.device)
-        check_engine_context(self._data)
+        """Load the teacher beside the student, and tell the data module that the student is there."""
+        if self.teacher is not None:
+            self.teacher.setup(self.spec, self.model, self.device)
+        self.data.connect(self, self.device)
 
     def teardown(self, stage: str) -> None:
         """Close the teacher."""
         if self.teacher is not None:
             self.teacher.close()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Close the teacher after an error as well, when Lightning tears nothing down."""
+        return [_ClosesTeacher()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counters of skipped steps, and what a resumed run must share."""
@@ -261,6 +289,12 @@ class OPDModule(StudentModule):
 
     # ------------------------------------------------------------------------------------------------------- internals
 
+    def _divide_gradients(self, divisor: float) -> None:
+        """What was summed up so far becomes a mean; without any weight it is 0 and stays so."""
+        for parameter in self.model.parameters():
+            if parameter.grad is not None and divisor > 0:
+                parameter.grad.div_(divisor)
+
     def _shares(self, rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
         """The rollouts of each optimiser step of this batch."""
         return [list(rollouts[i :: self.updates_per_batch]) for i in range(self.updates_per_batch)]
@@ -270,9 +304,9 @@ class OPDModule(StudentModule):
         block = getattr(strategy, "block_backward_sync", None)
         return block() if block is not None else nullcontext()
 
-    def _sum_over_ranks(self, count: int) -> int:
-        total: Tensor = self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="sum")
-        return int(total)
+    def _sum_over_ranks(self, count: int | Tensor) -> float:
+        total: Tensor = self.trainer.strategy.reduce(torch.as_tensor(count, device=self.device), reduce_op="sum")
+        return total.item()
 
     def log_step(self, batch: RolloutBatch) -> None:
         """Reduce and log everything known about this step."""
@@ -280,7 +314,8 @@ class OPDModule(StudentModule):
         num_tokens = batch.num_response_tokens
         seconds = batch.seconds | self.stopwatch.seconds
         for part in ("generate", "teacher", "student"):
-            pairs[f"tokens_per_second/{part}"] = (num_tokens, seconds[part])
+            if seconds.get(part):
+                pairs[f"tokens_per_second/{part}"] = (num_tokens, seconds[part])
         for part, value in seconds.items():
             pairs[f"seconds/{part}"] = (value, 1)
         self.step_metrics.update(pairs)
@@ -288,8 +323,9 @@ class OPDModule(StudentModule):
         self.step_metrics.reset()
         values["skipped_steps"] = float(self.num_skipped_steps)
         values["weight_version"] = float(self.weight_version)
-        values["staleness"] = float(batch.staleness)
+        if batch.staleness is not None:
+            values["staleness"] = float(batch.staleness)
         shown = ("reverse_kl", "accuracy")
         for name, value in values.items():
             self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=1)
-        self.log_dict({f"selection/{k}": v for k, v in self._data.selector.metrics().items()}, batch_size=1)
+        self.log_dict({f"selection/{k}": v for k, v in self.data.selector.metrics().items()}, batch_size=1)

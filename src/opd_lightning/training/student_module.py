@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-import warnings
+from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
 from opd_lightning.interfaces import PromptBatch, Rollout, Student
-from opd_lightning.rollouts.answering import Answers, answer, render_prompts
+from opd_lightning.rollouts.answering import Answers, render_prompts
+from opd_lightning.training.datamodule import OPDDataModule
 from opd_lightning.training.metrics import AnswerMetrics
 
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -40,6 +40,34 @@ class StudentModule(LightningModule):
         self.weight_version = 0
         self.answer_metrics: dict[str, AnswerMetrics] = {}
 
+    @property
+    def model(self) -> nn.Module:
+        """The loaded student."""
+        assert self.student is not None, "the student is loaded by configure_model"
+        return self.student
+
+    @property
+    def data(self) -> OPDDataModule:
+        """The data module of the same trainer.
+
+        Raises:
+            ValueError: There is none, or another one.
+        """
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(datamodule, OPDDataModule):
+            raise ValueError(
+                f"datamodule: {type(self).__name__} gets its rollouts from an OPDDataModule; got"
+                f" {type(datamodule).__name__}. Pass one to the trainer: trainer.fit(module, datamodule=data)."
+            )
+        return datamodule
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision that training runs in."""
+        return self.trainer.precision_plugin.forward_context()
+
+    def announce(self, rollout: Rollout, step: int) -> None:
+        """Hear of a rollout as soon as it exists."""
+
     def setup(self, stage: str) -> None:
         """Refuse precisions that would change the weights or the loss behind the student's back."""
         if self.trainer.precision not in PRECISIONS:
@@ -56,14 +84,14 @@ class StudentModule(LightningModule):
     def on_validation_start(self) -> None:
         """Make the engine ready, and have it look at the weights again: averaged ones may be swapped in unannounced."""
         if self.trainer.state.fn != "fit":
-            self._data.engine.setup(self.spec, self.device)
-        self._data.engine.invalidate()
+            self.data.connect(self, self.device)
+        self.data.invalidate()
 
     on_test_start = on_predict_start = on_validation_start
 
     def on_validation_end(self) -> None:
         """Have the engine look again: averaged weights may have been swapped out."""
-        self._data.engine.invalidate()
+        self.data.invalidate()
 
     def on_weights_moved(self) -> None:
         """Called by whoever changes the student's weights outside the optimiser (EffOPD)."""
@@ -91,8 +119,7 @@ class StudentModule(LightningModule):
 
     def answer_problems(self, batch: PromptBatch, purpose: str) -> Answers:
         """Answer problems with the current weights; each sample's seed depends on the problem only, not on the step."""
-        data = self._data
-        data.engine.sync(self.student, self.weight_version)
+        data = self.data
         prompts = render_prompts(
             self.spec.tokenizer,
             batch.problems,
@@ -100,21 +127,18 @@ class StudentModule(LightningModule):
             num_samples=data.validation_samples,
             seed_parts=(data.seed, purpose),
         )
-        with torch.no_grad():
-            return answer(
-                data.engine, data.task, prompts, data.validation_sampling, num_samples=data.validation_samples
-            )
+        return data.answer(prompts, data.validation_sampling, num_samples=data.validation_samples)
 
     def _answer_and_mark(self, batch: PromptBatch, purpose: str) -> None:
         groups = self.answer_problems(batch, purpose).by_problem()
         self._answer_metrics("").update(groups)
-        sources = {problem.source for problem in self._data.held_out[purpose]}
+        sources = {problem.source for problem in self.data.held_out[purpose]}
         for source in sorted(sources) if len(sources) > 1 else ():
             self._answer_metrics(f"{source}/").update([g for g in groups if g[0].problem.source == source])
 
     def _answer_metrics(self, prefix: str) -> AnswerMetrics:
         if prefix not in self.answer_metrics:
-            self.answer_metrics[prefix] = AnswerMetrics(self._data.validation_samples).to(self.device)
+            self.answer_metrics[prefix] = AnswerMetrics(self.data.validation_samples).to(self.device)
         return self.answer_metrics[prefix]
 
     def _log_answers(self, stage: str) -> None:
@@ -144,7 +168,7 @@ class StudentModule(LightningModule):
         """
         if "opd_lightning" not in checkpoint:
             raise ValueError("ckpt_path: not a checkpoint of opd_lightning (it has no 'opd_lightning' entry).")
-        self._check_student(checkpoint["opd_lightning"]["student"]["init_args"])
+        self.spec.check_same(checkpoint["opd_lightning"]["student"])
         self.weight_version = checkpoint["opd_lightning"]["weight_version"]
         checkpoint["state_dict"].update(self._frozen_weights())
         saved, own = checkpoint["state_dict"], self.state_dict()
@@ -152,36 +176,11 @@ class StudentModule(LightningModule):
             shapes = [tuple(weights[name].shape) if name in weights else "absent" for weights in (saved, own)]
             if shapes[0] != shapes[1]:
                 raise ValueError(
-                    f"ckpt_path: the checkpoint does not fit student.path={self._describe().get('path')!r}: {name} is"
+                    f"ckpt_path: the checkpoint does not fit the student: {name} is"
                     f" {shapes[0]} in the checkpoint and {shapes[1]} in the model. Use the student it was written with."
                 )
 
-    def _check_student(self, saved: dict[str, Any]) -> None:
-        own = self._describe()
-        for name in ("lora", "adapter_path"):
-            if saved.get(name) != own.get(name):
-                raise ValueError(
-                    f"student.{name}: the checkpoint was written with {saved.get(name)}, this run has {own.get(name)}."
-                    " Use the same student."
-                )
-        if saved.get("path") != own.get("path"):
-            warnings.warn(
-                f"student.path: the checkpoint was written with {saved.get('path')!r}, this run has"
-                f" {own.get('path')!r}. Fine if the folder has only moved: tokenizer, configuration and frozen weights"
-                " come from there.",
-                stacklevel=2,
-            )
-
-    def _describe(self) -> dict[str, Any]:
-        arguments: dict[str, Any] = self.spec.describe()["init_args"]
-        return arguments
-
     def _frozen_weights(self) -> dict[str, Tensor]:
         """Weights that are not trained, by their name in checkpoints; tied ones under all their names."""
-        assert self.student is not None
-        named = self.student.named_parameters(remove_duplicate=False)
+        named = self.model.named_parameters(remove_duplicate=False)
         return {f"student.{name}": weight.detach() for name, weight in named if not weight.requires_grad}
-
-    @property
-    def _data(self) -> Any:
-        return self.trainer.datamodule  # type: ignore[attr-defined]

@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
+
+from opd_lightning.interfaces import LinearHead
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -51,28 +54,38 @@ def body_states(
     return states
 
 
-def head_of(model: nn.Module) -> nn.Module:
-    """Return the layer that turns hidden states into logits (with its LoRA layer, if it has one)."""
-    head: nn.Module = causal_lm(model).get_output_embeddings()
-    return head
+def linear_head(model: nn.Module, num_rows: int) -> LinearHead:
+    """Return the layer that turns hidden states into logits, as data, with its adapter folded in if that is on.
 
-
-def head_logits(head: nn.Module, hidden: Tensor, config: Any, vocab_size: int) -> Tensor:
-    """Turn hidden states [N, H] into float32 logits [N, V] of the `vocab_size` real tokens.
-
-    The matrix product runs in the precision of its surroundings (bfloat16 under autocast, with eight significant bits);
-    everything after it is float32. Rows of the head beyond `vocab_size` are padding and cut off.
+    Args:
+        model: A causal language model, wrapped by peft or not.
+        num_rows: Real tokens; further rows are padding.
     """
-    logits: Tensor = head(hidden)[..., :vocab_size].float()
-    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
-        logits = logits * scale
-    if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
-        logits = logits / scale
-    if (scale := getattr(config, "lm_head_multiplier", None)) is not None:  # Falcon-H1
-        logits = logits * scale
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+    layer, config = causal_lm(model).get_output_embeddings(), decoder_config(model)
+    scale = 1.0
+    if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        scale *= factor
+    if (factor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        scale /= factor
+    if (factor := getattr(config, "lm_head_multiplier", None)) is not None:  # Falcon-H1
+        scale *= factor
+    return LinearHead(
+        weight=head_weight(layer),
+        bias=getattr(layer, "bias", None),
+        num_rows=num_rows,
+        scale=scale,
+        softcap=getattr(config, "final_logit_softcapping", None),  # Gemma
+    )
+
+
+def head_weight(layer: Any) -> Tensor:
+    """[R, H] weight of a head, with gradient to its adapters where they are on."""
+    if not isinstance(layer, BaseTunerLayer):
+        return layer.weight  # type: ignore[no-any-return]
+    weight: Tensor = layer.get_base_layer().weight
+    for name in () if layer.disable_adapters or layer.merged else layer.active_adapters:
+        weight = weight + layer.get_delta_weight(name)
+    return weight
 
 
 @contextmanager
@@ -142,7 +155,7 @@ def _anatomy_differences(model: nn.Module, generates: bool) -> tuple[dict[str, f
     expected = lm(**alone, use_cache=False).logits[0].float()
 
     def largest_difference(states: Tensor) -> float:
-        logits = head_logits(head_of(model), states, config, expected.shape[-1])
+        logits = linear_head(model, expected.shape[-1])(states)
         return float((logits - expected[-len(states) :]).abs().max())
 
     differences = {

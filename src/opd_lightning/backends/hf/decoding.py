@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from opd_lightning.backends.hf.anatomy import body_states, decoder_config
-from opd_lightning.backends.hf.sampling import draw_tokens
 from opd_lightning.interfaces import Sampling, Student
 from opd_lightning.randomness import hashed_uniforms
+from opd_lightning.rollouts.sampling import draw_tokens
 
 _UNIFORMS_AT_ONCE = 64  # positions hashed together: the hash is many small operations
 _CROWDED = 0.875  # share of open rows below which closed ones are dropped; that copies the cache once, as a token does
@@ -149,6 +149,7 @@ def decode(
     Raises:
         NonFiniteLogits: The weights or the arithmetic are broken.
     """
+    head = student.head(model)
     live = _LiveRows(model, prompts, student.tokenizer.pad_id, sampling.max_new_tokens)
     device, num_rows = live.hidden.device, len(prompt_of_row)
     live.select(torch.tensor(prompt_of_row, device=device))
@@ -160,7 +161,7 @@ def decode(
         if offset == 0:
             block = torch.arange(position, position + _UNIFORMS_AT_ONCE, device=device)
             uniforms = hashed_uniforms(all_seeds[:, None], block)
-        logits = student.logits(model, live.hidden)
+        logits = head(live.hidden)
         token_ids, log_probs = draw_tokens(logits, uniforms[live.rows, offset], sampling)
         is_open, num_open = responses.record(live.rows, position, token_ids, log_probs, stops)
         if num_open == 0 or position == sampling.max_new_tokens - 1:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from opd_lightning.backends.hf.anatomy import evaluation_mode
 from opd_lightning.backends.hf.decoding import NonFiniteLogits, Responses, decode
-from opd_lightning.interfaces import Listener, Problem, Prompt, Rollout, RolloutEngine, Sampling, Student, Tokenizer
+from opd_lightning.interfaces import Listener, Problem, Prompt, Rollout, RolloutEngine, Sampling, Student
+from opd_lightning.rollouts.answering import closed_text, resolve_stop_ids
 
 
 class HFEngine(RolloutEngine):
@@ -55,7 +56,7 @@ class HFEngine(RolloutEngine):
         """
         assert self._student is not None, "call setup before generate"
         assert self._model is not None, "call sync before generate"
-        stop_ids = _resolve_stop_ids(self._student.tokenizer, sampling)
+        stop_ids = resolve_stop_ids(self._student.tokenizer, sampling)
         _check_lengths(self._student, prompts, sampling)
         requests = [(i, seed) for i, prompt in enumerate(prompts) for seed in prompt.seeds]
         by_length = sorted(range(len(requests)), key=lambda k: len(prompts[requests[k][0]].token_ids))
@@ -108,7 +109,7 @@ class HFEngine(RolloutEngine):
             log_probs=responses.log_probs[row, :length].clone(),
             finished=bool(responses.finished[row]),
             seed=seed,
-            text=self._student.tokenizer.decode(response_ids.tolist()),
+            text=closed_text(self._student.tokenizer, response_ids.tolist(), bool(responses.finished[row])),
         )
 
 
@@ -127,15 +128,6 @@ def _cached_casts(device_type: str) -> Iterator[None]:
             yield
     finally:
         torch.clear_autocast_cache()
-
-
-def _resolve_stop_ids(tokenizer: Tokenizer, sampling: Sampling) -> Sequence[int]:
-    stop_ids = tokenizer.stop_ids if sampling.stop_ids is None else sampling.stop_ids
-    if unknown := [token_id for token_id in stop_ids if not 0 <= token_id < tokenizer.vocab_size]:
-        raise ValueError(
-            f"sampling.stop_ids: expected token ids between 0 and {tokenizer.vocab_size - 1}, got {unknown}."
-        )
-    return stop_ids
 
 
 def _check_lengths(student: Student, prompts: Sequence[Prompt], sampling: Sampling) -> None:

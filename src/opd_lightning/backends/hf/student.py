@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +14,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from opd_lightning.backends.hf.adapters import LoraSettings, add_lora, load_adapter, named_weights
+from opd_lightning.backends.hf.adapters import LoraSettings, add_lora, load_adapter, named_weights, without_adapter
 from opd_lightning.backends.hf.anatomy import (
     body_states,
     causal_lm,
-    decoder_config,
-    head_logits,
-    head_of,
+    linear_head,
     verify_anatomy,
 )
 from opd_lightning.backends.hf.loading import (
@@ -33,7 +33,7 @@ from opd_lightning.backends.hf.loading import (
     load_tokenizer,
 )
 from opd_lightning.backends.hf.tokenizer import HFTokenizer
-from opd_lightning.interfaces import MicroBatch, Student
+from opd_lightning.interfaces import LinearHead, MicroBatch, Student
 
 
 class HFStudent(Student):
@@ -167,20 +167,40 @@ class HFStudent(Student):
         states = body_states(model, batch.input_ids, batch.attention_mask, batch.position_ids)
         return states[batch.rows, batch.columns]
 
-    def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
-        """Turn hidden states [N, H] into untempered float32 logits [N, V].
+    def head(self, model: nn.Module) -> LinearHead:
+        """The head as it is now, padding rows cut off.
 
-        Padding rows of the head are cut off. Under autocast the head's matrix product itself is in low precision (at
-        |logit| 16 to 32 bfloat16 steps are 0.125); it is the same for rollouts and training, so they agree.
+        Under autocast its matrix product is in low precision (at |logit| 16 to 32 bfloat16 steps are 0.125); it is the
+        same for rollouts and training, so they agree.
         """
-        return head_logits(head_of(model), hidden, decoder_config(model), self.tokenizer.vocab_size)
+        return linear_head(model, self.tokenizer.vocab_size)
 
-    def named_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors as a plain model folder has them, the adapter merged out of place.
+    def named_weights(self, model: nn.Module, num_rows: int | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors as a plain model folder has them: adapters merged, tied tensors once, shards gathered."""
+        vocabulary_layers = set(_vocabulary_layers(causal_lm(model)))
+        taken: list[Tensor] = []
+        for name, tensor in named_weights(model):
+            whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+            if name.rpartition(".")[0] in vocabulary_layers:
+                if any(whole.data_ptr() == other.data_ptr() for other in taken):
+                    continue
+                taken.append(whole)
+                whole = whole[:num_rows]
+            yield name, whole
 
-        For engines with their own copy of the weights.
-        """
-        return named_weights(model)
+    def write_blank(self, model: nn.Module, folder: Path, num_rows: int) -> None:
+        """Write the configuration alone: enough for vLLM to build the model and wait for its weights."""
+        lm = causal_lm(model)
+        config = copy.deepcopy(lm.config)
+        config.get_text_config(decoder=True).vocab_size = num_rows
+        if any(hasattr(part, "base_layer") for part in _vocabulary_layers(lm).values()):
+            config.tie_word_embeddings = False  # an adapter on one of the two has parted them
+        config.architectures = [type(lm).__name__]
+        config.save_pretrained(str(folder))
+
+    def as_base(self, model: nn.Module) -> AbstractContextManager[None] | None:
+        """The model with its adapter switched off; None when all weights are trained."""
+        return without_adapter(model) if isinstance(model, PeftModel) else None
 
     def save(self, model: nn.Module, folder: Path, *, merge_adapter: bool = True, dtype: str | None = None) -> None:
         """Write a folder that `from_pretrained` loads: safetensors, configuration, generation config, tokenizer.
@@ -226,6 +246,28 @@ class HFStudent(Student):
         path = "opd_lightning.backends.hf.HFStudent" if cls is HFStudent else f"{cls.__module__}.{cls.__qualname__}"
         return {"class_path": path, "init_args": arguments}
 
+    def check_same(self, description: Mapping[str, Any]) -> None:
+        """Refuse another class or another adapter; warn when the model comes from another place.
+
+        Raises:
+            ValueError: The weights do not belong to this student.
+        """
+        super().check_same(description)
+        saved, own = description["init_args"], self.describe()["init_args"]
+        for name in ("lora", "adapter_path"):
+            if saved.get(name) != own.get(name):
+                raise ValueError(
+                    f"student.{name}: the checkpoint was written with {saved.get(name)}, this run has {own.get(name)}."
+                    " Use the same student."
+                )
+        if saved.get("path") != own.get("path"):
+            warnings.warn(
+                f"student.path: the checkpoint was written with {saved.get('path')!r}, this run has"
+                f" {own.get('path')!r}. Fine if the folder has only moved: tokenizer, configuration and frozen weights"
+                " come from there.",
+                stacklevel=2,
+            )
+
     def _save_whole_model(self, model: nn.Module, folder: Path, dtype: str | None) -> None:
         lm = causal_lm(model)
         weights = {
@@ -244,6 +286,12 @@ class HFStudent(Student):
         blank.generation_config.eos_token_id = list(self.tokenizer.stop_ids)  # what closed a response in training
         blank.generation_config.pad_token_id = self.tokenizer.pad_id
         blank.save_pretrained(str(folder))
+
+
+def _vocabulary_layers(lm: Any) -> dict[str, nn.Module]:
+    """Embedding and head by name."""
+    layers = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    return {name: part for name, part in lm.named_modules() if part in layers}
 
 
 def check_vocabulary_rows(source: ModelSource, config: Any, tokenizer: HFTokenizer) -> None:

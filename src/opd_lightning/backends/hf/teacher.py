@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from opd_lightning.backends.hf.adapters import without_adapter
 from opd_lightning.backends.hf.anatomy import (
     body_states,
-    decoder_config,
     evaluation_mode,
-    head_logits,
-    head_of,
+    linear_head,
     verify_anatomy,
 )
-from opd_lightning.backends.hf.hidden_scores import HiddenScores
 from opd_lightning.backends.hf.loading import ModelSource, check_dtype, check_quantization, load_model
 from opd_lightning.backends.hf.preflight import Compatibility, check_compatibility
 from opd_lightning.backends.hf.student import HFStudent
-from opd_lightning.interfaces import MicroBatch, ScoreRequest, Student, Teacher
+from opd_lightning.interfaces import LinearHead, MicroBatch, ScoreRequest, Student, Teacher
+from opd_lightning.objectives import HiddenScores
 
 EVERYTHING = ScoreRequest(top_k=sys.maxsize, arbitrary_ids=True, full_vocabulary=True)
 
@@ -80,7 +77,7 @@ class HFTeacher(Teacher):
         self.source = ModelSource(path, "teacher", revision, trust_remote_code)
         self._compatibility: Compatibility | None = None
         self._model: Any = None
-        self._head: nn.Module | None = None
+        self._head: LinearHead | None = None
         self._visitor: _VisitingWeights | None = None
         self._device = torch.device("cpu")
 
@@ -107,6 +104,7 @@ class HFTeacher(Teacher):
         """Load the teacher, once."""
         if self._compatibility is None:
             self.preflight(student)
+        assert self._compatibility is not None
         if self._model is not None:
             return
         self._device = device
@@ -114,15 +112,17 @@ class HFTeacher(Teacher):
         loaded.requires_grad_(False).eval()
         verify_anatomy(loaded, self.source.argument, generates=False)
         self._model = loaded
-        head = head_of(loaded)
-        if self.offload or self.float32_head:  # a tied head would go away with the embedding, or change its dtype
-            head = copy.deepcopy(head)
-        self._head = head.float() if self.float32_head else head
+        head = linear_head(loaded, self._compatibility.vocab_size)
         if self.offload:
             self._visitor = _VisitingWeights(loaded.get_decoder(), device)
         elif self.quantization_config is None:
             loaded.to(device)
-        self._head.to(device)
+            head = linear_head(loaded, self._compatibility.vocab_size)
+        if self.offload or self.float32_head:  # a tied head would go away with the embedding, or change its dtype
+            dtype = torch.float32 if self.float32_head else head.weight.dtype
+            bias = None if head.bias is None else head.bias.detach().to(device, dtype, copy=True)
+            head = replace(head, weight=head.weight.detach().to(device, dtype, copy=True), bias=bias)
+        self._head = head
 
     def score(self, batch: MicroBatch, request: ScoreRequest) -> HiddenScores:
         """Score the response tokens of one micro-batch."""
@@ -146,7 +146,7 @@ class HFTeacher(Teacher):
         self._model = self._head = self._visitor = None
 
     def _score(self, batch: MicroBatch, request: ScoreRequest) -> HiddenScores:
-        assert self._compatibility is not None
+        assert self._compatibility is not None and self._head is not None
         limit, length = self._compatibility.context_length, batch.input_ids.shape[1]
         if limit is not None and length > limit:
             raise ValueError(
@@ -157,16 +157,7 @@ class HFTeacher(Teacher):
         with torch.no_grad(), self._own_precision():
             states = body_states(self._model, batch.input_ids, batch.attention_mask, batch.position_ids)
             hidden = states[batch.rows, batch.columns]
-        return HiddenScores(
-            hidden, batch.response_ids, self._logits, self._compatibility.vocab_size, request.temperature
-        )
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        assert self._head is not None, "the teacher was closed before its scores were used"
-        assert self._compatibility is not None
-        with self._own_precision():
-            hidden = hidden.float() if self.float32_head else hidden
-            return head_logits(self._head, hidden, decoder_config(self._model), self._compatibility.vocab_size)
+        return HiddenScores(hidden, batch.tokens.ids, self._head, request.temperature)
 
     def _own_precision(self) -> torch.autocast:
         return torch.autocast(self._device.type, enabled=False)
@@ -181,7 +172,6 @@ class BaseModelTeacher(Teacher):
 
     def __init__(self) -> None:
         self._model: PeftModel | None = None
-        self._head: nn.Module | None = None
         self._vocab_size = 0
         self._device = torch.device("cpu")
 
@@ -202,9 +192,7 @@ class BaseModelTeacher(Teacher):
         """Remember the student's module; nothing is loaded."""
         self.preflight(student)
         assert isinstance(model, PeftModel), type(model)
-        head = head_of(model)
         self._model, self._device = model, device
-        self._head = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
         self._vocab_size = student.tokenizer.vocab_size
 
     def score(self, batch: MicroBatch, request: ScoreRequest) -> HiddenScores:
@@ -215,16 +203,12 @@ class BaseModelTeacher(Teacher):
         with torch.no_grad(), evaluation_mode(self._model), without_adapter(self._model):
             states = body_states(self._model, batch.input_ids, batch.attention_mask, batch.position_ids)
             hidden = states[batch.rows, batch.columns]
-        return HiddenScores(hidden, batch.response_ids, self._logits, self._vocab_size, request.temperature)
+            head = linear_head(self._model, self._vocab_size)
+        return HiddenScores(hidden, batch.tokens.ids, head, request.temperature, in_autocast=True)
 
     def close(self) -> None:
         """Let go of the student's module."""
-        self._model = self._head = None
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        assert self._model is not None
-        assert self._head is not None
-        return head_logits(self._head, hidden, decoder_config(self._model), self._vocab_size)
+        self._model = None
 
 
 class _VisitingWeights:

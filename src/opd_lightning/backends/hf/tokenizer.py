@@ -91,6 +91,11 @@ class HFTokenizer(Tokenizer):
             )
         return token_ids
 
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of plain text, without template and special tokens."""
+        token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return token_ids
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of the ids, spaces exactly as the tokens have them."""
         text: str = self._tokenizer.decode(

@@ -27,14 +27,15 @@ from opd_lightning.backends.vllm.placement import (
 from opd_lightning.backends.vllm.probe import check_same_model
 from opd_lightning.backends.vllm.requests import (
     check_prompts,
+    knows_log_probs,
     make_rollout,
-    resolve_stop_ids,
     run_to_the_end,
     sampling_fields,
     warn_about_cut,
 )
-from opd_lightning.backends.vllm.weights import folder_weights, shared_memory_folder, write_blank_model, write_weights
+from opd_lightning.backends.vllm.weights import shared_memory_folder, write_weights
 from opd_lightning.interfaces import Listener, Prompt, Rollout, RolloutEngine, Sampling, Student
+from opd_lightning.rollouts.answering import resolve_stop_ids
 
 _OURS = ("model", "tokenizer", "load_format", "skip_tokenizer_init", "worker_extension_cls", "weight_transfer_config")
 _IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
@@ -121,8 +122,12 @@ class VLLMColocatedEngine(RolloutEngine):
         assert self._student is not None, "call setup first"
         return self.context_length or self._student.context_length
 
-    def setup(self, student: Student, device: torch.device) -> None:
-        """Remember the student; vLLM starts with the first `sync`, which has its configuration.
+    def knows_log_probs(self, sampling: Sampling) -> bool:
+        """Not under a top-p or top-k cut."""
+        return knows_log_probs(sampling)
+
+    def preflight(self, student: Student) -> None:
+        """Make sure that vLLM is there.
 
         Raises:
             ValueError: vLLM is not installed.
@@ -134,6 +139,10 @@ class VLLMColocatedEngine(RolloutEngine):
                 f"engine: VLLMColocatedEngine needs vLLM ({error}). Install it (pip install 'opd-lightning[vllm]'), or"
                 " use HFEngine."
             ) from error
+
+    def setup(self, student: Student, device: torch.device) -> None:
+        """Remember the student; vLLM starts with the first `sync`, which has its configuration."""
+        self.preflight(student)
         self._student, self._device = student, device
 
     def sync(self, model: nn.Module, weight_version: int) -> None:
@@ -168,9 +177,9 @@ class VLLMColocatedEngine(RolloutEngine):
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
 
-        stop_ids = resolve_stop_ids(self._student, sampling)
+        stop_ids = resolve_stop_ids(self._student.tokenizer, sampling)
         check_prompts(prompts, sampling, self.max_model_len, "engine.engine_args.max_model_len")
-        if sampling.temperature > 0 and not sampling.is_whole_distribution and not self._has_warned:
+        if not knows_log_probs(sampling) and not self._has_warned:
             self._has_warned = True
             warn_about_cut(sampling)
         requests = [(prompt, seed) for prompt in prompts for seed in prompt.seeds]
@@ -223,7 +232,7 @@ class VLLMColocatedEngine(RolloutEngine):
 
         assert self._student is not None
         self._folder = tempfile.TemporaryDirectory(prefix="opd_lightning_blank_")
-        write_blank_model(model, self._student.tokenizer.vocab_size, Path(self._folder.name))
+        self._student.write_blank(model, Path(self._folder.name), self._student.tokenizer.vocab_size)
         defaults = engine_defaults(self._device, self.max_model_len)
         # left to itself the CPU build pins its threads, and with them the training's, to the first cores
         variables = {_IN_PROCESS: "1" if self.own_process else "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -253,7 +262,7 @@ class VLLMColocatedEngine(RolloutEngine):
 
     def _transfer(self, model: nn.Module, weight_version: int) -> None:
         assert self._student is not None
-        weights = folder_weights(self._student, model, self._student.tokenizer.vocab_size)
+        weights = self._student.named_weights(model, self._student.tokenizer.vocab_size)
         path: Path | None = None
         try:
             if self.own_process:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from opd_lightning.interfaces import MicroBatch, Problem, Prompt, Rollout, Sampling, Student
+from opd_lightning.interfaces import MicroBatch, Problem, Prompt, ResponseTokens, Rollout, Sampling, Student
 
 _NUM_SAMPLED = 16
 _PROBE = ({"role": "user", "content": "What is 17 + 25? Think step by step."},)
@@ -100,14 +100,13 @@ def _score_by_student(student: Student, model: nn.Module, token_ids: Sequence[in
         position_ids=torch.arange(length)[None],
         rows=torch.zeros(length - 1, dtype=torch.int64),
         columns=torch.arange(length - 1),
-        response_ids=ids[0, 1:],
-        rollout_log_probs=torch.zeros(length - 1),
-        positions=torch.arange(length - 1),
+        tokens=ResponseTokens(ids[0, 1:], torch.zeros(length - 1), torch.arange(length - 1)),
+        rollouts=(),
     ).to(device)
     with torch.no_grad(), _evaluating(model):
-        logits = student.logits(model, student.hidden_states(model, batch))
+        logits = student.head(model)(student.hidden_states(model, batch))
         log_probs = (logits / temperature).log_softmax(-1)
-    return log_probs.gather(-1, batch.response_ids[:, None]).squeeze(-1).cpu()
+    return log_probs.gather(-1, batch.tokens.ids[:, None]).squeeze(-1).cpu()
 
 
 @contextmanager

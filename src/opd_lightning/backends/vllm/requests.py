@@ -14,21 +14,9 @@ from typing import Any
 import torch
 
 from opd_lightning.interfaces import Prompt, Rollout, Sampling, Student
+from opd_lightning.rollouts.answering import closed_text
 
 _LEAST_TEMPERATURE = 0.01  # vLLM raises smaller ones to this
-
-
-def resolve_stop_ids(student: Student, sampling: Sampling) -> list[int]:
-    """The ids that close a response: those of the sampling, else the student's own.
-
-    Raises:
-        ValueError: One is no token of the student's.
-    """
-    stop_ids = list(student.tokenizer.stop_ids if sampling.stop_ids is None else sampling.stop_ids)
-    vocab_size = student.tokenizer.vocab_size
-    if unknown := [token_id for token_id in stop_ids if not 0 <= token_id < vocab_size]:
-        raise ValueError(f"sampling.stop_ids: expected token ids between 0 and {vocab_size - 1}, got {unknown}.")
-    return stop_ids
 
 
 def check_prompts(prompts: Sequence[Prompt], sampling: Sampling, max_model_len: int, setting: str) -> None:
@@ -117,15 +105,14 @@ def make_rollout(
             f"The student's logits are not finite for problem {prompt.problem.uid!r}. Check that its weights are finite"
             " (did the last steps diverge?), the learning rate, and vLLM's dtype."
         )
-    has_cut = sampling.temperature > 0 and not sampling.is_whole_distribution
     return Rollout(
         problem=prompt.problem,
         prompt_ids=torch.tensor(prompt.token_ids),
         response_ids=torch.tensor(token_ids),
-        log_probs=torch.full((len(log_probs),), torch.nan) if has_cut else torch.tensor(log_probs),
+        log_probs=torch.tensor(log_probs if knows_log_probs(sampling) else [math.nan] * len(log_probs)),
         finished=finished,
         seed=seed,
-        text=student.tokenizer.decode(token_ids),
+        text=closed_text(student.tokenizer, token_ids, finished),
     )
 
 
@@ -146,6 +133,11 @@ def run_to_the_end(engine: Any, num_requests: int, read: Callable[[int, Any], No
     except BaseException:
         engine.abort_request(sorted(waiting))
         raise
+
+
+def knows_log_probs(sampling: Sampling) -> bool:
+    """Whether vLLM tells log-probabilities as they are before any cut."""
+    return sampling.temperature == 0 or sampling.is_whole_distribution
 
 
 def warn_about_cut(sampling: Sampling) -> None:

@@ -17,17 +17,17 @@ from opd_lightning.backends.vllm.probe import check_same_model, check_tempered_l
 from opd_lightning.backends.vllm.requests import (
     CalledOff,
     check_prompts,
+    knows_log_probs,
     make_rollout,
-    resolve_stop_ids,
     sampling_fields,
     warn_about_cut,
 )
 from opd_lightning.backends.vllm.server.client import Connection, ServerPool, ServerRefusal, wait_for
 from opd_lightning.backends.vllm.server.preflight import ServedModel, check_served_model, find_padding_rows
 from opd_lightning.backends.vllm.server.transfer import FileTransfer, WeightTransfer
-from opd_lightning.backends.vllm.weights import folder_weights
 from opd_lightning.distributed import gather_objects, rank, world_size
 from opd_lightning.interfaces import Listener, Prompt, Rollout, RolloutEngine, Sampling, Student, WeightsLost
+from opd_lightning.rollouts.answering import resolve_stop_ids
 
 _MOST_ATTEMPTS = 5  # to get all answers of a step from servers with our weights
 
@@ -86,7 +86,7 @@ class VLLMServerEngine(RolloutEngine):
         self._syncing_thread = 0
         self._has_warned = False
 
-    def setup(self, student: Student, device: torch.device) -> None:
+    def preflight(self, student: Student) -> None:
         """Ask the servers what they serve, and whether they take weights.
 
         Raises:
@@ -109,6 +109,14 @@ class VLLMServerEngine(RolloutEngine):
                 ) from refusal
         self._pool = pool
 
+    def setup(self, student: Student, device: torch.device) -> None:
+        """Check the servers, if that has not been done."""
+        self.preflight(student)
+
+    def knows_log_probs(self, sampling: Sampling) -> bool:
+        """Not under a top-p or top-k cut."""
+        return knows_log_probs(sampling)
+
     def sync(self, model: nn.Module, weight_version: int) -> None:
         """Push the student's weights to all servers, unless they have this version.
 
@@ -122,7 +130,7 @@ class VLLMServerEngine(RolloutEngine):
         is_first = self._live is None
         if is_first:
             vocab_size = self._student.tokenizer.vocab_size
-            num_rows = len(model.get_input_embeddings().weight)  # type: ignore[operator]
+            num_rows = len(self._student.head(model).weight)
             self._kept_rows, self._bias = find_padding_rows(self._pool, self._served, num_rows, vocab_size)
         self._live, self.weight_version = model, weight_version
         self._syncing_thread = threading.get_ident()
@@ -145,9 +153,9 @@ class VLLMServerEngine(RolloutEngine):
             FloatingPointError: The model gives logits that are not finite.
         """
         assert self._student is not None and self._live is not None, "call setup and sync before generate"
-        stop_ids = resolve_stop_ids(self._student, sampling)
+        stop_ids = resolve_stop_ids(self._student.tokenizer, sampling)
         check_prompts(prompts, sampling, self._max_model_len, "the server's --max-model-len")
-        if sampling.temperature > 0 and not sampling.is_whole_distribution and not self._has_warned:
+        if not knows_log_probs(sampling) and not self._has_warned:
             self._has_warned = True
             warn_about_cut(sampling)
         for _ in range(_MOST_ATTEMPTS):
@@ -183,7 +191,7 @@ class VLLMServerEngine(RolloutEngine):
 
     @property
     def context_length(self) -> int | None:
-        """The shortest --max-model-len of the servers; None before `setup`."""
+        """The shortest --max-model-len of the servers; None before `preflight`."""
         return None if self._served is None else self._served.max_model_len
 
     @property
@@ -264,7 +272,7 @@ class VLLMServerEngine(RolloutEngine):
 
     def _read_weights(self) -> Any:
         assert self._student is not None and self._live is not None
-        return folder_weights(self._student, self._live, self._kept_rows)
+        return self._student.named_weights(self._live, self._kept_rows)
 
     def _score_tokens(self, token_ids: list[int]) -> list[float]:
         assert self._pool is not None and self._served is not None

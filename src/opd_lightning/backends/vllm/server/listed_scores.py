@@ -52,20 +52,20 @@ class ListedScores(TeacherScores):
 
 
 def read_scores(
-    entries: Sequence[Mapping[str, Mapping[str, Any]] | None], token_ids: Sequence[int], first: int, k: int
+    entries: Sequence[Mapping[str, Mapping[str, Any]] | None], token_ids: Sequence[int], places: Sequence[int], k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Read the scores of one sequence's response from `prompt_logprobs`.
+    """Read the scores of one sequence's response tokens from `prompt_logprobs`.
 
     An entry holds the actual token and the likeliest k, in no particular order and k or k + 1 of them.
 
     Args:
         entries: One per token of the sequence: string of the id to ``{"logprob": ...}``; None for the first.
         token_ids: The sequence.
-        first: Index of the first response token.
+        places: Indices of the N tokens to score.
         k: Size of the top-k list; 0 leaves it empty.
 
     Returns:
-        Sampled log-probabilities [T], ids [T, k] and their log-probabilities [T, k].
+        Sampled log-probabilities [N], ids [N, k] and their log-probabilities [N, k].
 
     Raises:
         ValueError: The answer does not fit the question.
@@ -73,7 +73,8 @@ def read_scores(
     if len(entries) != len(token_ids):
         raise ValueError(f"teacher: the server scored {len(entries)} tokens of a sequence of {len(token_ids)}.")
     sampled, ids, log_probs = [], [], []
-    for token_id, entry in zip(token_ids[first:], entries[first:], strict=True):
+    for place in places:
+        token_id, entry = token_ids[place], entries[place]
         if entry is None or str(token_id) not in entry or len(entry) < k:
             raise ValueError(f"teacher: the server gave no scores for token {token_id}, or fewer than {k}.")
         sampled.append(entry[str(token_id)]["logprob"])

@@ -109,9 +109,8 @@ class VLLMServerTeacher(Teacher):
 
     def prefetch(self, rollout: Rollout, request: ScoreRequest, step: int) -> None:
         """Request the scores of a rollout of this step now, and forget what steps before the last have not used."""
-        token_ids = torch.cat([rollout.prompt_ids, rollout.response_ids]).tolist()
+        question = _ask(rollout, request.top_k)
         with self._lock:
-            question = _Question(tuple(token_ids), len(rollout.prompt_ids), request.top_k)
             for old in [other for other in self._early if other < step - 1]:
                 for future in self._early.pop(old).values():
                     future.cancel()
@@ -148,7 +147,7 @@ class VLLMServerTeacher(Teacher):
         return self._pool
 
     def _request(self, batch: MicroBatch, k: int) -> list[Future[_Parts]]:
-        questions = [_Question(tuple(token_ids), first, k) for token_ids, first in _sequences(batch)]
+        questions = [_ask(rollout, k) for rollout in batch.rollouts]
         with self._lock:
             early = {
                 question: future
@@ -190,23 +189,17 @@ class VLLMServerTeacher(Teacher):
 
 @dataclass(frozen=True)
 class _Question:
-    """A sequence, where its response begins, and how long a top-k list is wanted."""
+    """A sequence, the places in it that are to be scored, and how long a top-k list is wanted."""
 
     token_ids: tuple[int, ...]
-    first: int
+    places: tuple[int, ...]
     k: int
 
     def read(self, answer: Mapping[str, Any]) -> _Parts:
-        return read_scores(answer["choices"][0]["prompt_logprobs"], self.token_ids, self.first, self.k)
+        return read_scores(answer["choices"][0]["prompt_logprobs"], self.token_ids, self.places, self.k)
 
 
-def _sequences(batch: MicroBatch) -> Iterator[tuple[list[int], int]]:
-    """The sequences of a batch without padding, each with the index of its first response token."""
-    rows, columns = batch.rows.tolist(), batch.columns.tolist()
-    starts: dict[int, int] = {}
-    for row, column in zip(rows, columns, strict=True):
-        starts.setdefault(row, column)
-    masks, ids = batch.attention_mask.bool().cpu(), batch.input_ids.cpu()
-    positions = batch.position_ids.cpu()
-    for row, column in starts.items():
-        yield ids[row][masks[row]].tolist(), int(positions[row, column]) + 1
+def _ask(rollout: Rollout, k: int) -> _Question:
+    token_ids = [*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()]
+    places = (len(rollout.prompt_ids) + rollout.trained_positions).tolist()
+    return _Question(tuple(token_ids), tuple(places), k)

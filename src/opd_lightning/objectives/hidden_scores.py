@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from opd_lightning.interfaces import TeacherScores
+from opd_lightning.interfaces import LinearHead, TeacherScores
 
 _ENTRIES_AT_ONCE = 2**27  # float32 log-probabilities held at a time: 512 MiB
 
 
 class HiddenScores(TeacherScores):
-    """Final hidden states [N, H] of the teacher, and its head.
+    """Final hidden states [N, H] of a model in this process, and its head.
 
     Hidden states are some hundred times smaller than log-probabilities of a large vocabulary, so a whole step's can be
     kept. A slice computes its log-probabilities once, whatever is asked of it and how often; a large object answers in
@@ -23,65 +24,72 @@ class HiddenScores(TeacherScores):
     Args:
         hidden: [N, H].
         response_ids: int64 [N], the sampled tokens.
-        head: Turns hidden states [n, H] into float32 logits [n, V] of the shared vocabulary.
-        vocab_size: V.
+        head: Turns hidden states into logits of the shared vocabulary.
         temperature: Divides the logits.
+        in_autocast: Whether the head runs in the surrounding autocast context, as the student's does, or in the dtype
+            of its weight.
     """
 
     def __init__(
         self,
         hidden: Tensor,
         response_ids: Tensor,
-        head: Callable[[Tensor], Tensor],
-        vocab_size: int,
+        head: LinearHead,
         temperature: float = 1.0,
+        *,
+        in_autocast: bool = False,
     ) -> None:
         self._hidden = hidden
-        self._response_ids = response_ids
+        self.response_ids = response_ids
         self._head = head
-        self._vocab_size = vocab_size
         self._temperature = temperature
+        self._in_autocast = in_autocast
         self._log_probs: Tensor | None = None
 
-    @property
-    def num_tokens(self) -> int:
-        """N."""
-        return self._response_ids.numel()
-
+    @override
     def slice(self, start: int, stop: int) -> HiddenScores:
-        """Scores of the response tokens start..stop-1."""
         part = HiddenScores(
-            self._hidden[start:stop], self._response_ids[start:stop], self._head, self._vocab_size, self._temperature
+            self._hidden[start:stop],
+            self.response_ids[start:stop],
+            self._head,
+            self._temperature,
+            in_autocast=self._in_autocast,
         )
         part._log_probs = None if self._log_probs is None else self._log_probs[start:stop]
         return part
 
-    def sampled(self) -> Tensor:
-        """[N] log-probabilities of the sampled tokens."""
-        return self.at(self._response_ids[:, None]).squeeze(-1)
-
+    @override
     def at(self, token_ids: Tensor) -> Tensor:
-        """[N, K] log-probabilities at the given ids [N, K]."""
         return torch.cat([part.full().gather(-1, token_ids[rows]) for rows, part in self._parts()])
 
+    @override
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
-        """The k likeliest ids [N, k] and their log-probabilities [N, k], likeliest first; k is clipped to V."""
-        answers = [part.full().topk(min(k, self._vocab_size), dim=-1) for _, part in self._parts()]
+        answers = [part.full().topk(min(k, self._head.num_rows), dim=-1) for _, part in self._parts()]
         return torch.cat([ids for _, ids in answers]), torch.cat([log_probs for log_probs, _ in answers])
 
+    @override
     def full(self) -> Tensor:
-        """[N, V] log-probabilities of the whole vocabulary. Call it on slices."""
         if self._log_probs is None:
             with torch.no_grad():
-                logits = self._head(self._hidden)
+                logits = self._logits()
                 if self._temperature != 1:
                     logits = logits / self._temperature
                 self._log_probs = logits.log_softmax(dim=-1)
         return self._log_probs
 
+    @override
+    def hidden(self) -> tuple[Tensor, LinearHead]:
+        return self._hidden, self._head
+
+    def _logits(self) -> Tensor:
+        if self._in_autocast:
+            return self._head(self._hidden)
+        with torch.autocast(self._hidden.device.type, enabled=False):
+            return self._head(self._hidden.to(self._head.weight.dtype))
+
     def _parts(self) -> Iterator[tuple[builtins.slice, HiddenScores]]:
         """This object itself when its log-probabilities are small enough to keep, else slices that are."""
-        size = max(1, _ENTRIES_AT_ONCE // self._vocab_size)
+        size = max(1, _ENTRIES_AT_ONCE // self._head.num_rows)
         if self.num_tokens <= size:
             yield slice(None), self
             return

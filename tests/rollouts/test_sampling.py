@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_lightning.backends.hf.sampling import draw_tokens
+from opd_lightning.rollouts.sampling import draw_tokens
 from opd_lightning.interfaces import Sampling
 from opd_lightning.randomness import hashed_uniforms
 

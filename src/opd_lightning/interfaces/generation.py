@@ -1,0 +1,181 @@
+"""The seams of generation: who answers prompts with the student's weights, and where a step's rollouts come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from opd_lightning.interfaces.models import Student
+from opd_lightning.interfaces.words import Listener, Prompt, Rollout, RolloutBatch, Sampling, StepPrompts
+
+
+class LiveStudent(Protocol):
+    """The student in training, as engines and rollout sources see it."""
+
+    spec: Student
+    weight_version: int
+
+    @property
+    def model(self) -> nn.Module:
+        """The loaded model, whose weights change from step to step."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision that training runs in."""
+
+    def announce(self, rollout: Rollout, step: int) -> None:
+        """Hear of a rollout of this step as soon as it exists, from any thread (a teacher may begin to score it)."""
+
+
+class WeightsLost(ConnectionError):
+    """An engine no longer has the weights it was given, and cannot be given them again from where it is asked."""
+
+
+class RolloutEngine(ABC):
+    """Generates responses with the student's current weights."""
+
+    weight_version: int = -1  # version of the weights last synced; -1 before the first sync
+    generates_apart: bool = False  # whether `generate` may run in a thread while the student's weights change
+
+    def preflight(self, student: Student) -> None:  # noqa: B027 - not every engine has something to check
+        """Check what can be known before any weight is loaded; `context_length` is known afterwards.
+
+        Raises:
+            ValueError: This engine cannot generate for this student.
+        """
+
+    @abstractmethod
+    def setup(self, student: Student, device: torch.device) -> None:
+        """Prepare for this student; called once, before the first `sync`."""
+
+    @abstractmethod
+    def sync(self, model: nn.Module, weight_version: int) -> None:
+        """Take over the student's current weights and remember their version."""
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens (prompt + response) it takes, where that may be less than the student's; None when unknown."""
+        return None
+
+    def knows_log_probs(self, sampling: Sampling) -> bool:
+        """Whether rollouts sampled so carry their log-probabilities before any cut (else NaN)."""
+        return True
+
+    def interrupt(self) -> None:  # noqa: B027 - most are never asked
+        """Call off what another thread is generating, as far as possible; the run is over."""
+
+    def invalidate(self) -> None:
+        """Make the next `sync` take the weights over even if their version is the one it knows."""
+        self.weight_version = -1
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_rollout: Listener = None) -> list[Rollout]:
+        """One rollout per seed of every prompt, in order.
+
+        Leaves the global random state and the model's mode unchanged. Tells `on_rollout` of each rollout as it is
+        finished, from any thread, if it can.
+        """
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to release
+        """Release what `setup` took."""
+
+
+@dataclass(frozen=True)
+class TrainedRollout:
+    """One rollout after its step.
+
+    Attributes:
+        rollout: With its reward.
+        losses: float32 [N] on the CPU, nats: loss of each token that the student wrote.
+        facts: float32 [N] each, on the CPU: what the metrics say about these tokens, by name (docs/metrics.md); NaN
+            where a fact is not defined.
+    """
+
+    rollout: Rollout
+    losses: Tensor
+    facts: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What training a step told, on this process.
+
+    Attributes:
+        step: Step of the prompt stream.
+        rollouts: In the order in which they were trained.
+    """
+
+    step: int
+    rollouts: tuple[TrainedRollout, ...]
+
+
+class RolloutSource(ABC):
+    """Decides where the rollouts of a step come from, how they are sampled, and with which weights.
+
+    The data module calls `setup` once; for each step `rollouts`, then, when they are graded and the prompt selector has
+    seen the rewards, `prepare`; and after training `observe`. Everything that a later step reads must be in
+    `state_dict`, which describes the moment after the last `observe`.
+    """
+
+    engine: RolloutEngine
+
+    def setup(self, engine: RolloutEngine) -> None:
+        """Take the engine; called once, before any weight is loaded.
+
+        Raises:
+            ValueError: This source needs another kind of engine.
+        """
+        self.engine = engine
+
+    @abstractmethod
+    def rollouts(self, step: StepPrompts, sampling: Sampling, student: LiveStudent) -> RolloutBatch:
+        """The rollouts of a step, not graded: one per seed of every prompt, in order.
+
+        Args:
+            step: What is asked.
+            sampling: How the run samples; a source may ask for shorter responses.
+            student: For its weights, their version and its tokenizer.
+        """
+
+    def prepare(self, draw: Callable[[], StepPrompts], sampling: Sampling, student: LiveStudent) -> dict[str, float]:
+        """Get ready for the next step while this one trains (default: do nothing).
+
+        Args:
+            draw: Chooses and renders the next step's prompts now.
+            sampling: How the run samples.
+            student: Its weights are those before the step that trains.
+
+        Returns:
+            Wall-clock seconds by part.
+        """
+        return {}
+
+    def observe(self, facts: StepFacts) -> None:  # noqa: B027 - most do not learn
+        """A step has been trained: learn from it, and let go of its rollouts."""
+
+    def wait(self) -> None:  # noqa: B027 - most do nothing in the background
+        """Return when the engine is idle, so that others may use it."""
+
+    def knows_log_probs(self, sampling: Sampling) -> bool:
+        """Whether rollouts will carry the log-probabilities they were drawn with."""
+        return self.engine.knows_log_probs(sampling)
+
+    @property
+    def staleness(self) -> int:
+        """Steps between the weights that generate and those that train: 0 is on-policy."""
+        return 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every value a later step reads: plain numbers, strings, lists, dicts and tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most have none
+        """Restore `state_dict`; an empty one starts over."""
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to release
+        """Release what `setup` took; the engine is closed by its owner."""

@@ -1,0 +1,227 @@
+"""The seams of models: tokenizer, student, teacher and its scores."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opd_lightning.interfaces.tokens import LinearHead, MicroBatch, ScoreRequest
+from opd_lightning.interfaces.words import Message, Rollout
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back, for one model family."""
+
+    vocabulary: Mapping[str, int]  # every token as it is written there, and its id
+    vocab_size: int  # number of real token ids; head rows beyond it are padding
+    pad_id: int
+    stop_ids: tuple[int, ...]  # close a response; may be empty
+
+    @abstractmethod
+    def render(self, messages: Sequence[Message]) -> list[int]:
+        """Apply the chat template with the generation header and return token ids."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of plain text, without template and special tokens."""
+
+    @abstractmethod
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of the ids."""
+
+
+class Student(ABC):
+    """The model to train: how to load it, run it and save it. A plain object: Lightning sees only the loaded module."""
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer:
+        """The student's tokenizer (loaded on first use)."""
+
+    @property
+    @abstractmethod
+    def context_length(self) -> int:
+        """Most tokens (prompt + response) that the model accepts."""
+
+    @abstractmethod
+    def load(self) -> nn.Module:
+        """Load the weights in the training dtype, with gradients on for what is to be trained."""
+
+    @abstractmethod
+    def hidden_states(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        """Final hidden states [N, H] at `batch.rows, batch.columns`: what the head turns into next-token logits."""
+
+    @abstractmethod
+    def head(self, model: nn.Module) -> LinearHead:
+        """The head as it is now; V = `tokenizer.vocab_size`, padding rows are cut off."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Class path and constructor arguments as plain values: enough to build the same student again."""
+
+    @abstractmethod
+    def save(self, model: nn.Module, folder: Path, *, merge_adapter: bool = True, dtype: str | None = None) -> None:
+        """Write the trained model as a folder that others load (for Hugging Face models: `from_pretrained`).
+
+        Args:
+            model: What `load` returned, trained.
+            folder: Where to; made if it does not exist.
+            merge_adapter: Fold adapters into the model's own weights, where there are any.
+            dtype: Dtype of the written weights; None keeps theirs.
+        """
+
+    def check_same(self, description: Mapping[str, Any]) -> None:
+        """Refuse the weights of another student, and say what has changed.
+
+        Args:
+            description: What `describe` returned when a checkpoint was written.
+
+        Raises:
+            ValueError: They do not belong to this student.
+        """
+        own = self.describe()["class_path"]
+        if description["class_path"] != own:
+            raise ValueError(
+                f"student: the checkpoint was written with {description['class_path']}, this run has {own}. Use the"
+                " same student."
+            )
+
+    def named_weights(self, model: nn.Module, num_rows: int | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors as a plain model folder has them, adapters merged out of place, tied tensors once.
+
+        For engines with their own copy of the weights.
+
+        Args:
+            model: What `load` returned; nothing in it changes.
+            num_rows: Cut embedding and head to so many rows; None leaves them as they are.
+        """
+        raise ValueError(
+            f"student: {type(self).__name__} does not define named_weights, so no engine with its own copy of the"
+            " weights can generate for it. Use an engine that runs the live student, such as PlainEngine."
+        )
+
+    def write_blank(self, model: nn.Module, folder: Path, num_rows: int) -> None:
+        """Write a model folder without weights, for engines that build the model and are then given `named_weights`.
+
+        Args:
+            model: What `load` returned.
+            folder: Where to; must exist.
+            num_rows: Rows of embedding and head to declare.
+        """
+        raise ValueError(
+            f"student: {type(self).__name__} does not define write_blank, so no engine can build its model. Use an"
+            " engine that runs the live student, such as PlainEngine."
+        )
+
+    def as_base(self, model: nn.Module) -> AbstractContextManager[None] | None:
+        """Where only an adapter is trained: a context in which `model` is the model without it. None otherwise."""
+        return None
+
+
+class TeacherScores(ABC):
+    """Tempered teacher log-probabilities (float32, nats) for N response tokens, whatever backend they came from.
+
+    `full` is enough where it is at hand; a backend that cannot give it overrides the three before it.
+    """
+
+    response_ids: Tensor  # int64 [N], the sampled tokens
+
+    @abstractmethod
+    def slice(self, start: int, stop: int) -> TeacherScores:
+        """Scores of the response tokens start..stop-1."""
+
+    @abstractmethod
+    def full(self) -> Tensor:
+        """[N, V] log-probabilities of the whole vocabulary. Call it on slices."""
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.response_ids.numel()
+
+    def sampled(self) -> Tensor:
+        """[N] log-probabilities of the sampled tokens."""
+        return self.at(self.response_ids[:, None]).squeeze(-1)
+
+    def at(self, token_ids: Tensor) -> Tensor:
+        """[N, K] log-probabilities at the given ids [N, K]."""
+        return self.full().gather(-1, token_ids)
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k likeliest ids [N, k] and their log-probabilities [N, k], likeliest first; k is clipped to V."""
+        full = self.full()
+        log_probs, ids = full.topk(min(k, full.shape[-1]), dim=-1)
+        return ids, log_probs
+
+    def hidden(self) -> tuple[Tensor, LinearHead] | None:
+        """Final hidden states [N, H] and the head that turns them into logits, where this process has both."""
+        return None
+
+
+class Teacher(ABC):
+    """A frozen model that scores the student's tokens. Never an `nn.Module` attribute of anything Lightning sees."""
+
+    @property
+    @abstractmethod
+    def offer(self) -> ScoreRequest:
+        """The most this teacher can be asked for (its temperature says nothing)."""
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens (prompt + response) it can score; None when it does not say. Known after `preflight`."""
+        return None
+
+    def check(self, request: ScoreRequest) -> None:
+        """Refuse a request that goes beyond the offer.
+
+        Raises:
+            ValueError: It does; the message says what this teacher can give.
+        """
+        offer = self.offer
+        if (
+            request.top_k > offer.top_k
+            or request.arbitrary_ids > offer.arbitrary_ids
+            or request.full_vocabulary > offer.full_vocabulary
+        ):
+            raise ValueError(
+                f"objective: {type(self).__name__} cannot give {request}; it gives"
+                f" {offer}. Choose an objective.support that needs no more."
+            )
+
+    def preflight(self, student: Student) -> None:  # noqa: B027 - not every teacher has something to check
+        """Check tokenizer and vocabulary against the student's before any weights are loaded.
+
+        Raises:
+            ValueError: Teacher and student do not speak the same token ids.
+        """
+
+    @abstractmethod
+    def setup(self, student: Student, model: nn.Module, device: torch.device) -> None:
+        """Load the teacher once and check that it speaks the student's token ids.
+
+        Args:
+            student: The student's description (tokenizer, vocabulary).
+            model: The loaded student (a LoRA student's base model may serve as the teacher).
+            device: Where scoring happens.
+        """
+
+    @abstractmethod
+    def score(self, batch: MicroBatch, request: ScoreRequest) -> TeacherScores:
+        """Score the response tokens of one micro-batch."""
+
+    def score_all(self, batches: Sequence[MicroBatch], request: ScoreRequest) -> Iterator[TeacherScores]:
+        """Score the micro-batches of one step in order; override it to load, pipeline or pre-compute."""
+        for batch in batches:
+            yield self.score(batch, request)
+
+    def prefetch(self, rollout: Rollout, request: ScoreRequest, step: int) -> None:  # noqa: B027 - most cannot
+        """Begin to score a rollout whose step is not complete yet; `score_all` will ask for it soon."""
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to release
+        """Release what `setup` took."""

@@ -1,0 +1,74 @@
+"""The seams of problems: tasks, which prompts next, and what EffOPD maximises."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opd_lightning.interfaces.words import Problem, Split
+
+
+@dataclass(frozen=True)
+class PromptOutcome:
+    """What became of one prompt of a step: its index in the training problems and the rewards of its rollouts."""
+
+    index: int
+    rewards: tuple[float, ...]
+
+
+class PromptSelector(ABC):
+    """Chooses which problems come next; identical on all ranks, as it draws globally and sees all outcomes."""
+
+    @abstractmethod
+    def setup(self, problems: Sequence[Problem], seed: int) -> None:
+        """Take the training problems; called once, before `load_state_dict`."""
+
+    @abstractmethod
+    def select(self, num_problems: int) -> list[int]:
+        """Indices of the next problems; a function of the seed and of the saved state only."""
+
+    def observe(self, outcomes: Iterable[PromptOutcome]) -> None:  # noqa: B027 - most do not learn
+        """Learn from the rollouts of the last selection (default: ignore them)."""
+
+    @property
+    def epoch_length(self) -> int:
+        """Problems in one pass, for counting epochs."""
+        raise AssertionError(f"{type(self).__name__} must define epoch_length")
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Every value a future `select` reads: plain numbers, strings, lists, dicts and tensors."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers worth logging."""
+        return {}
+
+
+class Task(ABC):
+    """Problems, their rendering as chat messages, and the marking of answers."""
+
+    @abstractmethod
+    def problems(self, split: Split) -> list[Problem]:
+        """All problems of a split, in a fixed order."""
+
+    @abstractmethod
+    def grade(self, problem: Problem, response: str) -> float:
+        """Mark a response: 1 is right, 0 is wrong, in between for partial credit."""
+
+    def grade_all(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[float]:
+        """Mark many responses; override it when they can be marked side by side."""
+        return [self.grade(problem, response) for problem, response in zip(problems, responses, strict=True)]
+
+
+class Score(ABC):
+    """What EffOPD maximises."""
+
+    @abstractmethod
+    def __call__(self, trainer: Any, module: Any) -> float:
+        """Return the score of the current weights, higher is better, the same on all ranks."""

@@ -1,0 +1,36 @@
+"""Negative log-likelihood: imitation of texts that somebody else wrote."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from typing_extensions import override
+
+from opd_lightning.interfaces import Objective, ResponseTokens, TeacherScores
+from opd_lightning.objectives.arguments import check_objective_numbers
+from opd_lightning.objectives.logprobs import log_probs_at
+
+
+class NLL(Objective):
+    """-log p(y) of every response token, in nats: supervised fine-tuning on what the rollout source gives.
+
+    Needs no teacher. For responses that a teacher or a person wrote; on the student's own rollouts its gradient is 0 in
+    expectation.
+
+    Args:
+        chunk_tokens: Response tokens whose logits exist at once.
+
+    Raises:
+        ValueError: The number is below 1.
+    """
+
+    def __init__(self, chunk_tokens: int = 512) -> None:
+        check_objective_numbers(1.0, 1.0, chunk_tokens)
+        self.chunk_tokens = chunk_tokens
+
+    @override
+    def request(self) -> None:
+        return None
+
+    @override
+    def token_losses(self, student_logits: Tensor, teacher: TeacherScores | None, tokens: ResponseTokens) -> Tensor:
+        return -log_probs_at(student_logits, tokens.ids)

@@ -1,0 +1,93 @@
+"""Student against teacher on rollouts: the training step, EffOPD's scores and diagnoses all look through this.
+
+Knows students, teachers and objectives through their seams; knows no trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from opd_lightning.interfaces import MicroBatch, Objective, Rollout, ScoreRequest, Student, Teacher, TrainedRollout
+from opd_lightning.objectives import compare_in_chunks
+from opd_lightning.rollouts.batching import collate, cut_by_tokens
+
+Clock = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One micro-batch, compared.
+
+    Attributes:
+        micro_batch: The N tokens and the rollouts behind them.
+        losses: [N] with gradient, nats.
+        facts: float32 [N] each, without gradient, by name.
+    """
+
+    micro_batch: MicroBatch
+    losses: Tensor
+    facts: dict[str, Tensor]
+
+    def by_rollout(self) -> list[TrainedRollout]:
+        """Losses and facts of each rollout, on the CPU."""
+        together = torch.stack([self.losses.detach().float(), *self.facts.values()]).cpu()
+        columns = [self.micro_batch.by_rollout(values) for values in together]
+        return [
+            TrainedRollout(rollout, parts[0], dict(zip(self.facts, parts[1:], strict=True)))
+            for rollout, *parts in zip(self.micro_batch.rollouts, *columns, strict=True)
+        ]
+
+
+def make_micro_batches(
+    rollouts: Sequence[Rollout], *, max_tokens: int, pad_id: int, device: torch.device
+) -> list[MicroBatch]:
+    """Cut rollouts into micro-batches of at most `max_tokens` padded tokens, longest first, on the device."""
+    return [collate(group, pad_id).to(device) for group in cut_by_tokens(rollouts, max_tokens)]
+
+
+def compare(
+    student: Student,
+    model: nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    objective: Objective,
+    teacher: Teacher | None = None,
+    request: ScoreRequest | None = None,
+    *,
+    facts_k: int = 0,
+    clock: Clock = lambda part: nullcontext(),
+) -> Iterator[Comparison]:
+    """Compare student and teacher on the response tokens of micro-batches, one after the other.
+
+    The teacher sees all of them at once (`Teacher.score_all`); the student goes through the next one when it is asked
+    for, so a backward pass in between lets go of the last one's activations.
+
+    Args:
+        student: How to run the model.
+        model: The loaded student, in the mode and the precision that the caller wants.
+        micro_batches: On the model's device.
+        objective: Gives the losses.
+        teacher: Scores the tokens; None when the objective needs no teacher.
+        request: What the teacher is asked; None without one.
+        facts_k: Size of the top-k lists of the facts; 0 computes none.
+        clock: Measures the parts "teacher" and "student".
+    """
+    scores = iter(teacher.score_all(micro_batches, request)) if teacher is not None and request is not None else None
+    for micro_batch in micro_batches:
+        with clock("teacher"):
+            teacher_scores = next(scores) if scores is not None else None
+        with clock("student"):
+            results = compare_in_chunks(
+                student.hidden_states(model, micro_batch),
+                student.head(model),
+                objective,
+                teacher_scores,
+                micro_batch.tokens,
+                answers=request,
+                facts_k=facts_k,
+            )
+        yield Comparison(micro_batch, results.losses, results.facts)

@@ -1,0 +1,102 @@
+"""`PlainEngine`: rollouts from any student that can be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+from typing_extensions import override
+
+from opd_lightning.interfaces import Listener, Prompt, Rollout, RolloutEngine, Sampling, Student
+from opd_lightning.interfaces.arguments import check_at_least
+from opd_lightning.interfaces.modes import evaluation_mode
+from opd_lightning.randomness import hashed_uniforms
+from opd_lightning.rollouts.answering import closed_text, resolve_stop_ids
+from opd_lightning.rollouts.batching import collate
+from opd_lightning.rollouts.sampling import draw_tokens
+
+
+class PlainEngine(RolloutEngine):
+    """Generates with the live student through `Student.hidden_states` and `head` alone, without a cache.
+
+    Every token runs the whole sequence again, so time grows with the square of the length: for models that transformers
+    does not know, and for tests. Exactly on-policy; a rollout is a function of weights, prompt, sampling and its seed, up
+    to the rounding of batched matrix products.
+
+    Args:
+        max_batch_size: Responses generated at once.
+
+    Raises:
+        ValueError: The number is below 1.
+    """
+
+    def __init__(self, max_batch_size: int = 256) -> None:
+        check_at_least(1, "engine", max_batch_size=max_batch_size)
+        self.max_batch_size = max_batch_size
+        self._student: Student | None = None
+        self._model: nn.Module | None = None
+
+    @override
+    def setup(self, student: Student, device: torch.device) -> None:
+        self._student = student
+
+    @override
+    def sync(self, model: nn.Module, weight_version: int) -> None:
+        self._model, self.weight_version = model, weight_version
+
+    @override
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_rollout: Listener = None) -> list[Rollout]:
+        assert self._student is not None and self._model is not None, "call setup and sync before generate"
+        none = torch.zeros(0)
+        blank = [
+            Rollout(prompt.problem, torch.tensor(prompt.token_ids), none.long(), none, finished=False, seed=seed)
+            for prompt in prompts
+            for seed in prompt.seeds
+        ]
+        rollouts: list[Rollout] = []
+        with torch.no_grad(), evaluation_mode(self._model):
+            for start in range(0, len(blank), self.max_batch_size):
+                rollouts += self._respond(blank[start : start + self.max_batch_size], sampling)
+        for rollout in rollouts if on_rollout is not None else ():
+            on_rollout(rollout)  # type: ignore[misc]
+        return rollouts
+
+    def _respond(self, rollouts: list[Rollout], sampling: Sampling) -> list[Rollout]:
+        assert self._student is not None and self._model is not None
+        tokenizer, device = self._student.tokenizer, next(self._model.parameters()).device
+        stop_ids = resolve_stop_ids(tokenizer, sampling)
+        for position in range(sampling.max_new_tokens):
+            live = [i for i, rollout in enumerate(rollouts) if not rollout.finished]
+            if not live:
+                break
+            # a place to fill, so that the state that predicts it is asked for
+            asked = [_with_token(rollouts[i], tokenizer.pad_id, 0.0, False) for i in live]
+            batch = collate(asked, tokenizer.pad_id).to(device)
+            last = torch.tensor([len(rollout.response_ids) for rollout in asked], device=device).cumsum(0) - 1
+            hidden = self._student.hidden_states(self._model, batch)[last]
+            seeds = torch.tensor([rollouts[i].seed for i in live], device=device)
+            uniforms = hashed_uniforms(seeds, position)
+            token_ids, log_probs = draw_tokens(self._student.head(self._model)(hidden), uniforms, sampling)
+            if not bool(log_probs.isfinite().all()):
+                raise FloatingPointError(
+                    f"The student's logits are not finite at response token {position}. Check that its weights are"
+                    " finite (did the last steps diverge?), the learning rate, and the precision."
+                )
+            for i, token_id, log_prob in zip(live, token_ids.tolist(), log_probs.tolist(), strict=True):
+                rollouts[i] = _with_token(rollouts[i], token_id, log_prob, token_id in stop_ids)
+        return [replace(rollout, text=closed_text(tokenizer, rollout.response_ids.tolist(), rollout.finished)) for rollout in rollouts]
+
+    @override
+    def close(self) -> None:
+        self._model = None
+
+
+def _with_token(rollout: Rollout, token_id: int, log_prob: float, finished: bool) -> Rollout:
+    return replace(
+        rollout,
+        response_ids=torch.cat([rollout.response_ids, torch.tensor([token_id])]),
+        log_probs=torch.cat([rollout.log_probs, torch.tensor([log_prob])]),
+        finished=finished,
+    )
