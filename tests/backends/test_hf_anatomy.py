@@ -9,7 +9,6 @@ from conftest import make_model
 from opd_lightning.backends.hf.anatomy import (
     body_states,
     decoder_config,
-    evaluation_mode,
     head_logits,
     head_of,
     verify_anatomy,
@@ -90,17 +89,3 @@ def test_checking_leaves_mode_and_random_state_alone():
     assert model.training
     assert model.model.layers[0].training
     assert not model.model.norm.training
-
-
-def test_evaluation_mode_is_undone_after_an_error():
-    model = make_model("qwen3").train()
-    model.lm_head.eval()
-
-    def fail():
-        with evaluation_mode(model):
-            assert not any(module.training for module in model.modules())
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert [name for name, module in model.named_modules() if not module.training] == ["lm_head"]

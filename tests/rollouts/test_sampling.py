@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_lightning.rollouts.sampling import draw_tokens
 from opd_lightning.interfaces import Sampling
 from opd_lightning.randomness import hashed_uniforms
+from opd_lightning.rollouts.sampling import draw_tokens
 
 
 def logits_of(num_tokens: int, seed: int = 0, spread: float = 1.5) -> torch.Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
+
+from opd_lightning.interfaces.modes import evaluation_mode
 
 
 @contextmanager
@@ -44,19 +46,11 @@ def isolated_rng(seed: int) -> Iterator[None]:
 def undisturbed(module: nn.Module | None, seed: int) -> Iterator[None]:
     """Evaluate without gradients, in eval mode and from a fixed random state; restore all of it afterwards.
 
-    The mode of every submodule is restored by itself, so that a part frozen in eval mode stays frozen.
-
     Args:
         module: The module to put into eval mode; None leaves modes to the caller.
         seed: Random state inside the block. The same seed for all candidates of one search means that they are
             compared on common random numbers.
     """
-    modes = {part: part.training for part in module.modules()} if module is not None else {}
-    with isolated_rng(seed), torch.no_grad():
-        try:
-            if module is not None:
-                module.eval()
-            yield
-        finally:
-            for part, training in modes.items():
-                part.training = training
+    modes = nullcontext() if module is None else evaluation_mode(module)
+    with modes, isolated_rng(seed), torch.no_grad():
+        yield

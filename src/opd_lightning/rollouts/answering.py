@@ -84,9 +84,7 @@ def resolve_stop_ids(tokenizer: Tokenizer, sampling: Sampling) -> list[int]:
     """
     stop_ids = list(tokenizer.stop_ids if sampling.stop_ids is None else sampling.stop_ids)
     if unknown := [token_id for token_id in stop_ids if not 0 <= token_id < tokenizer.vocab_size]:
-        raise ValueError(
-            f"sampling.stop_ids: expected token ids from 0 to {tokenizer.vocab_size - 1}, got {unknown}."
-        )
+        raise ValueError(f"sampling.stop_ids: expected token ids from 0 to {tokenizer.vocab_size - 1}, got {unknown}.")
     return stop_ids
 
 

@@ -22,8 +22,8 @@ class PlainEngine(RolloutEngine):
     """Generates with the live student through `Student.hidden_states` and `head` alone, without a cache.
 
     Every token runs the whole sequence again, so time grows with the square of the length: for models that transformers
-    does not know, and for tests. Exactly on-policy; a rollout is a function of weights, prompt, sampling and its seed, up
-    to the rounding of batched matrix products.
+    does not know, and for tests. Exactly on-policy; a rollout is a function of weights, prompt, sampling and its seed,
+    up to the rounding of batched matrix products.
 
     Args:
         max_batch_size: Responses generated at once.
@@ -86,7 +86,10 @@ class PlainEngine(RolloutEngine):
                 )
             for i, token_id, log_prob in zip(live, token_ids.tolist(), log_probs.tolist(), strict=True):
                 rollouts[i] = _with_token(rollouts[i], token_id, log_prob, token_id in stop_ids)
-        return [replace(rollout, text=closed_text(tokenizer, rollout.response_ids.tolist(), rollout.finished)) for rollout in rollouts]
+        return [
+            replace(rollout, text=closed_text(tokenizer, rollout.response_ids.tolist(), rollout.finished))
+            for rollout in rollouts
+        ]
 
     @override
     def close(self) -> None:

@@ -8,8 +8,6 @@ are the model is checked once, when it is loaded (`verify_anatomy`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from opd_lightning.interfaces import LinearHead
+from opd_lightning.interfaces.modes import evaluation_mode
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -86,18 +85,6 @@ def head_weight(layer: Any) -> Tensor:
     for name in () if layer.disable_adapters or layer.merged else layer.active_adapters:
         weight = weight + layer.get_delta_weight(name)
     return weight
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and gradient checkpointing off, and give every submodule its own mode back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def verify_anatomy(model: nn.Module, argument: str, *, generates: bool) -> None:

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from opd_lightning.backends.hf.anatomy import evaluation_mode
 from opd_lightning.backends.hf.decoding import NonFiniteLogits, Responses, decode
 from opd_lightning.interfaces import Listener, Problem, Prompt, Rollout, RolloutEngine, Sampling, Student
+from opd_lightning.interfaces.modes import evaluation_mode
 from opd_lightning.rollouts.answering import closed_text, resolve_stop_ids
 
 

@@ -15,7 +15,6 @@ from torch import nn
 from opd_lightning.backends.hf.adapters import without_adapter
 from opd_lightning.backends.hf.anatomy import (
     body_states,
-    evaluation_mode,
     linear_head,
     verify_anatomy,
 )
@@ -23,6 +22,7 @@ from opd_lightning.backends.hf.loading import ModelSource, check_dtype, check_qu
 from opd_lightning.backends.hf.preflight import Compatibility, check_compatibility
 from opd_lightning.backends.hf.student import HFStudent
 from opd_lightning.interfaces import LinearHead, MicroBatch, ScoreRequest, Student, Teacher
+from opd_lightning.interfaces.modes import evaluation_mode
 from opd_lightning.objectives import HiddenScores
 
 EVERYTHING = ScoreRequest(top_k=sys.maxsize, arbitrary_ids=True, full_vocabulary=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from opd_lightning.interfaces import MicroBatch, Problem, Prompt, ResponseTokens, Rollout, Sampling, Student
+from opd_lightning.interfaces.modes import evaluation_mode
 
 _NUM_SAMPLED = 16
 _PROBE = ({"role": "user", "content": "What is 17 + 25? Think step by step."},)
@@ -103,19 +103,7 @@ def _score_by_student(student: Student, model: nn.Module, token_ids: Sequence[in
         tokens=ResponseTokens(ids[0, 1:], torch.zeros(length - 1), torch.arange(length - 1)),
         rollouts=(),
     ).to(device)
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluation_mode(model):
         logits = student.head(model)(student.hidden_states(model, batch))
         log_probs = (logits / temperature).log_softmax(-1)
     return log_probs.gather(-1, batch.tokens.ids[:, None]).squeeze(-1).cpu()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradient checkpointing; every submodule gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
