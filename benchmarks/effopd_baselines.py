@@ -171,7 +171,7 @@ class ExtrapolatedTeacher(Teacher):
     def score_all(self, batches: Sequence[MicroBatch], request: ScoreRequest) -> Iterator[TeacherScores]:
         parts = (part.score_all(batches, request) for part in (self.teacher, self.reference))
         for batch, teacher, reference in zip(batches, *parts, strict=True):
-            yield extrapolate_scores(teacher, reference, batch.response_ids, self.scale)
+            yield extrapolate_scores(teacher, reference, batch.tokens.ids, self.scale)
 
     def close(self) -> None:
         for part in (self.teacher, self.reference):

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 from opd_lightning.backends.hf import HFStudent, HFTeacher
 from opd_lightning.interfaces import Sampling
-from opd_lightning.objectives import chunking
+from opd_lightning.objectives import chunks
 from opd_lightning.tasks import ArithmeticTask
 from opd_lightning.training.datamodule import OPDDataModule
 from opd_lightning.training.module import OPDModule
@@ -35,12 +35,12 @@ class Clock(Callback):
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
         self.last = self.metrics = 0.0
-        self.token_statistics = chunking.token_statistics
+        self.token_facts = chunks.token_facts
 
     def time_metrics(self, *args: Any) -> Any:
         started = time.perf_counter()
         try:
-            return self.token_statistics(*args)
+            return self.token_facts(*args)
         finally:
             self.metrics += time.perf_counter() - started
 
@@ -60,7 +60,7 @@ def run(num_steps: int) -> list[dict[str, float]]:
     """The quickstart's training without validation; the first two steps are warm-up."""
     seed_everything(0, verbose=False)
     clock = Clock()
-    chunking.token_statistics = clock.time_metrics
+    chunks.token_facts = clock.time_metrics
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator="cpu",
@@ -78,7 +78,7 @@ def run(num_steps: int) -> list[dict[str, float]]:
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0),
         )
         trainer.fit(module, OPDDataModule(ArithmeticTask(), sampling=Sampling(max_new_tokens=72)))
-    chunking.token_statistics = clock.token_statistics
+    chunks.token_facts = clock.token_facts
     return clock.steps[2:]
 
 

@@ -32,7 +32,7 @@ from opd_lightning.backends.hf import HFEngine, HFStudent, HFTeacher
 from opd_lightning.backends.vllm.colocated import VLLMColocatedEngine
 from opd_lightning.backends.vllm.server import Connection, VLLMServerEngine, VLLMServerTeacher
 from opd_lightning.interfaces import RolloutEngine, Sampling, Teacher
-from opd_lightning.objectives import Objective
+from opd_lightning.objectives import DivergenceObjective, TeacherTopK
 from opd_lightning.sandbox import resolve
 from opd_lightning.tasks import ArithmeticTask
 from opd_lightning.training.datamodule import OPDDataModule
@@ -161,7 +161,7 @@ def fit(case: Case, folder: Path) -> list[dict[str, float]]:
     module = OPDModule(
         HFStudent(case.student),
         teacher,
-        Objective(support="teacher_top_k", k=16) if is_listed else Objective(),
+        DivergenceObjective(TeacherTopK(16)) if is_listed else DivergenceObjective(),
         # far too small to change what the next rollouts look like; the work is the same
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
         max_tokens_per_micro_batch=2048,

@@ -6,8 +6,8 @@ import torch
 from toys import make_data, make_module, make_trainer, weights_of
 
 from opd_lightning.backends.hf import HFTeacher
-from opd_lightning.interfaces import Score
-from opd_lightning.objectives import DenseScores, Objective
+from opd_lightning.interfaces import ResponseTokens, Score
+from opd_lightning.objectives import DenseScores, DivergenceObjective
 
 
 def random_scores(seed, num_tokens=4, vocabulary=7):
@@ -109,12 +109,13 @@ def test_exopd_with_scale_zero_pulls_to_the_reference():
 
 def test_exopd_has_the_gradient_of_the_published_advantage_and_its_fixed_point():
     scale, teacher, reference, student = 1.25, random_scores(0), random_scores(1), random_scores(2)
-    ids, rollout_log_probs = torch.zeros(4, dtype=torch.long), torch.zeros(4)
+    ids = torch.zeros(4, dtype=torch.long)
+    tokens = ResponseTokens(ids, torch.zeros(4), ids)
     target = baselines.extrapolate_scores(teacher, reference, ids, scale)
 
     def gradient(logits):
         logits = logits.clone().requires_grad_()
-        Objective().token_losses(logits, target, ids, rollout_log_probs).sum().backward()
+        DivergenceObjective().token_losses(logits, target, tokens).sum().backward()
         return logits.grad
 
     logits = student.full().clone().requires_grad_()

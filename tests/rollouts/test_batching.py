@@ -45,10 +45,10 @@ def test_collate_points_at_the_positions_that_predict_the_response(side):
     rollouts = [make_rollout([5, 6, 7], [8, 9]), make_rollout([3], [4, 4, 1, 2])]
     batch = collate(rollouts, pad_id=0, side=side)
     following = batch.input_ids[batch.rows, batch.columns + 1]
-    assert torch.equal(following, batch.response_ids)
-    assert batch.response_ids.tolist() == [8, 9, 4, 4, 1, 2]
-    assert batch.positions.tolist() == [0, 1, 0, 1, 2, 3]
-    assert batch.rollout_log_probs.tolist() == [-1, -2, -1, -2, -3, -4]
+    assert torch.equal(following, batch.tokens.ids)
+    assert batch.tokens.ids.tolist() == [8, 9, 4, 4, 1, 2]
+    assert batch.tokens.positions.tolist() == [0, 1, 0, 1, 2, 3]
+    assert batch.tokens.rollout_log_probs.tolist() == [-1, -2, -1, -2, -3, -4]
     for row, rollout in enumerate(rollouts):
         real = batch.attention_mask[row].bool()
         assert batch.input_ids[row][real].tolist() == [*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()]
@@ -57,5 +57,5 @@ def test_collate_points_at_the_positions_that_predict_the_response(side):
 
 def test_pad_id_may_equal_a_token_of_the_response():
     batch = collate([make_rollout([5], [9]), make_rollout([5], [6, 6, 9])], pad_id=9)
-    assert batch.response_ids.tolist() == [9, 6, 6, 9]
+    assert batch.tokens.ids.tolist() == [9, 6, 6, 9]
     assert batch.attention_mask.sum() == 6

@@ -8,27 +8,6 @@ from collections.abc import Sequence
 from opd_lightning.interfaces import Problem, Sampling
 
 
-def check_not_empty(problems: Sequence[Problem], task: str, split: str) -> None:
-    """Refuse a split without problems.
-
-    Raises:
-        ValueError: It is one.
-    """
-    if not problems:
-        skip = " or set trainer.limit_val_batches: 0" if split == "validation" else ""
-        raise ValueError(f"data.task: {task} has no problems in its {split!r} split. Give it some{skip}.")
-
-
-def check_stop_ids(sampling: Sampling, vocab_size: int) -> None:
-    """Refuse stop ids that are no tokens.
-
-    Raises:
-        ValueError: One is none.
-    """
-    if any(not 0 <= stop_id < vocab_size for stop_id in sampling.stop_ids or ()):
-        raise ValueError(f"sampling.stop_ids: expected token ids from 0 to {vocab_size - 1}, got {sampling.stop_ids}.")
-
-
 def check_context(subject: str, limit: int | None, longest_prompt: int, sampling: Sampling) -> None:
     """Refuse rollouts that may become longer than somebody takes.
 

@@ -16,8 +16,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from opd_lightning.interfaces import Objective, ScoreRequest, Teacher, TokenWeighting
+from opd_lightning.interfaces import Objective, ScoreRequest, Student, Teacher, TokenWeighting
 from opd_lightning.objectives import SampledTokenObjective, known_facts
+from opd_lightning.rollouts.prompt_limits import check_context
 from opd_lightning.training.datamodule import OPDDataModule
 
 
@@ -88,6 +89,16 @@ def check_fit(
             f"trainer.val_check_interval={interval}: one pass over the data has only {len(data.stream)} steps. Set"
             " trainer.check_val_every_n_epoch: null, which counts steps across passes."
         )
+
+
+def check_teacher(teacher: Teacher, student: Student, data: OPDDataModule) -> None:
+    """Make sure that the teacher speaks the student's tokens and can read its longest rollout; no weights are read.
+
+    Raises:
+        ValueError: It does not, or cannot.
+    """
+    teacher.preflight(student)
+    check_context("model.teacher: it reads", teacher.context_length, data.longest_prompt, data.sampling)
 
 
 def check_weighting(weighting: TokenWeighting | None, answers: ScoreRequest | None, facts_k: int) -> None:

@@ -38,7 +38,8 @@ from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.randomness import derive_seed
 from opd_lightning.rollouts.answering import Answers, answer, check_rollouts, grade, render_prompts
 from opd_lightning.rollouts.on_policy import OnPolicy
-from opd_lightning.rollouts.prompt_limits import check_context, check_not_empty, check_stop_ids, keep_fitting
+from opd_lightning.rollouts.problem_sets import draw_problems, read_problems, without_reserved
+from opd_lightning.rollouts.prompt_limits import check_context
 from opd_lightning.rollouts.prompt_stream import HeldOutBatches, PromptStream, held_out_batches, join_shares
 
 
@@ -143,14 +144,8 @@ class OPDDataModule(LightningDataModule):
         self.engine.preflight(self._student.spec)
         self.source.setup(self.engine)
         if stage == "fit" and (self.stream is None or self.trainer.global_step == 0):  # a new run starts from the start
-            self._training_problems = self._fitting_problems("train", self.sampling)
-            reserved = {problem.uid for problem in self.problems_for_scores(self.num_reserved)}
-            problems = [problem for problem in self._training_problems if problem.uid not in reserved]
-            if not problems:
-                raise ValueError(
-                    f"data.num_reserved={self.num_reserved} leaves none of the {len(self._training_problems)} training"
-                    " problems. Lower it."
-                )
+            self._training_problems = self._read_problems("train", self.sampling)
+            problems = without_reserved(self._training_problems, self.problems_for_scores(self.num_reserved))
             self.selector.setup(problems, self.seed)
             self.stream = PromptStream(problems, self.selector, self.prompts_per_step)
             self.load_state_dict({})
@@ -162,7 +157,7 @@ class OPDDataModule(LightningDataModule):
         }
         for split in wanted[stage]:
             if split not in self.held_out and not (stage == "fit" and self.trainer.limit_val_batches == 0):
-                problems = self._fitting_problems(split, self.validation_sampling)
+                problems = self._read_problems(split, self.validation_sampling)
                 num_problems = self.num_validation_problems if split == "validation" else None
                 self.held_out[split] = problems[:num_problems]
 
@@ -172,14 +167,7 @@ class OPDDataModule(LightningDataModule):
         Raises:
             ValueError: There are not so many.
         """
-        if num_problems > len(self._training_problems):
-            raise ValueError(
-                f"EffOPD score: {num_problems} prompts were asked for, but there are {len(self._training_problems)}"
-                " training problems. Lower num_prompts (or data.num_reserved)."
-            )
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "problems for scores"))
-        order = torch.randperm(len(self._training_problems), generator=generator)
-        return [self._training_problems[i] for i in order[:num_problems].tolist()]
+        return draw_problems(self._training_problems, num_problems, derive_seed(self.seed, "problems for scores"))
 
     def train_dataloader(self) -> PromptStream:
         """The prompt stream of this rank."""
@@ -284,18 +272,14 @@ class OPDDataModule(LightningDataModule):
         ranks = self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
         return held_out_batches(self.held_out[split], self.validation_batch_size, *ranks)
 
-    def _fitting_problems(self, split: Split, sampling: Sampling) -> list[Problem]:
-        """Problems of the split whose prompts leave room for a whole response."""
-        problems = self.task.problems(split)
-        check_not_empty(problems, type(self.task).__name__, split)
-        check_stop_ids(sampling, self.tokenizer.vocab_size)
-        problems, longest = keep_fitting(
-            problems,
-            [len(self.tokenizer.render(problem.messages)) for problem in problems],
-            split=split,
+    def _read_problems(self, split: Split, sampling: Sampling) -> list[Problem]:
+        problems, longest = read_problems(
+            self.task,
+            split,
+            self.tokenizer,
+            sampling,
             setting="data.sampling" if sampling is self.sampling else "data.validation_sampling",
             context=min(self._student.spec.context_length, self.engine.context_length or sys.maxsize),
-            max_new_tokens=sampling.max_new_tokens,
             max_prompt_tokens=self.max_prompt_tokens,
             drop=self.drop_long_prompts,
         )

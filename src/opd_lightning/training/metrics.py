@@ -128,6 +128,15 @@ class AnswerMetrics(Metric):
         }
 
 
+def speeds(num_tokens: int, seconds: Mapping[str, float]) -> dict[str, SumAndCount]:
+    """(sum, count) of the seconds of each part of a step, and of the response tokens per second of its large parts."""
+    pairs: dict[str, SumAndCount] = {f"seconds/{part}": (value, 1) for part, value in seconds.items()}
+    for part in ("generate", "teacher", "student"):
+        if seconds.get(part):
+            pairs[f"tokens_per_second/{part}"] = (num_tokens, seconds[part])
+    return pairs
+
+
 def comparison_statistics(compared: Comparison) -> tuple[dict[str, SumAndCount], dict[str, Tensor]]:
     """(sum, count) and maxima of a compared micro-batch: loss, padding, and every fact where it is defined."""
     batch, losses = compared.micro_batch, compared.losses.detach()

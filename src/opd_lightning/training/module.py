@@ -6,7 +6,6 @@ the teacher at exactly these states. Does not know which backend generated or sc
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -36,15 +35,15 @@ from opd_lightning.objectives.token_weights import known_divisor, weigh_tokens
 from opd_lightning.randomness import derive_seed
 from opd_lightning.rollouts.answering import shape_groups
 from opd_lightning.rollouts.comparison import Comparison, compare, make_micro_batches
-from opd_lightning.rollouts.prompt_limits import check_context
-from opd_lightning.training.checks import check_fit, check_optimizer, check_resume, check_weighting
+from opd_lightning.training.checks import check_fit, check_optimizer, check_resume, check_teacher, check_weighting
 from opd_lightning.training.metrics import (
     Means,
-    SumAndCount,
     add_metrics,
     comparison_statistics,
     rollout_statistics,
+    speeds,
 )
+from opd_lightning.training.skipped_steps import SkippedSteps
 from opd_lightning.training.stopwatch import Stopwatch
 from opd_lightning.training.student_module import StudentModule
 
@@ -113,12 +112,10 @@ class OPDModule(StudentModule):
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.updates_per_batch = updates_per_batch
         self.gradient_clip_norm = gradient_clip_norm
-        self.max_skipped_steps = max_skipped_steps
         self.top_k_metrics = top_k_metrics
         self.facts_k = top_k_metrics or (DEFAULT_K if token_weighting is not None and token_weighting.reads else 0)
         self.score_request: ScoreRequest | None = None
-        self.num_skipped_steps = 0
-        self.num_skipped_in_a_row = 0
+        self.skipped = SkippedSteps(max_skipped_steps)
         self.step_metrics = Means()
         self.last_rollouts: list[Rollout] = []
         self.resume_settings: dict[str, Any] = {}  # what a resumed run must share
@@ -202,27 +199,12 @@ class OPDModule(StudentModule):
                 )
                 self.weight_version += 1  # before the step: one that is interrupted has changed the weights too
                 optimizer.step()
-                self.num_skipped_in_a_row = 0
+                self.skipped.forget_row()
                 if scheduler is not None:
                     scheduler.step()
             else:
-                self._skip_step(float(norm))
+                self.skipped.count(float(norm))
             optimizer.zero_grad()
-
-    def _skip_step(self, norm: float) -> None:
-        self.num_skipped_steps += 1
-        self.num_skipped_in_a_row += 1
-        warnings.warn(
-            f"Step skipped: the gradient norm is {norm} ({self.num_skipped_steps} skipped so far)."
-            " Check the learning rate, the precision and the teacher's scores.",
-            stacklevel=2,
-        )
-        if self.num_skipped_in_a_row >= self.max_skipped_steps:
-            raise FloatingPointError(
-                f"model.max_skipped_steps: {self.num_skipped_in_a_row} steps in a row had a non-finite gradient. The"
-                " weights are those of the last good step. Lower the learning rate, train in fp32 or bf16-mixed, or"
-                " look at the teacher's scores; then resume from the last checkpoint."
-            )
 
     # ---------------------------------------------------------------------------------------------------------- setup
 
@@ -241,9 +223,7 @@ class OPDModule(StudentModule):
         )
         if self.teacher is not None:
             self.score_request = add_metrics(self.objective.request(), self.teacher.offer, self.facts_k)
-            self.teacher.preflight(self.spec)
-            limit = self.teacher.context_length
-            check_context("model.teacher: it reads", limit, self.data.longest_prompt, self.data.sampling)
+            check_teacher(self.teacher, self.spec, self.data)
         check_weighting(self.token_weighting, self.score_request, self.facts_k)
         self.resume_settings = {
             **self.data.resume_settings,
@@ -278,14 +258,14 @@ class OPDModule(StudentModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counters of skipped steps, and what a resumed run must share."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["opd_lightning"]["skipped"] = [self.num_skipped_steps, self.num_skipped_in_a_row]
+        checkpoint["opd_lightning"]["skipped"] = [self.skipped.total, self.skipped.in_a_row]
         checkpoint["opd_lightning"]["settings"] = self.resume_settings
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counters of skipped steps."""
         super().on_load_checkpoint(checkpoint)
         check_resume(checkpoint["opd_lightning"]["settings"], self.resume_settings)
-        self.num_skipped_steps, self.num_skipped_in_a_row = checkpoint["opd_lightning"]["skipped"]
+        self.skipped.total, self.skipped.in_a_row = checkpoint["opd_lightning"]["skipped"]
 
     # ------------------------------------------------------------------------------------------------------- internals
 
@@ -310,18 +290,11 @@ class OPDModule(StudentModule):
 
     def log_step(self, batch: RolloutBatch) -> None:
         """Reduce and log everything known about this step."""
-        pairs: dict[str, SumAndCount] = dict(rollout_statistics(batch.rollouts))
-        num_tokens = batch.num_response_tokens
         seconds = batch.seconds | self.stopwatch.seconds
-        for part in ("generate", "teacher", "student"):
-            if seconds.get(part):
-                pairs[f"tokens_per_second/{part}"] = (num_tokens, seconds[part])
-        for part, value in seconds.items():
-            pairs[f"seconds/{part}"] = (value, 1)
-        self.step_metrics.update(pairs)
+        self.step_metrics.update(rollout_statistics(batch.rollouts) | speeds(batch.num_response_tokens, seconds))
         values = self.step_metrics.compute()
         self.step_metrics.reset()
-        values["skipped_steps"] = float(self.num_skipped_steps)
+        values["skipped_steps"] = float(self.skipped.total)
         values["weight_version"] = float(self.weight_version)
         if batch.staleness is not None:
             values["staleness"] = float(batch.staleness)

@@ -1,0 +1,93 @@
+"""Which problems of a task a run works on: read, checked, cut to what fits, drawn for scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from opd_lightning.interfaces import Problem, Sampling, Split, Task, Tokenizer
+from opd_lightning.rollouts.answering import resolve_stop_ids
+from opd_lightning.rollouts.prompt_limits import keep_fitting
+
+
+def read_problems(
+    task: Task,
+    split: Split,
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    *,
+    setting: str,
+    context: int,
+    max_prompt_tokens: int | None,
+    drop: bool,
+) -> tuple[list[Problem], int]:
+    """Problems of a split whose prompts leave room for a whole response, and the length of the longest prompt.
+
+    Args:
+        task: Whose problems.
+        split: Which of them.
+        tokenizer: Renders the prompts.
+        sampling: Says how long a response may get, and what closes it.
+        setting: Name of the sampling settings, for messages.
+        context: Most tokens (prompt + response) that student and engine take.
+        max_prompt_tokens: Longest prompt; None is what the context leaves.
+        drop: Leave long ones out with a warning instead of refusing.
+
+    Raises:
+        ValueError: There are none, some are too long, or a stop id is no token.
+    """
+    problems = task.problems(split)
+    check_not_empty(problems, type(task).__name__, split)
+    resolve_stop_ids(tokenizer, sampling)
+    return keep_fitting(
+        problems,
+        [len(tokenizer.render(problem.messages)) for problem in problems],
+        split=split,
+        setting=setting,
+        context=context,
+        max_new_tokens=sampling.max_new_tokens,
+        max_prompt_tokens=max_prompt_tokens,
+        drop=drop,
+    )
+
+
+def draw_problems(problems: Sequence[Problem], num_problems: int, seed: int) -> list[Problem]:
+    """Some problems, in an order that is a function of the seed: fewer are the first of more.
+
+    Raises:
+        ValueError: There are not so many.
+    """
+    if num_problems > len(problems):
+        raise ValueError(
+            f"EffOPD score: {num_problems} prompts were asked for, but there are {len(problems)} training problems."
+            " Lower num_prompts (or data.num_reserved)."
+        )
+    order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(seed))
+    return [problems[i] for i in order[:num_problems].tolist()]
+
+
+def without_reserved(problems: Sequence[Problem], reserved: Sequence[Problem]) -> list[Problem]:
+    """The problems that are left for training.
+
+    Raises:
+        ValueError: None is.
+    """
+    uids = {problem.uid for problem in reserved}
+    left = [problem for problem in problems if problem.uid not in uids]
+    if not left:
+        raise ValueError(
+            f"data.num_reserved={len(reserved)} leaves none of the {len(problems)} training problems. Lower it."
+        )
+    return left
+
+
+def check_not_empty(problems: Sequence[Problem], task: str, split: str) -> None:
+    """Refuse a split without problems.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if not problems:
+        skip = " or set trainer.limit_val_batches: 0" if split == "validation" else ""
+        raise ValueError(f"data.task: {task} has no problems in its {split!r} split. Give it some{skip}.")

@@ -1,0 +1,46 @@
+"""`SkippedSteps`: optimiser steps that a gradient which is not finite has cost, and when to stop."""
+
+from __future__ import annotations
+
+import warnings
+
+
+class SkippedSteps:
+    """Counts skipped steps; so many in a row stop the run.
+
+    Args:
+        most_in_a_row: Steps in a row that end the run.
+
+    Attributes:
+        total: Steps skipped since the start of training.
+        in_a_row: Steps skipped since the last one that was taken.
+    """
+
+    def __init__(self, most_in_a_row: int) -> None:
+        self.most_in_a_row = most_in_a_row
+        self.total = 0
+        self.in_a_row = 0
+
+    def count(self, gradient_norm: float) -> None:
+        """A step is skipped.
+
+        Raises:
+            FloatingPointError: It is one too many.
+        """
+        self.total += 1
+        self.in_a_row += 1
+        warnings.warn(
+            f"Step skipped: the gradient norm is {gradient_norm} ({self.total} skipped so far)."
+            " Check the learning rate, the precision and the teacher's scores.",
+            stacklevel=3,
+        )
+        if self.in_a_row >= self.most_in_a_row:
+            raise FloatingPointError(
+                f"model.max_skipped_steps: {self.in_a_row} steps in a row had a non-finite gradient. The"
+                " weights are those of the last good step. Lower the learning rate, train in fp32 or bf16-mixed, or"
+                " look at the teacher's scores; then resume from the last checkpoint."
+            )
+
+    def forget_row(self) -> None:
+        """A step was taken."""
+        self.in_a_row = 0

@@ -1,0 +1,37 @@
+"""A student of plain torch, from fresh weights: a recurrent network with the sandbox's tokenizer."""
+
+import torch
+from torch import nn
+
+from opd_lightning.backends.hf import HFStudent
+from opd_lightning.interfaces import LinearHead, Student
+
+
+class FreshStudent(Student):
+    context_length = 256
+
+    def __init__(self, width: int = 32, seed: int = 0):
+        self.width, self.seed = width, seed
+        self.tokenizer = HFStudent("sandbox:student").tokenizer
+
+    def load(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            size = self.tokenizer.vocab_size
+            return nn.ModuleDict(
+                {"embedding": nn.Embedding(size, self.width), "body": nn.GRU(self.width, self.width, batch_first=True)}
+            )
+
+    def hidden_states(self, model, batch):
+        states, _ = model["body"](model["embedding"](batch.input_ids))
+        return states[batch.rows, batch.columns]
+
+    def head(self, model):
+        return LinearHead(model["embedding"].weight, None, num_rows=self.tokenizer.vocab_size)
+
+    def describe(self):
+        return {"class_path": "fresh_student.FreshStudent", "init_args": {"width": self.width, "seed": self.seed}}
+
+    def save(self, model, folder, *, merge_adapter=True, dtype=None):
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), folder / "weights.pt")
