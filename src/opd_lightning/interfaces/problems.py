@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opd_lightning.interfaces.words import Problem, Split
+from opd_lightning.interfaces.words import Problem, Rollout, Split
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,28 @@ class PromptSelector(ABC):
 
 
 class Task(ABC):
-    """Problems, their rendering as chat messages, and the marking of answers."""
+    """Problems, their rendering as chat messages, and the marking of answers.
+
+    A task that overrides neither `grade` nor `grade_rollouts` is one without answers: its rollouts have no reward.
+    """
 
     @abstractmethod
     def problems(self, split: Split) -> list[Problem]:
         """All problems of a split, in a fixed order."""
 
-    @abstractmethod
     def grade(self, problem: Problem, response: str) -> float:
         """Mark a response: 1 is right, 0 is wrong, in between for partial credit."""
+        raise AssertionError(f"{type(self).__name__} has no answers to mark; ask `is_graded` first")
 
-    def grade_all(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[float]:
-        """Mark many responses; override it when they can be marked side by side."""
-        return [self.grade(problem, response) for problem, response in zip(problems, responses, strict=True)]
+    def grade_rollouts(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """Mark rollouts; override it to see token ids and `finished`, or to mark side by side."""
+        return [self.grade(rollout.problem, rollout.text) for rollout in rollouts]
+
+    @property
+    def is_graded(self) -> bool:
+        """Whether there is anything to mark: `grade` or `grade_rollouts` is overridden."""
+        cls = type(self)
+        return cls.grade is not Task.grade or cls.grade_rollouts is not Task.grade_rollouts
 
 
 class Score(ABC):

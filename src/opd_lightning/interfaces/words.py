@@ -20,19 +20,20 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with its reference answer.
+    """One question, with its reference answer if it has one.
 
     Attributes:
         uid: Stable name of the problem, unique in its split (for example ``"gsm8k/train/17"``).
         messages: Chat messages (``{"role": ..., "content": ...}``) as the student will see them, before the template.
-        answer: Reference answer in the form the task's `grade` understands.
+            A single message with the role ``"raw"`` is the prompt itself, without any template.
+        answer: Reference answer in the form the task's `grade` understands; None for problems without one.
         source: Name of the data source, used by mixtures and by per-source metrics.
         columns: Remaining columns of the row, for filters (level, language, ...).
     """
 
     uid: str
     messages: tuple[Message, ...]
-    answer: str
+    answer: str | None = None
     source: str = "default"
     columns: Mapping[str, Any] = field(default_factory=dict)
 

@@ -71,8 +71,10 @@ def render_prompts(
 
 
 def grade(task: Task, rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The same rollouts with their rewards."""
-    rewards = task.grade_all([rollout.problem for rollout in rollouts], [rollout.text for rollout in rollouts])
+    """The same rollouts with their rewards; a task without answers leaves these NaN."""
+    if not task.is_graded:
+        return list(rollouts)
+    rewards = task.grade_rollouts(rollouts)
     return [rollout.graded(reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
 
 

@@ -62,8 +62,6 @@ def check_fit(
             " data.sampling. Set sampling.top_p to 1 and sampling.top_k to 0, or objective.importance: null."
         )
     objective.check_sampling(data.sampling)
-    if teacher is not None and request is not None:
-        teacher.check(request)
     if data.prompts_per_step % trainer.world_size:
         raise ValueError(
             f"data.prompts_per_step={data.prompts_per_step} cannot be split evenly over {trainer.world_size} processes."

@@ -145,12 +145,18 @@ def comparison_statistics(compared: Comparison) -> tuple[dict[str, SumAndCount],
         "loss": (losses.sum(), batch.num_tokens),
         "padding_share": (num_padded - batch.attention_mask.sum(), num_padded),
     }
-    for name, values in compared.facts.items():
-        sums[name] = (values.nansum(dtype=torch.float64), (~values.isnan()).sum())
+    sums |= fact_statistics(compared.facts, tuple(compared.facts))
     mismatch = compared.facts.get("rollout_mismatch")
     if mismatch is None:
         return sums, {}
     return sums, {"rollout_mismatch_max": torch.cat([mismatch.new_zeros(1), mismatch.nan_to_num(0.0)]).max()}
+
+
+def fact_statistics(facts: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, SumAndCount]:
+    """(sum, count) of the named facts that are known, over the tokens where they are defined."""
+    return {
+        name: (facts[name].nansum(dtype=torch.float64), (~facts[name].isnan()).sum()) for name in names if name in facts
+    }
 
 
 def repetition_rate(token_ids: Tensor, ngram: int = 8) -> float:

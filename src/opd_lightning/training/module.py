@@ -6,13 +6,11 @@ the teacher at exactly these states. Does not know which backend generated or sc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
@@ -21,7 +19,6 @@ from opd_lightning.interfaces import (
     Objective,
     Rollout,
     RolloutBatch,
-    ScoreRequest,
     StepFacts,
     Student,
     Teacher,
@@ -34,30 +31,23 @@ from opd_lightning.objectives.supports import DEFAULT_K
 from opd_lightning.objectives.token_weights import known_divisor, weigh_tokens
 from opd_lightning.randomness import derive_seed
 from opd_lightning.rollouts.answering import shape_groups
-from opd_lightning.rollouts.comparison import Comparison, compare, make_micro_batches
-from opd_lightning.training.checks import check_fit, check_optimizer, check_resume, check_teacher, check_weighting
+from opd_lightning.training.checks import check_fit, check_optimizer, check_resume, check_weighting
 from opd_lightning.training.metrics import (
     Means,
-    add_metrics,
     comparison_statistics,
     rollout_statistics,
     speeds,
 )
+from opd_lightning.training.pair_module import PairModule
 from opd_lightning.training.skipped_steps import SkippedSteps
 from opd_lightning.training.stopwatch import Stopwatch
-from opd_lightning.training.student_module import StudentModule
 
 
 def _adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
 
 
-class _ClosesTeacher(Callback):
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        pl_module.teardown("fit")
-
-
-class OPDModule(StudentModule):
+class OPDModule(PairModule):
     """On-policy distillation of a student from a frozen teacher.
 
     One batch is one set of rollouts and, by default, one optimiser step. The loss is the sum over response tokens
@@ -93,28 +83,23 @@ class OPDModule(StudentModule):
         max_skipped_steps: int = 5,
         top_k_metrics: int = 16,
     ) -> None:
-        super().__init__(student)
-        check_at_least(
-            1,
-            "model",
-            max_tokens_per_micro_batch=max_tokens_per_micro_batch,
-            updates_per_batch=updates_per_batch,
-            max_skipped_steps=max_skipped_steps,
+        reads_facts = token_weighting is not None and bool(token_weighting.reads)
+        super().__init__(
+            student,
+            teacher,
+            objective if objective is not None else DivergenceObjective(),
+            max_tokens_per_micro_batch,
+            facts_k=top_k_metrics or (DEFAULT_K if reads_facts else 0),
         )
+        check_at_least(1, "model", updates_per_batch=updates_per_batch, max_skipped_steps=max_skipped_steps)
         check_at_least(0, "model", top_k_metrics=top_k_metrics)
         if gradient_clip_norm is not None and not gradient_clip_norm > 0:
             raise ValueError(f"model.gradient_clip_norm: expected a positive number or null, got {gradient_clip_norm}.")
         self.automatic_optimization = False
-        self.teacher = teacher
-        self.objective = objective if objective is not None else DivergenceObjective()
         self.token_weighting = token_weighting
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
-        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.updates_per_batch = updates_per_batch
         self.gradient_clip_norm = gradient_clip_norm
-        self.top_k_metrics = top_k_metrics
-        self.facts_k = top_k_metrics or (DEFAULT_K if token_weighting is not None and token_weighting.reads else 0)
-        self.score_request: ScoreRequest | None = None
         self.skipped = SkippedSteps(max_skipped_steps)
         self.step_metrics = Means()
         self.last_rollouts: list[Rollout] = []
@@ -166,26 +151,6 @@ class OPDModule(StudentModule):
             self._divide_gradients(self._sum_over_ranks(total_weight))
         return trained
 
-    def compare(
-        self, micro_batches: Sequence[MicroBatch], objective: Objective, request: ScoreRequest | None, **options: Any
-    ) -> Iterator[Comparison]:
-        """Student against teacher, one micro-batch after the other (`rollouts.comparison.compare`)."""
-        return compare(self.spec, self.model, micro_batches, objective, self.teacher, request, **options)
-
-    def make_micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        """Cut rollouts under the token budget and put them on the device."""
-        return make_micro_batches(
-            rollouts,
-            max_tokens=self.max_tokens_per_micro_batch,
-            pad_id=self.spec.tokenizer.pad_id,
-            device=self.device,
-        )
-
-    def announce(self, rollout: Rollout, step: int) -> None:
-        """Let a teacher that can begin to score a rollout of this step, from any thread."""
-        if self.teacher is not None and self.score_request is not None:
-            self.teacher.prefetch(rollout, self.score_request, step)
-
     def update_weights(self) -> None:
         """Clip and step; skip the step when the gradient is not finite."""
         optimizer: Any = self.optimizers()
@@ -210,9 +175,13 @@ class OPDModule(StudentModule):
 
     def setup(self, stage: str) -> None:
         """Check, before any weight is loaded, that objective, teacher, student and sampling fit together."""
+        if stage == "fit":
+            self._check_fit()
         super().setup(stage)
-        if stage != "fit":
-            return
+        if stage == "fit":
+            check_weighting(self.token_weighting, self.score_request, self.facts_k)
+
+    def _check_fit(self) -> None:
         check_fit(
             teacher=self.teacher,
             objective=self.objective,
@@ -221,10 +190,6 @@ class OPDModule(StudentModule):
             updates_per_batch=self.updates_per_batch,
             max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
         )
-        if self.teacher is not None:
-            self.score_request = add_metrics(self.objective.request(), self.teacher.offer, self.facts_k)
-            check_teacher(self.teacher, self.spec, self.data)
-        check_weighting(self.token_weighting, self.score_request, self.facts_k)
         self.resume_settings = {
             **self.data.resume_settings,
             **check_optimizer(self.make_optimizer, self.make_lr_scheduler),
@@ -239,21 +204,6 @@ class OPDModule(StudentModule):
         if self.make_lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.make_lr_scheduler(optimizer)}
-
-    def on_fit_start(self) -> None:
-        """Load the teacher beside the student, and tell the data module that the student is there."""
-        if self.teacher is not None:
-            self.teacher.setup(self.spec, self.model, self.device)
-        self.data.connect(self, self.device)
-
-    def teardown(self, stage: str) -> None:
-        """Close the teacher."""
-        if self.teacher is not None:
-            self.teacher.close()
-
-    def configure_callbacks(self) -> list[Callback]:
-        """Close the teacher after an error as well, when Lightning tears nothing down."""
-        return [_ClosesTeacher()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counters of skipped steps, and what a resumed run must share."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -111,11 +112,11 @@ class StudentModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log avg@n and pass@n."""
-        self._log_answers("val")
+        self.log_answers("val")
 
     def on_test_epoch_end(self) -> None:
         """Log avg@n and pass@n."""
-        self._log_answers("test")
+        self.log_answers("test")
 
     def answer_problems(self, batch: PromptBatch, purpose: str) -> Answers:
         """Answer problems with the current weights; each sample's seed depends on the problem only, not on the step."""
@@ -130,18 +131,24 @@ class StudentModule(LightningModule):
         return data.answer(prompts, data.validation_sampling, num_samples=data.validation_samples)
 
     def _answer_and_mark(self, batch: PromptBatch, purpose: str) -> None:
-        groups = self.answer_problems(batch, purpose).by_problem()
+        answers = self.answer_problems(batch, purpose)
+        self.study_answers(answers.rollouts)
+        groups = answers.by_problem()
         self._answer_metrics("").update(groups)
         sources = {problem.source for problem in self.data.held_out[purpose]}
         for source in sorted(sources) if len(sources) > 1 else ():
             self._answer_metrics(f"{source}/").update([g for g in groups if g[0].problem.source == source])
+
+    def study_answers(self, rollouts: Sequence[Rollout]) -> None:
+        """Look at held-out answers, if there is more to know than their marks."""
 
     def _answer_metrics(self, prefix: str) -> AnswerMetrics:
         if prefix not in self.answer_metrics:
             self.answer_metrics[prefix] = AnswerMetrics(self.data.validation_samples).to(self.device)
         return self.answer_metrics[prefix]
 
-    def _log_answers(self, stage: str) -> None:
+    def log_answers(self, stage: str) -> None:
+        """Log what is known of the held-out answers, and start over."""
         for prefix, metric in self.answer_metrics.items():
             for name, value in metric.compute().items():
                 shown = not prefix and (

@@ -1,5 +1,7 @@
 """A student of plain torch, from fresh weights: a recurrent network with the sandbox's tokenizer."""
 
+from functools import cached_property
+
 import torch
 from torch import nn
 
@@ -12,7 +14,10 @@ class FreshStudent(Student):
 
     def __init__(self, width: int = 32, seed: int = 0):
         self.width, self.seed = width, seed
-        self.tokenizer = HFStudent("sandbox:student").tokenizer
+
+    @cached_property
+    def tokenizer(self):
+        return HFStudent("sandbox:student").tokenizer
 
     def load(self):
         with torch.random.fork_rng():

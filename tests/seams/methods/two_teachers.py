@@ -22,7 +22,10 @@ class MixedScores(TeacherScores):
 class Mixture(Teacher):
     def __init__(self, first: Teacher, second: Teacher, share: float = 0.5):
         self.first, self.second, self.share = first, second, share
-        self.offer = first.offer
+
+    @property
+    def offer(self):
+        return self.first.offer
 
     def preflight(self, student):
         self.first.preflight(student)

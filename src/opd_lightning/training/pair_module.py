@@ -1,0 +1,136 @@
+"""`PairModule`: a student and its frozen teacher, side by side: loads both, compares them on rollouts.
+
+`OPDModule` adds the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from opd_lightning.interfaces import MicroBatch, Objective, Rollout, ScoreRequest, Student, Teacher
+from opd_lightning.interfaces.arguments import check_at_least
+from opd_lightning.rollouts.comparison import Comparison, compare, make_micro_batches
+from opd_lightning.training.checks import check_teacher
+from opd_lightning.training.metrics import Means, add_metrics, fact_statistics
+from opd_lightning.training.student_module import StudentModule
+
+HELD_OUT_FACTS = ("reverse_kl", "sampled_log_ratio", "student_entropy", "teacher_entropy", "overlap_ratio")
+
+
+class _ClosesTeacher(Callback):
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        pl_module.teardown("fit")
+
+
+class PairModule(StudentModule):
+    """Holds a student and a frozen teacher. The teacher is no submodule: no checkpoint or optimiser sees it.
+
+    Args:
+        student: What is trained.
+        teacher: Who scores; None where nothing is asked of one.
+        objective: What is measured between the two.
+        max_tokens_per_micro_batch: Most padded tokens (prompts included) that go through the student at once.
+        facts_k: Size of the top-k sets of the facts; 0 knows no facts.
+
+    Attributes:
+        score_request: What the teacher is asked; None without a teacher, and before `setup`.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher | None,
+        objective: Objective,
+        max_tokens_per_micro_batch: int,
+        facts_k: int,
+    ) -> None:
+        super().__init__(student)
+        check_at_least(1, "model", max_tokens_per_micro_batch=max_tokens_per_micro_batch)
+        self.teacher = teacher
+        self.objective = objective
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
+        self.facts_k = facts_k
+        self.score_request: ScoreRequest | None = None
+        self.held_out_facts = Means()
+
+    def setup(self, stage: str) -> None:
+        """Check, before any weight is loaded, that the teacher speaks the student's tokens."""
+        super().setup(stage)
+        if self.teacher is not None and (stage == "fit" or self.measures_held_out):
+            if (request := self.objective.request()) is not None:
+                self.teacher.check(request)
+            self.score_request = add_metrics(request, self.teacher.offer, self.facts_k)
+            check_teacher(self.teacher, self.spec, self.data)
+
+    def on_fit_start(self) -> None:
+        """Load the teacher beside the student, and tell the data module that the student is there."""
+        self.load_teacher()
+        self.data.connect(self, self.device)
+
+    @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        if self.measures_held_out and self.trainer.state.fn != "fit":
+            self.load_teacher()
+
+    on_test_start = on_validation_start
+
+    def load_teacher(self) -> None:
+        """Load the teacher, once."""
+        if self.teacher is not None:
+            self.teacher.setup(self.spec, self.model, self.device)
+
+    def teardown(self, stage: str) -> None:
+        """Close the teacher."""
+        if self.teacher is not None:
+            self.teacher.close()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Close the teacher after an error as well, when Lightning tears nothing down."""
+        return [_ClosesTeacher()]
+
+    def make_micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
+        """Cut rollouts under the token budget and put them on the device."""
+        return make_micro_batches(
+            rollouts,
+            max_tokens=self.max_tokens_per_micro_batch,
+            pad_id=self.spec.tokenizer.pad_id,
+            device=self.device,
+        )
+
+    def compare(
+        self, micro_batches: Sequence[MicroBatch], objective: Objective, request: ScoreRequest | None, **options: Any
+    ) -> Iterator[Comparison]:
+        """Student against teacher, one micro-batch after the other (`rollouts.comparison.compare`)."""
+        return compare(self.spec, self.model, micro_batches, objective, self.teacher, request, **options)
+
+    @override
+    def announce(self, rollout: Rollout, step: int) -> None:
+        """Let a teacher that can begin to score a rollout of this step, from any thread."""
+        if self.teacher is not None and self.score_request is not None:
+            self.teacher.prefetch(rollout, self.score_request, step)
+
+    @property
+    def measures_held_out(self) -> bool:
+        """Whether held-out answers are compared with the teacher: where the task has no marks for them."""
+        return self.teacher is not None and bool(self.facts_k) and not self.data.task.is_graded
+
+    @override
+    def study_answers(self, rollouts: Sequence[Rollout]) -> None:
+        """Compare held-out answers with the teacher, where they are not marked."""
+        if self.measures_held_out and rollouts:
+            batches = self.make_micro_batches(rollouts)
+            for compared in self.compare(batches, self.objective, self.score_request, facts_k=self.facts_k):
+                self.held_out_facts.update(fact_statistics(compared.facts, HELD_OUT_FACTS))
+
+    @override
+    def log_answers(self, stage: str) -> None:
+        super().log_answers(stage)
+        for name, value in self.held_out_facts.compute().items() if self.measures_held_out else ():
+            self.log(f"{stage}/{name}", value, prog_bar=name == "reverse_kl", batch_size=1)
+        self.held_out_facts.reset()
