@@ -18,6 +18,7 @@ from opd_lightning.objectives import (
     TeacherTopK,
     Union,
 )
+from opd_lightning.rollouts import comparison
 from opd_lightning.rollouts.batching import collate
 from opd_lightning.training.checkpoints import build_student
 from opd_lightning.training.schedules import WarmupDecay
@@ -109,14 +110,13 @@ def test_the_step_does_not_depend_on_the_micro_batch_cut(tmp_path, folders, budg
 
 @pytest.mark.parametrize("change", ["left padding", "reversed order"])
 def test_the_gradient_does_not_depend_on_padding_side_or_order(tmp_path, folders, change, monkeypatch):
-    import opd_lightning.training.module as module_room
 
     straight, _ = run(tmp_path, *folders)
     if change == "left padding":
-        monkeypatch.setattr(module_room, "collate", lambda group, pad_id: collate(group, pad_id, side="left"))
+        monkeypatch.setattr(comparison, "collate", lambda group, pad_id: collate(group, pad_id, side="left"))
     else:
-        cut = module_room.cut_by_tokens
-        monkeypatch.setattr(module_room, "cut_by_tokens", lambda *args: [group[::-1] for group in cut(*args)])
+        cut = comparison.cut_by_tokens
+        monkeypatch.setattr(comparison, "cut_by_tokens", lambda *args: [group[::-1] for group in cut(*args)])
     changed, _ = run(tmp_path, *folders)
     for name, weight in weights_of(changed).items():
         torch.testing.assert_close(weight, weights_of(straight)[name], rtol=1e-4, atol=1e-5, msg=name)
@@ -157,7 +157,7 @@ def test_training_metrics_are_complete(tmp_path, folders):
 
 def test_token_losses_belong_to_their_rollouts(tmp_path, folders):
     _, recorder = run(tmp_path, *folders)
-    rows = recorder.outputs[0]["token_losses"]
+    rows = [(trained.rollout, trained.losses) for trained in recorder.outputs[0]["facts"].rollouts]
     assert {rollout.seed for rollout, _ in rows} == {rollout.seed for rollout in recorder.batches[0].rollouts}
     assert all(len(losses) == len(rollout.response_ids) for rollout, losses in rows)
     total = sum(float(losses.sum()) for _, losses in rows) / sum(len(losses) for _, losses in rows)
@@ -327,8 +327,9 @@ def test_fast_dev_run_works(tmp_path, folders):
 
 
 def test_later_updates_without_a_correction_are_warned_about(tmp_path, folders):
-    with pytest.warns(UserWarning, match="updates_per_batch=2: the later updates train on rollouts of older weights"):
-        run(tmp_path, *folders, module=make_module(*folders, updates_per_batch=2), steps=2)
+    objective = SampledTokenObjective(importance=None)
+    with pytest.warns(UserWarning, match=r"updates_per_batch=2: some rollouts come from older weights.*importance"):
+        run(tmp_path, *folders, module=make_module(*folders, objective=objective, updates_per_batch=2), steps=2)
 
 
 def test_a_second_run_with_the_same_data_module_starts_from_the_start(tmp_path, folders):

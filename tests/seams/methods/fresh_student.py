@@ -1,4 +1,4 @@
-"""A student of plain torch, from fresh weights: a recurrent network with the sandbox's tokenizer."""
+"""A recurrent student of plain torch, with fresh weights and the sandbox's tokenizer."""
 
 from functools import cached_property
 
@@ -22,10 +22,8 @@ class FreshStudent(Student):
     def load(self):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            size = self.tokenizer.vocab_size
-            return nn.ModuleDict(
-                {"embedding": nn.Embedding(size, self.width), "body": nn.GRU(self.width, self.width, batch_first=True)}
-            )
+            embedding = nn.Embedding(self.tokenizer.vocab_size, self.width)
+            return nn.ModuleDict({"embedding": embedding, "body": nn.GRU(self.width, self.width, batch_first=True)})
 
     def hidden_states(self, model, batch):
         states, _ = model["body"](model["embedding"](batch.input_ids))
