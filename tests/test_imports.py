@@ -1,4 +1,4 @@
-"""Imports go up the table of docs/decisions.md only, and heavy packages are imported where they belong only."""
+"""Imports go up the table of docs/draw_imports.py only, inside rooms too; heavy packages have one home each."""
 
 import ast
 import subprocess
@@ -7,55 +7,81 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "src" / "opd_lightning"
-ROOMS = [  # each room may import from earlier lines only; inside a room, from modules that do not import it back
-    {"interfaces", "distributed", "randomness"},
-    {"extrapolation", "objectives"},
-    {"tasks", "selection", "rollouts"},
-    {"sandbox"},
-    {"backends"},
-    {"training"},
-    {"callbacks"},
-    {"commands"},
-    {"__main__", "__init__"},
-]
+sys.path.append(str(Path(__file__).parent.parent / "docs"))
+from draw_imports import PACKAGE, ROOMS, imports_of, module_of, room_imports, room_of
+
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
-LAZY = {("training", "backends"), ("__init__", "callbacks")}
-HOMES = {
-    "transformers": {"backends/hf", "sandbox"},
-    "peft": {"backends/hf"},
-    "vllm": {"backends/vllm"},
-    "httpx2": {"backends/vllm"},
+LAZY = {("training", "backends"), ("__init__", "callbacks"), ("__init__", "training")}
+INSIDE = {  # rooms whose modules build on each other: each may import from those before it only
+    "interfaces": "arguments columns modes words tokens models generation learning problems __init__",
+    "training": "schedules stopwatch skipped_steps metrics datamodule checks student_module pair_module module"
+    " checkpoints __init__",
 }
-
-
-def room_of(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imports_of(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-
-
+HOMES = {
+    "transformers": ("backends/hf", "sandbox"),
+    "peft": ("backends/hf",),
+    "vllm": ("backends/vllm",),
+    "httpx2": ("backends/vllm",),
+    "lightning": ("training", "callbacks", "commands", "backends/vllm"),  # the last: to leave random state alone
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
+DOORS = {"__init__", "__main__"}
+
+
+def test_the_table_knows_every_room_and_no_other():
+    names = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()} - {"py.typed", "__pycache__"}
+    assert set(RANK) == names - DOORS
+    assert len(names) <= 16
+
+
+def test_rooms_import_from_below_only():
+    for (importer, imported), is_lazy in room_imports().items():
+        if (importer, imported) in LAZY:
+            assert is_lazy or importer == "__init__"
+        elif importer not in ("__init__", "__main__") and imported in RANK:
+            assert RANK[imported] < RANK[importer], f"{importer} must not import {imported}"
+
+
+def test_no_module_is_imported_in_a_circle():
+    modules = {module_of(path): path for path in FILES}
+    graph = {
+        name: {other for other, is_lazy in imports_of(path) if other in modules and other != name and not is_lazy}
+        for name, path in modules.items()
+    }
+    # a package's door is imported with every module in it, which is no circle of their contents
+    done, path = set(), []
+
+    def visit(name):
+        if name in path:
+            raise AssertionError(" -> ".join([*path[path.index(name) :], name]))
+        if name not in done:
+            path.append(name)
+            for other in sorted(graph[name]):
+                visit(other)
+            path.pop()
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name)
+
+
+@pytest.mark.parametrize("room", INSIDE)
+def test_modules_of_a_room_import_from_earlier_ones_only(room):
+    order = INSIDE[room].split()
+    assert set(order) == {path.stem for path in (PACKAGE / room).glob("*.py")}
+    for place, stem in enumerate(order):
+        for name, _ in imports_of(PACKAGE / room / f"{stem}.py"):
+            parts = name.split(".")
+            if parts[:2] == ["opd_lightning", room] and len(parts) > 2 and parts[2] in order:
+                assert order.index(parts[2]) < place, f"{room}/{stem} must not import {parts[2]}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_up_only(path):
-    room = room_of(path)
-    for name in imports_of(path):
-        if name.startswith("opd_lightning."):
-            other = name.split(".")[1]
-            is_allowed = other == room or (room, other) in LAZY or RANK[other] < RANK[room]
-            assert is_allowed, f"{room} must not import {other}"
-        package = name.split(".")[0]
-        if package in HOMES:
-            place = str(path.relative_to(PACKAGE))
-            assert any(place.startswith(home) for home in HOMES[package]), f"{package} has its own room"
+def test_heavy_packages_have_one_home(path):
+    place = str(path.relative_to(PACKAGE))
+    for name, _ in imports_of(path):
+        homes = HOMES.get(name.split(".")[0])
+        assert homes is None or place.startswith(homes), f"{name} is imported by {', '.join(homes)} only"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -67,6 +93,12 @@ def test_files_and_functions_stay_small(path):
             body = node.end_lineno - node.body[0].lineno + 1
             docstring = ast.get_docstring(node, clean=False)
             assert body - (docstring.count("\n") + 1 if docstring else 0) <= 60, node.name
+
+
+def test_rooms_have_telling_names():
+    for path in FILES:
+        assert not {"utils", "common", "helpers", "base", "misc"} & {part.removesuffix(".py") for part in path.parts}
+        assert path.stem not in sys.stdlib_module_names or path.stem.startswith("__"), room_of(path)
 
 
 @pytest.mark.parametrize("statement", ["import opd_lightning", "from opd_lightning import EffOPD, EffOPDOptimizer"])

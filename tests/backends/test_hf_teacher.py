@@ -7,11 +7,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import VOCAB_SIZE, make_model, make_tokenizer, save_folder
+from opd_lightning.backends.hf.hidden_scores import HiddenScores
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from opd_lightning.backends.hf import BaseModelTeacher, HFStudent, HFTeacher, LoraSettings, hidden_scores
-from opd_lightning.backends.hf.hidden_scores import HiddenScores
 from opd_lightning.backends.hf.teacher import _VisitingWeights
 from opd_lightning.interfaces import Problem, Rollout, ScoreRequest
 from opd_lightning.rollouts.batching import collate

@@ -65,6 +65,12 @@ def test_a_method_is_one_small_file_without_private_imports(path):
             assert node.module.count(".") <= 2 and "_" not in node.module.removeprefix("opd_lightning")
 
 
+def test_the_documentation_shows_the_files_as_they_are():
+    page = (Path(__file__).parents[2] / "docs" / "your_own_method.md").read_text()
+    for path in FILES:
+        assert f"```python\n{path.read_text()}```" in page, path.name
+
+
 def test_two_teachers_mixed(tmp_path):
     sandbox = {"class_path": "HFTeacher", "init_args": {"path": "sandbox:teacher", "dtype": "float32"}}
     arguments = {"first": sandbox, "second": sandbox | {"init_args": {"path": "sandbox:student", "dtype": "float32"}}}
