@@ -1,6 +1,7 @@
 """The callback in real fits: when it acts, what it leaves alone, what a resumed run does."""
 
 import random
+from itertools import count
 from types import SimpleNamespace
 
 import numpy
@@ -81,6 +82,12 @@ def held_out(module):
     return -float(module.loss(next(iter(make_batches(1, seed=9)))))
 
 
+def rising():
+    """A score that every point beats the one before on."""
+    values = count()
+    return lambda module: float(next(values))
+
+
 def make_trainer(path, *callbacks, **options):
     settings = {
         "accelerator": "cpu",
@@ -141,7 +148,7 @@ def test_searches_at_the_scheduled_optimiser_steps_only(tmp_path, schedule, opti
 
 def test_moves_from_the_last_accepted_point_along_the_update(tmp_path):
     """Every move of the run is recomputed here from the weights seen before and after it."""
-    effopd = EffOPD(lambda module: 0.0, schedule=3, candidates=(2, 5))
+    effopd = EffOPD(rising(), schedule=3, candidates=(2, 5))
     module = Regression()
     before, after = [], []
 
@@ -164,7 +171,9 @@ def test_moves_from_the_last_accepted_point_along_the_update(tmp_path):
         anchor = moved if step % 3 == 0 else anchor
 
 
-@pytest.mark.parametrize("score", [lambda module: float("nan"), None], ids=["nan", "worse"])
+@pytest.mark.parametrize(
+    "score", [lambda module: float("nan"), lambda module: 0.0, None], ids=["nan", "all tie", "worse"]
+)
 def test_a_run_whose_searches_all_fail_is_the_plain_run(tmp_path, score):
     calls = []
 
@@ -233,6 +242,27 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stop, schedule, with_a
     assert same(ends[0]["state_dict"], ends[1]["state_dict"])
 
 
+@pytest.mark.parametrize("stop", [6, 7, 9])  # the search after step 7 ties
+def test_a_resumed_run_is_the_uninterrupted_one_when_some_searches_tie(tmp_path, stop):
+    def score(module):  # too coarse for some of the searches
+        return round(30 * held_out(module)) / 30
+
+    def run(name, module, **options):
+        effopd = EffOPD(score, schedule="adaptive", backward=(-0.5,))
+        notes = Steps(effopd)
+        saver = ModelCheckpoint(tmp_path / name, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        fit(tmp_path, module, effopd, notes, saver, **options)
+        return [(report.step, report.tied, report.best) for report in notes.reports]
+
+    whole, resumed = Regression(), Regression(rate=1.0)
+    reports = run("whole", whole)
+    assert {tied for _, tied, _ in reports} == {True, False}
+    first = run("first", Regression(), max_steps=stop)
+    later = run("again", resumed, ckpt_path=tmp_path / "first" / f"step={stop}.ckpt")
+    assert first + later == reports
+    assert same(weights_of(whole), weights_of(resumed))
+
+
 def test_adaptive_searches_without_success_become_rare(tmp_path):
     steps = []
     effopd = EffOPD(lambda module: steps.append(module.trainer.global_step) or -len(steps), schedule="adaptive")
@@ -243,7 +273,7 @@ def test_adaptive_searches_without_success_become_rare(tmp_path):
 def test_a_checkpoint_of_the_same_step_holds_the_moved_weights(tmp_path):
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=4, filename="{step}", save_top_k=-1)
     module = Regression()
-    fit(tmp_path, module, saver, EffOPD(lambda module: 0.0, schedule=[4]), max_steps=4)
+    fit(tmp_path, module, saver, EffOPD(rising(), schedule=[4]), max_steps=4)
     saved = torch.load(tmp_path / "step=4.ckpt", weights_only=True)
     assert same(saved["state_dict"], weights_of(module))
     assert same(saved["effopd"]["anchor"], weights_of(module))
@@ -352,7 +382,7 @@ def test_only_the_chosen_weights_move_and_none_chosen_is_an_error(tmp_path):
         tmp_path,
         module,
         Push(),
-        EffOPD(lambda module: 0.0, schedule=[1], parameters=r"net\.0", candidates=(2,)),
+        EffOPD(rising(), schedule=[1], parameters=r"net\.0", candidates=(2,)),
         max_steps=1,
     )
     for name, weight in module.named_parameters():

@@ -92,6 +92,33 @@ def test_rejection_and_a_raising_score_restore_every_bit():
     assert not extrapolator.is_due
 
 
+@pytest.mark.parametrize("accept", ["not_worse", "better"])
+def test_when_all_scores_tie_no_bit_moves_and_the_report_says_so(accept):
+    plain, searched = nn.Parameter(torch.randn(50)), nn.Parameter(torch.zeros(50))
+    with torch.no_grad():
+        searched.copy_(plain)
+    extrapolator = make(searched, accept=accept, backward=(-0.5,), schedule="adaptive")
+    searches = []
+    for _ in range(8):
+        descend(plain, torch.ones(50))
+        descend(searched, torch.ones(50))
+        extrapolator.count_step()
+        if extrapolator.is_due:
+            report = extrapolator.search(lambda: 0.0)
+            searches.append(report.step)
+            assert torch.equal(plain, searched)
+            assert (report.tied, report.accepted, report.best.factor) == (True, False, 0.0)
+            assert "not moved, since all scores tie, which says nothing about the direction (score 0;" in str(report)
+            assert report.metrics()["effopd/tied"] == 1.0
+    assert searches == [1, 3, 7]  # as after searches that failed
+    assert extrapolator.num_tied == 3
+    assert "3 searches, 0 accepted, 3 tied, " in extrapolator.summary()
+    assert extrapolator.totals()["effopd/num_tied"] == 3
+    again = Extrapolator(LineSearch(), Schedule())
+    again.load_state_dict(extrapolator.state_dict())
+    assert again.num_tied == 3
+
+
 def test_nothing_is_scored_without_a_direction():
     weight = nn.Parameter(torch.ones(3))
     extrapolator = make(weight)
@@ -162,7 +189,7 @@ def test_new_weights_join_with_their_own_anchor():
     extrapolator.replace({"w": weight, "late": late})
     descend(late, torch.ones(2), rate=0.25)
     extrapolator.count_step()
-    extrapolator.search(lambda: 0.0)
+    extrapolator.search(lambda: weight[0].item())
     assert weight.tolist() == [1.5, 1.5]
     assert late.tolist() == [0.75, 0.75]
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_lightning.extrapolation import LineSearch, Schedule
+from opd_lightning.extrapolation.line_search import all_tie
 from opd_lightning.extrapolation.schedule import next_pause
 
 SCORES = st.one_of(st.integers(-3, 3).map(float), st.sampled_from([math.nan, math.inf, -math.inf]))
@@ -28,7 +29,7 @@ def reference(scores, forward, backward, strict, margin):
             kept = factor
         if kept != 0:
             break
-    return tried, kept
+    return tried, 0.0 if all(scores[factor] == scores[0.0] for factor in tried) else kept
 
 
 @given(FORWARD, BACKWARD, st.booleans(), st.sampled_from([0.0, 1.0]), st.data())
@@ -44,9 +45,34 @@ def test_agrees_with_the_reference(forward, backward, strict, margin, data):
 
 
 @given(FORWARD, BACKWARD)
-def test_a_constant_score_takes_the_largest_step_or_none(forward, backward):
-    assert LineSearch(forward, backward, "not_worse").run(lambda _: 1.0).best.factor == forward[-1]
-    assert LineSearch(forward, backward, "better").run(lambda _: 1.0).best.factor == 0
+def test_a_constant_score_moves_nothing_whatever_ties_count_as(forward, backward):
+    for accept, tried in (("not_worse", forward), ("better", [forward[0], *backward[:1]])):
+        outcome = LineSearch(forward, backward, accept).run(lambda _: 1.0)
+        assert outcome.best.factor == 0
+        assert [trial.factor for trial in outcome.trials] == tried
+        assert all_tie(outcome.baseline, outcome.trials)
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept", "tied"),
+    [
+        ({0: 0, 2: 0, 4: 1}, 4, False),  # ties on the way to a gain
+        ({0: 0, 2: 0, 4: -1}, 2, False),  # the score can tell points apart, so its tie is the paper's
+        ({0: 0, 2: -1, -0.5: 0}, -0.5, False),
+        ({0: 0, 2: 0, 4: 0}, 0, True),
+        ({0: 0, 2: 0, 4: 0, -0.5: 1}, 0, True),  # nothing failed, so nobody looks back
+        ({0: 0, 2: 0, 4: math.nan}, 2, False),
+    ],
+)
+def test_a_tie_is_kept_where_another_score_differs(scores, kept, tied):
+    outcome = LineSearch((2, 4), (-0.5,), "not_worse").run(lambda factor: float(scores[factor]))
+    assert outcome.best.factor == kept
+    assert all_tie(outcome.baseline, outcome.trials) == tied
+
+
+def test_no_candidate_scored_is_no_tie():
+    outcome = LineSearch().run(lambda _: math.nan)
+    assert not all_tie(outcome.baseline, outcome.trials)
 
 
 def test_ties_are_measured_against_the_best_so_far():

@@ -53,6 +53,16 @@ def test_a_rejected_search_leaves_the_wrapped_optimiser_alone():
     assert optimizer.summary().startswith("EffOPD: 4 searches, 0 accepted")
 
 
+def test_a_score_that_never_changes_moves_nothing():
+    plain, wrapped = make_model(), make_model()
+    train(plain, torch.optim.AdamW(plain.parameters(), lr=1e-3), 10)
+    optimizer = make_optimizer(wrapped, score=lambda: 0.0, backward=(-0.5,))
+    train(wrapped, optimizer, 10)
+    assert torch.equal(weights_of(plain), weights_of(wrapped))
+    assert optimizer.last_search.tied
+    assert optimizer.summary().startswith("EffOPD: 4 searches, 0 accepted, 4 tied, ")
+
+
 def test_it_trains_faster_at_a_small_rate():
     plain, wrapped = make_model(), make_model()
     train(plain, torch.optim.AdamW(plain.parameters(), lr=1e-4), 40)
@@ -228,7 +238,7 @@ def test_hooks_of_the_wrapper_are_hooks_of_the_wrapped():
 def test_a_later_group_moves_from_where_it_joined():
     first, late = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     inner = torch.optim.SGD([first], lr=1.0)
-    optimizer = EffOPDOptimizer(inner, score=lambda: 0.0, schedule=[2], candidates=(3,))
+    optimizer = EffOPDOptimizer(inner, score=lambda: -float(first[0]), schedule=[2], candidates=(3,))
     for step in range(2):
         first.grad, late.grad = torch.ones(2), torch.ones(2)
         optimizer.step()

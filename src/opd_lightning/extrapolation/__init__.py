@@ -1,13 +1,14 @@
 """The EffOPD search on named tensors: direction, candidates, accept or stop (arXiv 2605.11739, section 4.1).
 
 Knows torch and nothing else: no Lightning, no tokenizer, no distillation. `EffOPD` (Lightning callback) and
-`EffOPDOptimizer` (any torch loop) are thin shells around `Extrapolator`.
+`EffOPDOptimizer` (any torch loop, `optimizer.py` here) are thin shells around `Extrapolator`.
 """
 
-from opd_lightning.extrapolation.extrapolator import Extrapolator, SearchReport
+from opd_lightning.extrapolation.extrapolator import Extrapolator
 from opd_lightning.extrapolation.isolation import isolated_rng, undisturbed
 from opd_lightning.extrapolation.line_search import Accept, LineSearch, SearchOutcome, Trial
 from opd_lightning.extrapolation.low_rank import extrapolate_product
+from opd_lightning.extrapolation.report import SearchReport
 from opd_lightning.extrapolation.schedule import Schedule, ScheduleSpec
 from opd_lightning.extrapolation.shards import any_sharded, reshard
 from opd_lightning.extrapolation.weights import (

@@ -6,73 +6,16 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from opd_lightning.distributed import agree, gather_objects
-from opd_lightning.extrapolation.line_search import LineSearch, SearchOutcome, Trial
+from opd_lightning.extrapolation.line_search import LineSearch, SearchOutcome, all_tie
+from opd_lightning.extrapolation.report import SearchReport
 from opd_lightning.extrapolation.schedule import FIRST_PAUSE, Schedule, next_pause
 from opd_lightning.extrapolation.weights import DEFAULT_LORA_STEP, AnchoredWeights, LoraStep
-
-
-@dataclass(frozen=True)
-class SearchReport:
-    """What one search did.
-
-    Attributes:
-        step: Optimiser steps counted when it ran.
-        baseline: Score of the weights it started from.
-        trials: Every candidate scored, in the order tried.
-        best: The point kept; its factor is 0 when no candidate was accepted.
-        delta_norm: Euclidean norm of Delta over all moved weights.
-        cosine: Cosine of this Delta with that of the search before; NaN for the first.
-        seconds: Wall-clock time of the whole search.
-        tokens: Tokens that the score spent over all processes, as far as it counts them.
-    """
-
-    step: int
-    baseline: float
-    trials: tuple[Trial, ...]
-    best: Trial
-    delta_norm: float
-    cosine: float
-    seconds: float
-    tokens: int
-
-    @property
-    def accepted(self) -> bool:
-        """Whether the weights were moved."""
-        return self.best.factor != 0
-
-    def metrics(self) -> dict[str, float]:
-        """Numbers for a logger, names beginning with `effopd/`; the cosine only when there is one."""
-        numbers = {
-            "factor": self.best.factor,
-            "accepted": float(self.accepted),
-            "num_candidates": float(len(self.trials)),
-            "score_before": self.baseline,
-            "score_after": self.best.score,
-            "delta_norm": self.delta_norm,
-            "seconds": self.seconds,
-            "tokens": float(self.tokens),
-        }
-        numbers |= {f"score_at/{trial.factor:+g}": trial.score for trial in self.trials}
-        if not math.isnan(self.cosine):
-            numbers["cosine"] = self.cosine
-        return {f"effopd/{name}": number for name, number in numbers.items()}
-
-    def __str__(self) -> str:
-        tried = ", ".join(f"{trial.factor:+g}: {trial.score:.5g}" for trial in self.trials) or "none"
-        verdict = f"moved by {self.best.factor:+g} Delta" if self.accepted else "not moved"
-        tokens = f", {self.tokens} tokens" if self.tokens else ""
-        cosine = "" if math.isnan(self.cosine) else f", cosine {self.cosine:+.2f}"
-        return (
-            f"EffOPD step {self.step}: {verdict} (score {self.baseline:.5g}; tried {tried}; "
-            f"|Delta| {self.delta_norm:.3g}{cosine}; {self.seconds:.2f} s{tokens})"
-        )
 
 
 class Extrapolator:
@@ -109,6 +52,7 @@ class Extrapolator:
         self.num_steps = 0
         self.num_searches = 0
         self.num_accepted = 0
+        self.num_tied = 0
         self.search_seconds = 0.0
         self._settled_step = 0
         self._pause = FIRST_PAUSE
@@ -189,6 +133,7 @@ class Extrapolator:
         seconds = time.perf_counter() - clock
         self.num_searches += 1
         self.num_accepted += outcome.best.factor != 0
+        self.num_tied += all_tie(outcome.baseline, outcome.trials)
         self.search_seconds += seconds
         return SearchReport(
             step=self.num_steps,
@@ -240,18 +185,20 @@ class Extrapolator:
 
     def summary(self) -> str:
         """Totals of the run in one line."""
+        ties = f"{self.num_tied} tied, " if self.num_tied else ""
         seconds = f"{self.search_seconds:.1f} of {self.elapsed_seconds:.1f} s"
         return (
-            f"EffOPD: {self.num_searches} searches, {self.num_accepted} accepted, "
+            f"EffOPD: {self.num_searches} searches, {self.num_accepted} accepted, {ties}"
             f"{100 * self._share_of_time:.1f} % of wall-clock ({seconds})"
         )
 
-    def totals(self) -> dict[str, float]:
+    def totals(self, prefix: str = "effopd") -> dict[str, float]:
         """Totals of the run for a logger."""
         return {
-            "effopd/num_searches": float(self.num_searches),
-            "effopd/num_accepted": float(self.num_accepted),
-            "effopd/share_of_wall_clock": self._share_of_time,
+            f"{prefix}/num_searches": float(self.num_searches),
+            f"{prefix}/num_accepted": float(self.num_accepted),
+            f"{prefix}/num_tied": float(self.num_tied),
+            f"{prefix}/share_of_wall_clock": self._share_of_time,
         }
 
     @property
@@ -271,6 +218,7 @@ class Extrapolator:
             "pause": self._pause,
             "num_searches": self.num_searches,
             "num_accepted": self.num_accepted,
+            "num_tied": self.num_tied,
             "search_seconds": self.search_seconds,
             "elapsed_seconds": self.elapsed_seconds,
             **weights,
@@ -284,6 +232,7 @@ class Extrapolator:
         self._pause = state.get("pause", FIRST_PAUSE)  # absent from older checkpoints
         self.num_searches = state["num_searches"]
         self.num_accepted = state["num_accepted"]
+        self.num_tied = state.get("num_tied", 0)  # absent from older checkpoints
         self.search_seconds = state["search_seconds"]
         self._elapsed_before = state["elapsed_seconds"]
         self._loaded = {key: state[key] for key in ("anchor", "directions")} if "anchor" in state else None

@@ -43,6 +43,11 @@ class LineSearch:
     walked in the same way. A score that is NaN or infinite is a failure; when the current weights themselves have such
     a score there is nothing to compare with and no candidate is tried.
 
+    When every score of a search is the same number, the current weights are kept whatever `accept` says: the paper's
+    rule would take the longest step on no evidence at all, and once more at the next search. A tie counts as "not
+    worse" only where some other score shows that the score can tell points apart. Where the candidates are kept out
+    by such a tie, the backward factors are not walked: none of the candidates failed.
+
     Args:
         candidates: Positive multiples of Delta, increasing.
         backward: Negative multiples, each further back than the one before; empty switches looking back off.
@@ -91,7 +96,12 @@ class LineSearch:
                 best = trials[-1]
             if best is not current:
                 break
-        return SearchOutcome(current.score, tuple(trials), best)
+        return SearchOutcome(current.score, tuple(trials), current if all_tie(current.score, trials) else best)
+
+
+def all_tie(baseline: float, trials: Sequence[Trial]) -> bool:
+    """Whether candidates were scored and each has exactly the score of the current weights."""
+    return len(trials) > 0 and all(trial.score == baseline for trial in trials)
 
 
 def _checked_factors(name: str, factors: Sequence[float], sign: int) -> tuple[float, ...]:
