@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opd_lightning import EffOPD, HeldOutLoss
+from opd_lightning.interfaces import Score
 
 NUM_BATCHES = 12
 
@@ -263,6 +264,104 @@ def test_a_resumed_run_is_the_uninterrupted_one_when_some_searches_tie(tmp_path,
     assert same(weights_of(whole), weights_of(resumed))
 
 
+def pair():
+    """Two callbacks over different layers, on schedules of their own."""
+    return [
+        EffOPD(held_out, schedule=3, parameters=r"net\.0"),
+        EffOPD(held_out, schedule="powers_of_two", parameters=r"net\.3", name="head"),
+    ]
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_two_callbacks_resume_each_from_its_own_state(tmp_path, stop):
+    def run(name, module, **options):
+        callbacks = pair()
+        saver = ModelCheckpoint(tmp_path / name, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        fit(tmp_path, module, *callbacks, saver, **options)
+        return [callback.last_search for callback in callbacks]
+
+    whole, resumed = Regression(), Regression(rate=1.0)
+    searches = run("whole", whole)
+    run("first", Regression(), max_steps=stop)
+    again = run("again", resumed, ckpt_path=tmp_path / "first" / f"step={stop}.ckpt")
+    assert same(weights_of(whole), weights_of(resumed))
+    assert [(r.step, r.trials, r.cosine) for r in again] == [(r.step, r.trials, r.cosine) for r in searches]
+    saved = torch.load(tmp_path / "again" / f"step={NUM_BATCHES}.ckpt", weights_only=True)
+    assert [set(saved[key]["anchor"]) for key in ("effopd", "effopd/head")] == [
+        {"net.0.weight", "net.0.bias"},
+        {"net.3.weight", "net.3.bias"},
+    ]
+
+
+def test_two_callbacks_log_and_tell_apart(tmp_path, caplog):
+    logger = CSVLogger(tmp_path, name="", version="")
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        fit(tmp_path, Regression(), *pair(), logger=logger, max_steps=3)
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"effopd/factor", "effopd/head/factor", "effopd/num_tied", "effopd/head/num_tied"} <= set(header)
+    told = [record.getMessage() for record in caplog.records if "EffOPD" in record.getMessage()]
+    head = [line for line in told if line.startswith("head: ")]
+    assert [line.split(" (")[0].split(": ")[1] for line in head] == ["EffOPD step 1", "EffOPD step 2", "EffOPD"]
+    assert [line[:14] for line in told if not line.startswith("head: ")] == ["EffOPD step 3:", "EffOPD: 1 sear"]
+
+
+@pytest.mark.parametrize("name", [None, "head"])
+def test_callbacks_that_cannot_be_told_apart_are_refused(tmp_path, name):
+    twins = [EffOPD(held_out, parameters=layer, name=name) for layer in (r"net\.0", r"net\.3")]
+    shared = "no name" if name is None else "the name 'head'"
+    module = Regression()
+    with pytest.raises(ValueError, match=f"callbacks: several EffOPD callbacks have {shared}, .* Give each a name"):
+        fit(tmp_path, module, *twins)
+    assert module.global_step == 0
+
+
+def test_a_name_that_the_checkpoint_lacks_starts_the_count_with_a_warning(tmp_path):
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=4, filename="{step}", save_top_k=-1)
+    fit(tmp_path, Regression(), saver, EffOPD(held_out), max_steps=4)
+    named = EffOPD(held_out, name="head")
+    with pytest.warns(UserWarning, match="the checkpoint was saved without an EffOPD named 'head'"):
+        fit(tmp_path, Regression(), named, ckpt_path=tmp_path / "step=4.ckpt")
+    assert named.last_search.step == 8
+
+
+@pytest.mark.parametrize("device", ["cuda:300", "gpu", "meta", "cpu:1"])
+def test_an_older_point_on_a_device_that_is_not_there_is_refused_before_training(tmp_path, device):
+    module = Regression()
+    with pytest.raises(
+        ValueError, match=r"anchor_device: expected null .* a device of this machine \('cpu'.*got '" + device
+    ):
+        fit(tmp_path, module, EffOPD(held_out, anchor_device=device))
+    assert module.global_step == 0
+    fit(tmp_path, module, EffOPD(held_out, anchor_device="cpu"))
+
+
+def test_an_optimiser_with_closures_is_searched_after_each_of_its_steps(tmp_path):
+    class SecondOrder(Regression):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)
+
+    effopd = EffOPD(held_out, candidates=(0.01,))
+    steps = Steps(effopd)
+    fit(tmp_path, SecondOrder(), effopd, steps)
+    assert [report.step for report in steps.reports] == [1, 2, 4, 8]
+
+
+def test_a_score_is_asked_once_whether_it_can_be_taken_before_anything_is_trained(tmp_path):
+    asked = []
+
+    class Checked(Score):
+        def __call__(self, trainer, module):
+            return 0.0
+
+        def check(self, trainer, module):
+            asked.append(module.global_step)
+            raise ValueError("score: not here")
+
+    with pytest.raises(ValueError, match="score: not here"):
+        fit(tmp_path, Regression(), EffOPD(Checked(), schedule=[100]))
+    assert asked == [0]
+
+
 def test_adaptive_searches_without_success_become_rare(tmp_path):
     steps = []
     effopd = EffOPD(lambda module: steps.append(module.trainer.global_step) or -len(steps), schedule="adaptive")
@@ -461,3 +560,6 @@ def test_settings_are_checked_at_once():
         EffOPD(held_out, candidates=[4, 2])
     with pytest.raises(ValueError, match="schedule: expected"):
         EffOPD(held_out, schedule="sometimes")
+    for name in ("", "a/b"):
+        with pytest.raises(ValueError, match=f"name: expected a word without slashes, or null, got '{name}'"):
+            EffOPD(held_out, name=name)

@@ -1,6 +1,9 @@
+from itertools import pairwise
+
 import pytest
 import torch
-from toys import LetterTask, adamw, make_data, make_module, make_trainer, weights_of
+from lightning.pytorch import Callback
+from toys import CopyEngine, LetterTask, adamw, make_data, make_module, make_trainer, weights_of
 
 from opd_lightning import EffOPD
 from opd_lightning.backends.hf import LoraSettings
@@ -11,6 +14,7 @@ from opd_lightning.callbacks.effopd_scores import (
     divergence_from_teacher,
 )
 from opd_lightning.interfaces import Score
+from opd_lightning.rollouts.batching import collate
 
 SCORES = {
     "accuracy": lambda: TaskAccuracy(num_prompts=4, num_samples=2),
@@ -23,8 +27,9 @@ def fit(folder, student, teacher, score, *, steps=4, data=None, ckpt_path=None, 
     torch.manual_seed(0)
     student_options = {"lora": LoraSettings(r=4)} if lora else {}
     module = make_module(student, teacher, optimizer=adamw, student_options=student_options)
+    callbacks = options.pop("callbacks", [])
     effopd = EffOPD(score=score, **({"schedule": "powers_of_two", "candidates": (0.5, 1.0)} | options))
-    trainer = make_trainer(folder, steps, callbacks=[effopd])
+    trainer = make_trainer(folder, steps, callbacks=[effopd, *callbacks])
     trainer.fit(module, data if data is not None else make_data(), ckpt_path=ckpt_path)
     return module, effopd, trainer
 
@@ -44,11 +49,27 @@ class Spy(Score):
 def test_every_score_drives_a_search_and_the_rollouts_stay_on_policy(
     tmp_path, tiny_qwen3_folder, tiny_teacher_folder, name
 ):
-    spy = Spy(SCORES[name]())
-    module, effopd, _ = fit(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, spy)
-    assert len(spy.values) >= 6  # searches at 1, 2 and 4: where they stand, and at least one candidate each
-    assert module.weight_version > 4  # every candidate tried is a change of the weights
-    assert effopd.last_search is not None
+    spy, seen = Spy(SCORES[name]()), []
+
+    class Recorder(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append((batch, weights_of(pl_module), pl_module.weight_version))
+
+    data = make_data(engine=CopyEngine())  # a copy that is stale, or a candidate's, would show
+    module, effopd, _ = fit(
+        tmp_path, tiny_qwen3_folder, tiny_teacher_folder, spy, data=data, schedule=1, callbacks=[Recorder()]
+    )
+    assert len(spy.values) >= 8  # four searches: where they stand, and at least one candidate each
+    assert effopd.last_search.step == 4
+    versions = [version for _, _, version in seen]
+    assert [batch.weight_version for batch, _, _ in seen] == versions
+    assert all(later >= earlier + 2 for earlier, later in pairwise(versions))  # the step, and every edit by a search
+    for batch, weights, _ in seen:
+        module.student.load_state_dict(weights, strict=False)
+        micro_batch = collate(batch.rollouts, 0)
+        logits = module.spec.logits(module.student, module.spec.hidden_states(module.student, micro_batch))
+        log_probs = logits.log_softmax(-1).gather(-1, micro_batch.response_ids[:, None]).squeeze(-1)
+        torch.testing.assert_close(log_probs, micro_batch.rollout_log_probs, rtol=1e-4, atol=1e-4)
 
 
 def test_teacher_kl_is_the_reverse_kl_per_token_against_a_full_forward(
@@ -101,9 +122,12 @@ def test_reserved_prompts_are_scored_on_and_never_trained_on(tmp_path, tiny_qwen
     assert score.tokens > 0
 
 
-def test_too_many_prompts_are_refused(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
+@pytest.mark.parametrize("score", [TaskAccuracy, TeacherKL])
+def test_too_many_prompts_are_refused_before_the_first_step(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, score):
+    data = make_data(engine=(engine := CopyEngine()))
     with pytest.raises(ValueError, match="50 prompts were asked for, but there are 12 training problems"):
-        fit(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, TaskAccuracy())
+        fit(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, score(), data=data)
+    assert engine.versions == []  # found before anything is generated, and so before anything is trained
 
 
 @pytest.mark.parametrize("score", [TaskAccuracy, TeacherKL])

@@ -106,8 +106,11 @@ def test_takes_the_validation_loader_when_no_batches_are_given(tmp_path, options
     ],
 )
 def test_mistakes_are_named(tmp_path, make_score, message):
+    module = Line()
+    before = module.layer.weight.detach().clone()
     with pytest.raises(ValueError, match=message):
-        fit(tmp_path, Line(), make_score())
+        fit(tmp_path, module, make_score())
+    assert torch.equal(module.layer.weight, before)  # found before anything is trained
 
 
 def test_several_validation_loaders_are_ambiguous(tmp_path):
@@ -115,8 +118,32 @@ def test_several_validation_loaders_are_ambiguous(tmp_path):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
             pass
 
+    module = TwoLoaders()
     with pytest.raises(ValueError, match="the number of validation loaders is 2"):
-        fit(tmp_path, TwoLoaders(), HeldOutLoss(), [make_loader(1), make_loader(1)])
+        fit(tmp_path, module, HeldOutLoss(), [make_loader(1), make_loader(1)])
+    assert module.global_step == 0
+
+
+def test_reading_the_batches_early_draws_no_random_number_of_the_run(tmp_path):
+    ends = []
+    for early in (True, False):
+        torch.manual_seed(0)
+        module = Line()
+        score = HeldOutLoss(make_loader(3, shuffle=True), num_batches=3)
+        if not early:
+            score.check = lambda trainer, module: None
+        Trainer(
+            default_root_dir=tmp_path,
+            callbacks=[EffOPD(score, schedule=[100])],
+            max_steps=4,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(module, make_loader(8, shuffle=True))
+        ends.append(module.layer.weight.detach().clone())
+    assert torch.equal(*ends)
 
 
 def test_works_from_yaml(tmp_path):

@@ -554,6 +554,30 @@ CASES = [
         {"model.optimizer": of_class("torch.optim.AdamW", lr=-1.0)},
     ),
     bad(
+        "optimiser that needs a closure",
+        r"model.optimizer: LBFGS computes the loss several times per step .* needs gradients only",
+        {"model.optimizer": of_class("torch.optim.LBFGS")},
+    ),
+    bad(
+        "older point on a GPU that is not there",
+        r"anchor_device: expected null .* got 'cuda:300'",
+        {
+            "trainer.callbacks": [
+                of_class("EffOPD", score=of_class("TeacherKL", num_prompts=4), anchor_device="cuda:300")
+            ]
+        },
+    ),
+    bad(
+        "two EffOPD callbacks of one name",
+        r"callbacks: several EffOPD callbacks have no name, .* Give each a name of its own",
+        {"trainer.callbacks": [of_class("EffOPD", score=of_class("TeacherKL", num_prompts=4))] * 2},
+    ),
+    bad(
+        "more prompts for a score than there are",
+        r"EffOPD score: 50 prompts were asked for, but there are 8 training problems",
+        {"trainer.callbacks": [of_class("EffOPD", score=of_class("TaskAccuracy"))]},
+    ),
+    bad(
         "negative clipping",
         r"model.gradient_clip_norm: expected a positive number or null, got -1.0",
         {"model.gradient_clip_norm": -1.0},

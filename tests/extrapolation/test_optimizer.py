@@ -215,6 +215,8 @@ def test_closures_pass_through():
     assert float(returned.detach()) == losses[0]
     assert len(losses) > 1
     assert optimizer.last_search.step == 1
+    with pytest.raises(TypeError, match=r"LBFGS.step\(\) missing 1 required positional argument: 'closure'"):
+        optimizer.step()  # as without the wrapper
 
 
 def test_hooks_of_the_wrapper_are_hooks_of_the_wrapped():
@@ -300,6 +302,8 @@ def test_wrong_arguments_are_named():
         EffOPDOptimizer([], lambda: 0.0)
     with pytest.raises(ValueError, match="score: expected a function without arguments, got 1"):
         EffOPDOptimizer(torch.optim.SGD(model.parameters()), 1)
+    with pytest.raises(ValueError, match=r"anchor_device: expected null .* got 'cuda:300'"):
+        EffOPDOptimizer(torch.optim.SGD(model.parameters()), lambda: 0.0, anchor_device="cuda:300")
 
 
 @pytest.mark.slow

@@ -22,13 +22,12 @@ from opd_lightning.extrapolation import (
     Schedule,
     ScheduleSpec,
     SearchReport,
+    check_device,
     reshard,
     select_parameters,
     undisturbed,
 )
 from opd_lightning.interfaces import Score
-
-_CHECKPOINT_KEY = "effopd"
 
 
 class EffOPD(Callback):
@@ -64,13 +63,15 @@ class EffOPD(Callback):
         lora: How LoRA pairs move: "factors" moves A and B one by one, "product" takes the exact step of B A (cut back
             to rank r).
         optimizer_index: Which of several optimisers' steps are counted.
+        name: Tells several of these callbacks apart in checkpoints and logs ("effopd/<name>"); one needs none.
 
     Attributes:
         last_search: Report of the latest search, None before the first.
 
     Raises:
         ValueError: An argument is outside its range; at the start of fit also when no weight is chosen, the strategy
-            is not supported or there is no such optimiser.
+            is not supported, there is no such optimiser or device, the score cannot be taken, or another of these
+            callbacks has the same name.
     """
 
     def __init__(
@@ -85,9 +86,15 @@ class EffOPD(Callback):
         min_improvement: float = LineSearch.min_improvement,
         lora: LoraStep = DEFAULT_LORA_STEP,
         optimizer_index: int = 0,
+        name: str | None = None,
     ) -> None:
         if not callable(score):
             raise ValueError(f"score: expected a Score or a function of the module, got {score!r}.")
+        if name is not None and (not name or "/" in name):
+            raise ValueError(f"name: expected a word without slashes, or null, got {name!r}.")
+        self.name = name
+        self._key = "effopd" if name is None else f"effopd/{name}"
+        self._anchor_device = anchor_device
         self.score = score
         self.parameters = parameters
         self.optimizer_index = optimizer_index
@@ -108,12 +115,27 @@ class EffOPD(Callback):
         return self._extrapolator.is_due
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse strategies whose weights cannot be edited in place."""
-        if stage == "fit" and isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+        """Refuse strategies whose weights cannot be edited in place, absent devices, and twins."""
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
             raise ValueError(
                 f"strategy: EffOPD cannot edit weights under {type(trainer.strategy).__name__}. Use a single device, "
                 "DDP, or FSDP2 (ModelParallelStrategy)."
             )
+        check_device(self._anchor_device)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(other, EffOPD) and other.name == self.name for other in callbacks) > 1:
+            shared = "no name" if self.name is None else f"the name {self.name!r}"
+            raise ValueError(
+                f"callbacks: several EffOPD callbacks have {shared}, so that checkpoints and logs could not tell them "
+                "apart. Give each a name of its own (EffOPD.name)."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask the score whether it can be taken here, before anything is trained."""
+        if isinstance(self.score, Score):
+            self.score.check(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the older point: from the checkpoint, from the last fit of the same run, or where the weights are."""
@@ -151,9 +173,9 @@ class EffOPD(Callback):
         if report is None:
             return
         self.last_search = report
-        rank_zero_info(str(report))
+        rank_zero_info(self._signed(str(report)))
         for logger in trainer.loggers:
-            logger.log_metrics(report.metrics(), step=trainer.global_step)
+            logger.log_metrics(report.metrics(self._key), step=trainer.global_step)
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> float:
         # The hook runs outside autocast, training does not: the score has to see the precision that training sees.
@@ -166,9 +188,12 @@ class EffOPD(Callback):
         """Stop counting and say what the searches of the run amounted to."""
         self._stop_counting()
         self._extrapolator.pause()
-        rank_zero_info(self._extrapolator.summary())
+        rank_zero_info(self._signed(self._extrapolator.summary()))
         for logger in trainer.loggers:
-            logger.log_metrics(self._extrapolator.totals(), step=trainer.global_step)
+            logger.log_metrics(self._extrapolator.totals(self._key), step=trainer.global_step)
+
+    def _signed(self, line: str) -> str:
+        return line if self.name is None else f"{self.name}: {line}"
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop counting."""
@@ -182,7 +207,7 @@ class EffOPD(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the older point and the counters into the checkpoint (tensors, numbers and containers only)."""
         if self._extrapolator.started:
-            checkpoint[_CHECKPOINT_KEY] = self._extrapolator.state_dict(gathered=True)
+            checkpoint[self._key] = self._extrapolator.state_dict(gathered=True)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the older point and the counters from the checkpoint when training resumes from it."""
@@ -190,10 +215,11 @@ class EffOPD(Callback):
             return
         self._extrapolator.reset()
         self._fitted = None
-        self._restored = _CHECKPOINT_KEY in checkpoint
+        self._restored = self._key in checkpoint
         if self._restored:
-            self._extrapolator.load_state_dict(checkpoint[_CHECKPOINT_KEY])
+            self._extrapolator.load_state_dict(checkpoint[self._key])
         else:
+            without = "EffOPD" if self.name is None else f"an EffOPD named {self.name!r}"
             rank_zero_warn(
-                "EffOPD: the checkpoint was saved without EffOPD; it starts counting here, from the loaded weights."
+                f"EffOPD: the checkpoint was saved without {without}; it starts counting here, from the loaded weights."
             )

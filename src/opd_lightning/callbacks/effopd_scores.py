@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from opd_lightning.interfaces import Rollout, Score
+from opd_lightning.interfaces import Problem, Rollout, Score
 from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.objectives import DivergenceObjective
 from opd_lightning.rollouts.answering import Answers, render_prompts
@@ -50,16 +50,29 @@ class _OnFreshRollouts(_MeanOverProcesses):
         self.uids: list[str] = []
         self.tokens = 0
 
-    def answer_prompts(self, trainer: Any, module: OPDModule) -> Answers:
-        """Answer this process's share of the prompts, each sample with its own unchanging seed."""
+    @override
+    def check(self, trainer: Any, module: OPDModule) -> None:
+        self.choose_problems(trainer)
+
+    def choose_problems(self, trainer: Any) -> list[Problem]:
+        """The problems scored on, said once.
+
+        Raises:
+            ValueError: There are not so many.
+        """
         data = trainer.datamodule
-        problems = data.problems_for_scores(self.num_prompts)
+        problems: list[Problem] = data.problems_for_scores(self.num_prompts)
         if not self.uids:
             self.uids = [problem.uid for problem in problems]
             kept_out = "kept out of training" if data.num_reserved >= len(problems) else "also trained on"
             rank_zero_info(
                 f"{type(self).__name__} scores on {len(problems)} prompts, {kept_out}: {', '.join(self.uids)}"
             )
+        return problems
+
+    def answer_prompts(self, trainer: Any, module: OPDModule) -> Answers:
+        """Answer this process's share of the prompts, each sample with its own unchanging seed."""
+        data, problems = trainer.datamodule, self.choose_problems(trainer)
         positions = list(range(len(problems)))[trainer.global_rank :: trainer.world_size]
         prompts = render_prompts(
             module.spec.tokenizer,
@@ -84,7 +97,7 @@ class TaskAccuracy(_OnFreshRollouts):
         num_samples: Answers per prompt.
 
     Raises:
-        ValueError: A number is below 1; at the first score also when there are fewer training prompts.
+        ValueError: A number is below 1; when fit starts also when there are fewer training prompts.
     """
 
     @override
@@ -101,7 +114,7 @@ class TeacherKL(_OnFreshRollouts):
         num_samples: Answers per prompt.
 
     Raises:
-        ValueError: A number is below 1; at the first score also when there are fewer training prompts.
+        ValueError: A number is below 1; when fit starts also when there are fewer training prompts.
     """
 
     @override

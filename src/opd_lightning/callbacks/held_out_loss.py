@@ -30,7 +30,7 @@ class HeldOutLoss(Score):
         num_batches: How many batches to take from the front, over all processes.
 
     Raises:
-        ValueError: `num_batches` is below 1; at the first score also when there are no batches or no such method.
+        ValueError: `num_batches` is below 1; when fit starts also when there are no batches or no such method.
     """
 
     def __init__(
@@ -49,17 +49,29 @@ class HeldOutLoss(Score):
     def __call__(self, trainer: Trainer, module: LightningModule) -> float:
         """Return the negative mean loss over all batches, the same on all processes."""
         loss = self._loss_of(module)
-        if not self._kept:
-            with isolated_rng(seed=0):  # a shuffled loader gives the same batches in a resumed run
-                self._kept = self._read(trainer) if self.batches is None else self._deal(self.batches)
         losses: list[float] = []
-        for batch, counts in self._kept:
+        for batch, counts in self._batches(trainer):
             prepared = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
             value = float(loss(trainer.strategy.batch_to_device(prepared)))
             if counts:
                 losses.append(value)
         everywhere = [value for part in gather_objects(losses) for value in part]
         return -sum(everywhere) / len(everywhere)
+
+    def check(self, trainer: Trainer, module: LightningModule) -> None:
+        """Read the batches and look for the method.
+
+        Raises:
+            ValueError: There are none, or there is none.
+        """
+        self._loss_of(module)
+        self._batches(trainer)
+
+    def _batches(self, trainer: Trainer) -> list[tuple[Any, bool]]:
+        if not self._kept:
+            with isolated_rng(seed=0):  # a shuffled loader gives the same batches in a resumed run
+                self._kept = self._read(trainer) if self.batches is None else self._deal(self.batches)
+        return self._kept
 
     def _loss_of(self, module: LightningModule) -> Callable[[Any], Tensor]:
         if not isinstance(self.loss, str):

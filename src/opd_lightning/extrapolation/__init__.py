@@ -16,6 +16,7 @@ from opd_lightning.extrapolation.weights import (
     AnchoredWeights,
     LoraStep,
     ParameterFilter,
+    check_device,
     select_parameters,
 )
 
@@ -33,6 +34,7 @@ __all__ = [
     "SearchReport",
     "Trial",
     "any_sharded",
+    "check_device",
     "extrapolate_product",
     "isolated_rng",
     "reshard",

@@ -22,6 +22,7 @@ from opd_lightning.extrapolation import (
     ScheduleSpec,
     SearchReport,
     any_sharded,
+    check_device,
     reshard,
     select_parameters,
     undisturbed,
@@ -44,7 +45,8 @@ class EffOPDOptimizer(Optimizer):
     also in eval mode. In a `torch.distributed` program every process calls `step()`, and all take the mean score.
 
     Limits: a state saved through `torch.distributed.checkpoint`'s optimiser helpers loses the entry "effopd". A fused
-    optimiser's own handling of `GradScaler` is switched off: the scaler unscales and skips instead.
+    optimiser's own handling of `GradScaler` is switched off: the scaler unscales and skips instead. LBFGS works (call
+    `step(closure)`), but does not know of the moves: the pair of points it remembers across one is wrong.
 
     Args:
         optimizer: The optimiser to wrap; its parameters are those that may move.
@@ -94,6 +96,7 @@ class EffOPDOptimizer(Optimizer):
             raise ValueError(f"optimizer: expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}.")
         if not callable(score):
             raise ValueError(f"score: expected a function without arguments, got {score!r}.")
+        check_device(anchor_device)
         self.optimizer = optimizer
         self.score = score
         self.parameters = parameters

@@ -24,6 +24,26 @@ _CHUNK = 2**22  # entries per temporary when Delta is measured
 _NUM_SAMPLED = 2**20  # entries of Delta remembered for the cosine with the next one
 
 
+def check_device(anchor_device: torch.device | str | None) -> None:
+    """Refuse a place for the older point that this machine does not have.
+
+    Raises:
+        ValueError: It is no device, or not here.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    num_devices = {"cpu": 1} | ({accelerator.type: torch.accelerator.device_count()} if accelerator else {})
+    try:
+        device = torch.device("cpu" if anchor_device is None else anchor_device)
+    except RuntimeError:
+        device = None  # not even a name of one
+    if device is None or (device.index or 0) >= num_devices.get(device.type, 0):
+        here = ", ".join(repr(kind if n == 1 else f"{kind}:0..{n - 1}") for kind, n in num_devices.items() if n)
+        raise ValueError(
+            f"anchor_device: expected null (beside the weights) or a device of this machine ({here}), got"
+            f" {str(anchor_device)!r}."
+        )
+
+
 def select_parameters(parameters: Iterable[tuple[str, Tensor]], choose: ParameterFilter) -> dict[str, Tensor]:
     """The trainable weights whose names are chosen, in order, tied weights once.
 

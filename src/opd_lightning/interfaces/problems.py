@@ -81,3 +81,10 @@ class Score(ABC):
     @abstractmethod
     def __call__(self, trainer: Any, module: Any) -> float:
         """Return the score of the current weights, higher is better, the same on all ranks."""
+
+    def check(self, trainer: Any, module: Any) -> None:  # noqa: B027 - not every score has something to check
+        """Refuse a run in which the score could not be taken; called on all ranks before anything is trained.
+
+        Raises:
+            ValueError: It could not; the message says what is missing.
+        """

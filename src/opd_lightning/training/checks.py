@@ -6,6 +6,7 @@ says is the teacher's own `preflight`.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -126,12 +127,21 @@ def check_optimizer(make_optimizer: OptimizerCallable, make_lr_scheduler: LRSche
         Their class names and the optimiser's settings, for `check_resume`.
 
     Raises:
-        ValueError: One of them refuses its settings, or the scheduler cannot be stepped without a metric.
+        ValueError: One of them refuses its settings, the optimiser needs a closure, or the scheduler cannot be stepped
+            without a metric.
     """
     try:
         optimizer = make_optimizer([nn.Parameter(torch.zeros(1, 1))])
     except ValueError as error:
         raise ValueError(f"model.optimizer: {error}") from error
+    inner = getattr(optimizer, "optimizer", optimizer)  # EffOPDOptimizer wraps one
+    closure = inspect.signature(inner.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"model.optimizer: {type(inner).__name__} computes the loss several times per step (its step needs a"
+            " closure), but a step here has one gradient. Use an optimiser that needs gradients only, such as"
+            " torch.optim.AdamW."
+        )
     settings = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
     try:
         scheduler = make_lr_scheduler(optimizer) if make_lr_scheduler is not None else None
@@ -143,7 +153,7 @@ def check_optimizer(make_optimizer: OptimizerCallable, make_lr_scheduler: LRSche
             " step. Use another one, such as WarmupDecay."
         )
     return {
-        "model.optimizer": type(getattr(optimizer, "optimizer", optimizer)).__name__,  # EffOPDOptimizer wraps one
+        "model.optimizer": type(inner).__name__,
         "model.optimizer.init_args": settings,
         "model.lr_scheduler": None if scheduler is None else type(scheduler).__name__,
     }
