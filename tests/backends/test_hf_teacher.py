@@ -203,9 +203,25 @@ def test_a_rollout_beyond_the_teachers_context_is_refused(tmp_path, student):
         teacher.score(make_batches()[0][0], EVERYTHING)
 
 
-def test_everything_may_be_asked(tiny_teacher_folder):
-    HFTeacher(str(tiny_teacher_folder)).check(EVERYTHING)
-    BaseModelTeacher().check(EVERYTHING)
+@pytest.mark.parametrize("own_base", [False, True], ids=["HFTeacher", "BaseModelTeacher"])
+def test_whatever_may_be_asked_is_given(tiny_qwen3_folder, tiny_teacher_folder, student, own_base):
+    if own_base:
+        spec, model = lora_student(tiny_qwen3_folder)
+        teacher = BaseModelTeacher()
+        teacher.setup(spec, model, CPU)
+    else:
+        teacher = ready(HFTeacher(str(tiny_teacher_folder)), student)
+    everything = ScoreRequest(top_k=VOCAB_SIZE, arbitrary_ids=True, full_vocabulary=True)
+    teacher.check(everything)
+    (batch,), _ = make_batches()
+    scores = teacher.score(batch, everything)
+    full = scores.full()
+    expected = full.sort(dim=-1, descending=True)
+    ids, values = scores.topk(VOCAB_SIZE)
+    torch.testing.assert_close(values, expected.values)
+    torch.testing.assert_close(full.gather(-1, ids), values)
+    torch.testing.assert_close(scores.at(ids[:, ::2]), values[:, ::2])
+    torch.testing.assert_close(scores.sampled(), full.gather(-1, batch.response_ids[:, None]).squeeze(-1))
 
 
 @pytest.mark.parametrize(

@@ -322,8 +322,19 @@ def test_limited_passes_are_refused(tmp_path, folders):
         run(tmp_path, *folders, limit_train_batches=2)
 
 
-def test_fast_dev_run_works(tmp_path, folders):
-    run(tmp_path, *folders, fast_dev_run=True)
+def test_fast_dev_run_trains_one_step_validates_one_batch_and_writes_nothing(tmp_path, folders):
+    module, recorder = run(
+        tmp_path,
+        *folders,
+        steps=7,
+        fast_dev_run=True,
+        data=make_data(validation_batch_size=2),
+        enable_checkpointing=True,
+    )
+    assert (len(recorder.batches), module.global_step, module.weight_version) == (1, 1, 1)
+    assert any(not torch.equal(weight, recorder.weights[0][name]) for name, weight in weights_of(module).items())
+    assert module.trainer.callback_metrics["val/num_problems"] == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_later_updates_without_a_correction_are_warned_about(tmp_path, folders):
