@@ -1,4 +1,4 @@
-"""The picture of docs/effopd.md: held-out divergence against steps, seconds and tokens."""
+"""The picture of benchmarks/README.md: held-out divergence against steps, seconds and tokens."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -389,6 +389,22 @@ def test_a_checkpoint_without_effopd_starts_the_count_with_a_warning(tmp_path):
     assert [report.step for report in steps.reports] == [1, 2, 4, 8]
 
 
+def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path):
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=4, filename="{step}", save_top_k=-1)
+    fit(tmp_path, Regression(), saver, EffOPD(held_out), max_steps=4)
+    checkpoint = torch.load(tmp_path / "step=4.ckpt", weights_only=True)
+    ends = []
+    for late_comers in ((), ("num_tied", "pause")):
+        for name in late_comers:
+            del checkpoint["effopd"][name]
+        torch.save(checkpoint, tmp_path / "old.ckpt")
+        module, effopd = Regression(), EffOPD(held_out)
+        fit(tmp_path, module, effopd, ckpt_path=tmp_path / "old.ckpt")
+        assert effopd.last_search.step == 8
+        ends.append(weights_of(module))
+    assert same(*ends)
+
+
 def test_validating_a_checkpoint_does_not_touch_the_callback(tmp_path):
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=4, filename="{step}", save_top_k=-1)
     fit(tmp_path, WithValidation(), saver, EffOPD(held_out), max_steps=4)

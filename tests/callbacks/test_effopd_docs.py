@@ -3,9 +3,12 @@
 import re
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
+
+from opd_lightning import EffOPD, EffOPDOptimizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "effopd.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
@@ -51,6 +54,15 @@ def test_the_plain_torch_example(tmp_path):
 
 def test_there_are_no_other_examples():
     assert len(BLOCKS) == 2
+
+
+def test_the_guide_names_every_option():
+    for argument in {*signature(EffOPD).parameters, *signature(EffOPDOptimizer).parameters} - {"optimizer"}:
+        assert f"| `{argument}` |" in PAGE.read_text(), argument
+
+
+def test_the_guide_stays_a_guide():
+    assert len(PAGE.read_text().splitlines()) <= 160
 
 
 def test_the_package_itself_loads_nothing_heavy():

@@ -148,6 +148,22 @@ def test_resume_with_a_search_equals_one_run(tmp_path, tiny_qwen3_folder, tiny_t
     assert all(torch.equal(weight, weights_of(whole)[n]) for n, weight in weights_of(resumed).items())
 
 
+def test_an_accuracy_that_is_0_everywhere_equals_plain_distillation(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
+    class NeverRight(LetterTask):
+        def grade(self, problem, response):
+            return 0.0
+
+    score = TaskAccuracy(num_prompts=4)
+    searched, effopd, _ = fit(
+        tmp_path, tiny_qwen3_folder, tiny_teacher_folder, score, data=make_data(task=NeverRight()), backward=(-0.5,)
+    )
+    assert effopd.last_search.tied
+    module = make_module(tiny_qwen3_folder, tiny_teacher_folder, optimizer=adamw)
+    torch.manual_seed(0)
+    make_trainer(tmp_path, 4).fit(module, make_data(task=NeverRight()))
+    assert all(torch.equal(weight, weights_of(module)[name]) for name, weight in weights_of(searched).items())
+
+
 def test_a_rejected_search_equals_plain_distillation(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
     class NeverBetter(Score):
         def __init__(self):

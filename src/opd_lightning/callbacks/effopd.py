@@ -55,7 +55,8 @@ class EffOPD(Callback):
             the callback started, in steps of the chosen optimiser.
         candidates: Positive multiples of Delta to add to the current weights, in increasing order.
         backward: Negative multiples, tried only when the first candidate fails: averaging with the older point.
-        accept: "not_worse" keeps ties with the best so far (the paper), "better" does not (the authors' code).
+        accept: "not_worse" keeps ties with the best so far (the paper), "better" does not (the authors' code). When
+            all scores of a search tie, nothing moves.
         parameters: Which weights move: a regular expression searched in their names, or a predicate on names; None
             moves all that are trainable when fit starts.
         anchor_device: Where the older point lives; None puts it beside the weights, "cpu" saves device memory.

@@ -55,7 +55,8 @@ class EffOPDOptimizer(Optimizer):
         schedule: "powers_of_two", "adaptive", an integer n (every n steps), or a list of steps.
         candidates: Positive multiples of Delta to add to the current weights, in increasing order.
         backward: Negative multiples, tried only when the first candidate fails.
-        accept: "not_worse" keeps ties with the best so far (the paper), "better" does not (the authors' code).
+        accept: "not_worse" keeps ties with the best so far (the paper), "better" does not (the authors' code). When
+            all scores of a search tie, nothing moves.
         parameters: Which weights move: a regular expression searched in their names, or a predicate on names. Names
             come from `module`, else from the optimiser if it was built with `named_parameters()`, else they are
             "<group>.<index>".
