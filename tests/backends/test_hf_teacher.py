@@ -221,7 +221,7 @@ def test_whatever_may_be_asked_is_given(tiny_qwen3_folder, tiny_teacher_folder, 
     torch.testing.assert_close(values, expected.values)
     torch.testing.assert_close(full.gather(-1, ids), values)
     torch.testing.assert_close(scores.at(ids[:, ::2]), values[:, ::2])
-    torch.testing.assert_close(scores.sampled(), full.gather(-1, batch.response_ids[:, None]).squeeze(-1))
+    torch.testing.assert_close(scores.sampled(), full.gather(-1, batch.tokens.ids[:, None]).squeeze(-1))
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,9 @@ def test_every_score_drives_a_search_and_the_rollouts_stay_on_policy(
     for batch, weights, _ in seen:
         module.student.load_state_dict(weights, strict=False)
         micro_batch = collate(batch.rollouts, 0)
-        logits = module.spec.logits(module.student, module.spec.hidden_states(module.student, micro_batch))
-        log_probs = logits.log_softmax(-1).gather(-1, micro_batch.response_ids[:, None]).squeeze(-1)
-        torch.testing.assert_close(log_probs, micro_batch.rollout_log_probs, rtol=1e-4, atol=1e-4)
+        logits = module.spec.head(module.student)(module.spec.hidden_states(module.student, micro_batch))
+        log_probs = logits.log_softmax(-1).gather(-1, micro_batch.tokens.ids[:, None]).squeeze(-1)
+        torch.testing.assert_close(log_probs, micro_batch.tokens.rollout_log_probs, rtol=1e-4, atol=1e-4)
 
 
 def test_teacher_kl_is_the_reverse_kl_per_token_against_a_full_forward(

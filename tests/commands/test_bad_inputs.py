@@ -576,6 +576,7 @@ CASES = [
         "more prompts for a score than there are",
         r"EffOPD score: 50 prompts were asked for, but there are 8 training problems",
         {"trainer.callbacks": [of_class("EffOPD", score=of_class("TaskAccuracy"))]},
+        loaded=("HFStudent",),  # scores are asked when everything they may read is there; teacher and engine come later
     ),
     bad(
         "negative clipping",
