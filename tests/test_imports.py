@@ -110,3 +110,13 @@ def test_the_package_loads_neither_transformers_nor_vllm(statement):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_every_public_name_can_be_imported_from_the_top():
+    import opd_lightning
+
+    for name in opd_lightning.__all__:
+        assert getattr(opd_lightning, name) is not None
+    assert {"OPDModule", "OPDDataModule", "EffOPD", "EffOPDOptimizer", "DivergenceObjective"} <= set(dir(opd_lightning))
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        opd_lightning.Nothing  # noqa: B018

@@ -357,3 +357,12 @@ def test_only_validation_is_cut_by_its_number_of_problems(tmp_path, folders):
     module = make_module(*folders)
     assert trainer.validate(module, data, verbose=False)[0]["val/num_problems"] == 2
     assert trainer.test(module, data, verbose=False)[0]["test/num_problems"] == 6
+
+
+def test_answers_are_counted_anew_for_another_data_module(tmp_path, folders):
+    module = make_module(*folders)
+    for num_samples in (2, 3):
+        trainer = make_trainer(tmp_path, 1, limit_val_batches=1.0)
+        results = trainer.validate(module, make_data(validation_samples=num_samples), verbose=False)[0]
+        assert f"val/avg_at_{num_samples}" in results
+        assert not any(name.endswith("_at_2") for name in results) or num_samples == 2

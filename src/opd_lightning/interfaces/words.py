@@ -192,7 +192,7 @@ class RolloutBatch:
         weight_version: Version of the student's weights that generated them.
         step: Step of the prompt stream.
         sampling: How they were sampled.
-        seconds: Wall-clock seconds of each part ("sync", "generate", "grade").
+        seconds: Wall-clock seconds of each part ("sync", "generate", "grade"; "wait" for a generation under way).
         staleness: Steps trained since the weights that generated them: 0 on-policy, 1 when generated one step ahead;
             None where others than the student wrote them, or nobody knows.
     """

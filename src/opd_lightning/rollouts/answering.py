@@ -1,7 +1,6 @@
-"""Answer problems with an engine and mark the answers.
+"""From problems to prompts, and from rollouts to marks; `answer` does both around an engine, for held-out problems.
 
-The one place that turns problems into prompts and graded rollouts: training, validation, test, predict and EffOPD
-scores all come here. Does not know Lightning; the caller syncs the engine's weights and enters autocast.
+Does not know Lightning; the caller syncs the engine's weights and enters autocast.
 """
 
 from __future__ import annotations

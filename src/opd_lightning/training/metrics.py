@@ -37,7 +37,7 @@ def add_metrics(needed: ScoreRequest | None, offered: ScoreRequest, k: int) -> S
 class Means(Metric):
     """Named means from (sum, count) pairs, and named maxima, exact over micro-batches and ranks.
 
-    The names are those of the first update after construction; every rank must use the same ones.
+    Names come with the updates, in their order; every rank must use the same ones in the same order.
     """
 
     full_state_update = False

@@ -66,7 +66,8 @@ class OPDModule(PairModule):
             later ones are off-policy: choose an objective with an importance ratio.
         gradient_clip_norm: Clip the global gradient norm; None does not clip.
         max_skipped_steps: A step with a non-finite gradient is skipped; so many in a row stop the run.
-        top_k_metrics: Size of the top-k sets that the overlap metrics compare; 0 leaves the teacher metrics out.
+        top_k_metrics: Size of the top-k sets that the overlap metrics compare; 0 leaves the token metrics out.
+        exact_timings: Wait for the GPU around each part of a step, so that `train/seconds/*` are true.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class OPDModule(PairModule):
         gradient_clip_norm: float | None = 1.0,
         max_skipped_steps: int = 5,
         top_k_metrics: int = 16,
+        exact_timings: bool = True,
     ) -> None:
         reads_facts = token_weighting is not None and bool(token_weighting.reads)
         super().__init__(
@@ -101,6 +103,7 @@ class OPDModule(PairModule):
         self.updates_per_batch = updates_per_batch
         self.gradient_clip_norm = gradient_clip_norm
         self.skipped = SkippedSteps(max_skipped_steps)
+        self.exact_timings = exact_timings
         self.step_metrics = Means()
         self.last_rollouts: list[Rollout] = []
         self.resume_settings: dict[str, Any] = {}  # what a resumed run must share
@@ -112,7 +115,7 @@ class OPDModule(PairModule):
         assert batch.weight_version == self.weight_version or batch.staleness != 0, "these rollouts are not on-policy"
         # dropout must not depend on how often the global generator was used before: a resumed run has used it less
         torch.manual_seed(derive_seed(self.data.seed, "dropout", batch.step, self.global_rank))
-        self.stopwatch = Stopwatch(self.device)
+        self.stopwatch = Stopwatch(self.device, is_exact=self.exact_timings)
         trained: list[TrainedRollout] = []
         for share in self._shares(shape_groups(self.objective, batch.rollouts, self.data.rollouts_per_prompt)):
             trained += self.accumulate_gradients(self.make_micro_batches(share))

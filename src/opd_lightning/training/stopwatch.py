@@ -11,10 +11,17 @@ import torch
 
 
 class Stopwatch:
-    """Adds up wall-clock seconds per named part; waits for the GPU at both ends so that the parts are true."""
+    """Adds up wall-clock seconds per named part.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: Where the work is done.
+        is_exact: Wait for the GPU at both ends, so that the parts are true. Without waiting they tell when work was
+            handed over, and the GPU may run ahead.
+    """
+
+    def __init__(self, device: torch.device, *, is_exact: bool = True) -> None:
         self.device = device
+        self.is_exact = is_exact
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -29,5 +36,5 @@ class Stopwatch:
             self.seconds[part] += time.perf_counter() - started
 
     def _wait(self) -> None:
-        if self.device.type == "cuda":
+        if self.is_exact and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

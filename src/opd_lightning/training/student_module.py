@@ -86,6 +86,7 @@ class StudentModule(LightningModule):
         """Make the engine ready, and have it look at the weights again: averaged ones may be swapped in unannounced."""
         if self.trainer.state.fn != "fit":
             self.data.connect(self, self.device)
+        self.answer_metrics.clear()  # another data module may ask for another number of answers
         self.data.invalidate()
 
     on_test_start = on_predict_start = on_validation_start
