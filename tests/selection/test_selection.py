@@ -197,6 +197,7 @@ def test_mixture_state_of_other_sources_is_refused():
     ("filters", "kept"),
     [
         ({"where": {"level": 1}}, [1, 5, 9, 13, 17]),
+        ({"where": {"level": {">": 0, "<": 2}}}, [1, 5, 9, 13, 17]),
         ({"where": {"level": ["0", 2], "meta.language": "de"}, "max_prompt_characters": 8}, [0, 2, 4, 6]),
         ({}, list(range(20))),
     ],

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from opd_lightning.tasks import marking
 from opd_lightning.tasks.marking import AnswerChecker
 
 HANGS = "9^{9^{9^9}}"
@@ -36,6 +38,10 @@ def wait_until_gone(pid, seconds=10):
     while is_alive(pid):
         assert time.monotonic() < deadline, f"process {pid} is still there"
         time.sleep(0.05)
+
+
+def children_of(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def worker_pid(checker):
@@ -76,17 +82,24 @@ def test_algebra(shared_checker, reference, answer, equal):
 def shared_checker():
     checker = AnswerChecker()
     yield checker
-    assert checker.num_replaced == 0
     checker.close()
 
 
 def test_all_pairs_are_marked_and_equal_pairs_once(shared_checker, monkeypatch):
     asked = []
-    ask = AnswerChecker.equal
-    monkeypatch.setattr(AnswerChecker, "equal", lambda self, *pair: asked.append(pair) or ask(self, *pair))
+    ask = AnswerChecker._ask
+    monkeypatch.setattr(
+        AnswerChecker, "_ask", lambda self, pairs, *rest: asked.extend(pairs) or ask(self, pairs, *rest)
+    )
     references, answers = ["x+1", "4", "x+1", "x+1"], ["1+x", "4", "1+x", "2+x"]
     assert shared_checker.equal_all(references, answers) == [True, True, True, False]
-    assert len(asked) == 3
+    assert asked == [("x+1", "1+x"), ("x+1", "2+x")]
+
+
+def test_many_pairs_keep_their_order(shared_checker):
+    numbers = range(40)
+    verdicts = shared_checker.equal_all([f"x+{n}" for n in numbers], [f"{n + n % 3 // 2}+x" for n in numbers])
+    assert verdicts == [n % 3 != 2 for n in numbers]
 
 
 @pytest.mark.slow
@@ -121,29 +134,86 @@ def test_hostile_answers_are_wrong_in_bounded_time(checker, answer):
 
 
 @pytest.mark.slow
-def test_overrunning_process_is_replaced_with_one_warning(checker):
-    with pytest.warns(UserWarning, match="did not finish with the answer '9\\^") as warned:
-        verdicts = [checker.equal("5", HANGS) for _ in range(2)]
-    assert verdicts == [False, False]
-    assert checker.num_replaced == 2
+def test_unfinished_answers_are_wrong_with_one_warning_and_cost_the_others_nothing(checker):
+    assert checker.equal("x+1", "1+x")
+    pid = worker_pid(checker)
+    match = r"did not finish with 1 answers \(first: '9\^.*grade 0.* Each had 0.5 s"
+    with pytest.warns(UserWarning, match=match) as warned:
+        assert checker.equal_all(["5", "x+1", "5"], [HANGS, "1+x", HANGS]) == [False, True, False]
+        assert not checker.equal("5", HANGS + "+1")
     assert len(warned) == 1
+    assert worker_pid(checker) == pid
+    assert children_of(pid) == []
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:math-verify did not finish")
-def test_killed_process_is_replaced(checker):
+def test_slow_answers_share_the_time_of_a_step():
+    checker = AnswerChecker(seconds_per_answer=60, seconds_per_step=1.5, num_processes=2)
+    answers = [f"{n}^{{9^{{9^9}}}}" for n in range(2, 5)]
+    match = "3 answers .*count as wrong.*3 slow answers had to share task.seconds_per_step=1.5, 0.5 s each"
+    for _ in range(2):  # said every time: the setting can be raised
+        with pytest.warns(UserWarning, match=match):
+            assert checker.equal_all(["5"] * 3 + ["x+1"], [*answers, "1+x"]) == [False] * 3 + [True]
+    checker.close()
+
+
+def test_killed_process_is_replaced_and_its_answers_marked_again(checker):
     assert checker.equal("x+1", "1+x")
     os.kill(worker_pid(checker), signal.SIGKILL)
-    checker.equal("x+1", "1+x")
     assert checker.equal("x+1", "1+x")
+
+
+def test_a_process_that_is_killed_again_and_again_is_an_error(monkeypatch, tmp_path):
+    dying = tmp_path / "marking_worker.py"
+    dying.write_text("""print('"ready"', flush=True); input()""")
+    monkeypatch.setattr("opd_lightning.tasks.marking._WORKER_SCRIPT", dying)
+    with pytest.raises(RuntimeError, match=r"was killed twice while it marked 1 answers\..*fewer task\.num_processes"):
+        AnswerChecker().equal("x+1", "1+x")
+
+
+def test_an_interrupted_question_is_not_answered_later(checker, monkeypatch):
+    assert checker.equal("x+1", "1+x")
+    pid = worker_pid(checker)
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checker._worker, "_next_reply", interrupted)
+        checker.equal("x+1", "2+x")
+    assert not is_alive(pid)
+    assert checker.equal("x+1", "1+x")
+
+
+SIDE_BY_SIDE = """
+import os, runpy, sys
+mark_all = runpy.run_path({worker!r})["mark_all"]
+
+def meet(mode, path):  # a pipe with a name opens only once both of its ends are held
+    with open(path, mode):
+        return mode == "rb"
+
+print(mark_all(meet, [["rb", {fifo!r}], ["wb", {fifo!r}]] * 2, 5.0, 1, 2))
+"""
+
+
+def test_answers_are_marked_side_by_side(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    worker = Path(marking.__file__).with_name("marking_worker.py")
+    script = SIDE_BY_SIDE.format(worker=str(worker), fifo=str(tmp_path / "fifo"))
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.read() == "[True, False, True, False]\n"
 
 
 def test_signals_to_the_whole_job_do_not_end_it(checker):
     assert checker.equal("x+1", "1+x")
+    pid = worker_pid(checker)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        os.kill(worker_pid(checker), number)
+        os.kill(pid, number)
     assert checker.equal("x+1", "1+x")
-    assert checker.num_replaced == 0
+    assert worker_pid(checker) == pid
 
 
 def test_a_process_that_cannot_start_is_an_error(monkeypatch, tmp_path):
@@ -214,15 +284,22 @@ def test_end_of_the_interpreter_ends_the_process():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("then", ["sys.stdin.read()", f"checker.equal('5', '{HANGS}')"], ids=["idle", "busy"])
-def test_process_does_not_outlive_a_killed_trainer(then):
-    script = MARK_AND_REPORT.format(seconds=1.5, then=then)
+def test_process_and_forks_do_not_outlive_a_killed_trainer(then, number):
+    script = MARK_AND_REPORT.format(seconds=1000, then=then)
     with subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script], stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, text=True
     ) as trainer:
         pid = int(trainer.stdout.readline())
-        trainer.kill()
-    wait_until_gone(pid)
+        deadline, forks = time.monotonic() + 30, []
+        while HANGS in then and not forks:
+            assert time.monotonic() < deadline, "nothing is marked"
+            forks = children_of(pid)
+            time.sleep(0.05)
+        trainer.send_signal(number)
+    for process in (pid, *forks):
+        wait_until_gone(process)
 
 
 def test_marking_process_loads_no_torch_and_import_loads_no_math_verify():

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from opd_lightning.interfaces import Problem, Task
+from opd_lightning.interfaces import Problem, Rollout, Task
 from opd_lightning.tasks import DataSource, MathTask
 from opd_lightning.tasks.repeats import find_repeats
 
@@ -27,6 +28,12 @@ def write(tmp_path):
 
 def problem(answer):
     return Problem("p", ({"role": "user", "content": "?"},), answer)
+
+
+def answers(problems, responses):
+    empty = torch.zeros(0, dtype=torch.int64)
+    pairs = zip(problems, responses, strict=True)
+    return [Rollout(problem, empty, empty, torch.zeros(0), True, 0, text) for problem, text in pairs]
 
 
 def test_chat_form(write):
@@ -87,7 +94,9 @@ def test_splits_and_several_sources(write):
     [
         ({"accept": "anything"}, r"task\.accept: expected 'box', 'marked' or 'last_number', got 'anything'"),
         ({"suffix": "in \boxed{}"}, r"task\.suffix contains a backspace character: YAML .* single quotes"),
-        ({"seconds_per_answer": -1}, r"seconds_per_answer: expected a positive number of seconds, got -1"),
+        ({"seconds_per_answer": -1}, r"task\.seconds_per_answer: expected a positive number of seconds, got -1"),
+        ({"seconds_per_step": 0}, r"task\.seconds_per_step: expected a positive number of seconds, got 0"),
+        ({"num_processes": 0}, r"task\.num_processes: expected an integer of at least 1, got 0"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -95,10 +104,33 @@ def test_bad_settings(settings, message):
         MathTask(DataSource("a.jsonl"), **settings)
 
 
-def test_a_reference_without_a_final_answer_is_refused(write):
+def test_a_reference_without_a_final_answer_is_left_out_or_refused(write):
     path = write([("a", "1"), ("b", "first this, then that " * 50)])
-    with pytest.raises(ValueError, match=r"sums/train/1: expected a final answer of 1 to 500 characters .* got 1099\."):
-        MathTask(path).problems("train")
+    with pytest.warns(UserWarning, match=r"1 of 2 rows .*line 2, column 'answer': expected a final answer of 1 to 500"):
+        assert [p.uid for p in MathTask(path).problems("train")] == ["sums/train/0"]
+    with pytest.raises(ValueError, match=r"line 2, .*: expected a final answer of 1 to 500 characters .* got 1099\."):
+        MathTask(replace(path, strict=True)).problems("train")
+
+
+def test_raw_questions_stay_as_they_are(write):
+    source = replace(write([("Q: 1+1?\nA: ", "2")]), raw=True)
+    (asked,) = MathTask(source).problems("train")
+    assert asked.messages == ({"role": "raw", "content": "Q: 1+1?\nA: "},)
+    with pytest.raises(ValueError, match=r"task\.system_prompt: .*sums\.jsonl is raw, and raw prompts have no system"):
+        MathTask(source, system_prompt="Be brief.")
+
+
+def test_answers_in_several_parts_are_right_in_any_order(write):
+    (asked,) = MathTask(write([("x^2 = 4x - 3?", ["1", "$3$"])])).problems("train")
+    responses = [r"\boxed{3, 1}", r"\boxed{1,3}", r"\boxed{1 \text{ and } 3}", r"\boxed{1}", r"\boxed{1,2}"]
+    assert MathTask().grade_rollouts(answers([asked] * 5, responses)) == [1, 1, 1, 0, 0]
+
+
+def test_a_source_without_answers_is_refused(write):
+    with pytest.raises(
+        ValueError, match=r"MathTask marks answers, but source\.answer of .*sums\.jsonl is null\..*PromptT"
+    ):
+        MathTask(validation=replace(write([("a", "1")]), answer=None))
 
 
 def test_repeats_are_reported_and_left_out_when_asked_for(write):
@@ -139,7 +171,7 @@ def test_no_warning_without_repeats(write):
 def test_what_counts_as_an_answer(accept, grades):
     responses = [r"\boxed{025}", "#### 25", "The answer is 25.0.", "5 * 5 = $25.00", "no idea"]
     task = MathTask(accept=accept)
-    assert task.grade_all([problem("25")] * 5, responses) == grades
+    assert task.grade_rollouts(answers([problem("25")] * 5, responses)) == grades
 
 
 def test_grades_are_one_or_zero():
@@ -148,7 +180,7 @@ def test_grades_are_one_or_zero():
     assert task.grade(problem("142"), r"\boxed{143}") == 0.0
     assert task.grade(problem("142"), "") == 0.0
     assert task.grade(problem("x+1"), r"\boxed{1+x}") == 1.0
-    assert task.grade_all([], []) == []
+    assert task.grade_rollouts([]) == []
 
 
 def test_task_survives_pickling_after_marking(write):
@@ -186,6 +218,31 @@ def test_task_is_built_from_yaml_and_printed_back(write, tmp_path):
     assert task.problems("train")[0].messages[-1]["content"] == r"a Put it in \boxed{}."
 
 
+def test_conditions_and_joined_questions_come_from_yaml_and_flags(tmp_path):
+    from jsonargparse import ArgumentParser
+
+    rows = [{"Body": "Tom has 3 pens.", "Question": f"And {n}?", "level": n, "answer": str(n)} for n in range(5)]
+    (tmp_path / "pens.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "task.yaml").write_text(
+        f"""
+class_path: MathTask
+init_args:
+  suffix: null
+  train: {{path: '{tmp_path}/pens.jsonl', question: '{{Body}} {{Question}}', where: {{level: {{'>=': 2, '!=': 3}}}}}}
+"""
+    )
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Task, "task")
+    arguments = parser.parse_args([f"--task={tmp_path / 'task.yaml'}"])
+    task = parser.instantiate(parser.parse_string(parser.dump(arguments, skip_unset=False))).task
+    assert [p.messages[0]["content"] for p in task.problems("train")] == [f"Tom has 3 pens. And {n}?" for n in (2, 4)]
+    flags = [f"--task.train.path={tmp_path}/pens.jsonl", "--task.train.question={Body} {Question}"]
+    task = parser.instantiate(
+        parser.parse_args(["--task=PromptTask", *flags, "--task.train.where", '{"level": 1}'])
+    ).task
+    assert [p.messages[0]["content"] for p in task.problems("train")] == ["Tom has 3 pens. And 1?"]
+
+
 def test_task_is_built_from_flags(write):
     from jsonargparse import ArgumentParser
 
@@ -208,8 +265,8 @@ def test_gsm8k_references_mark_themselves_right_and_their_neighbours_wrong():
     formats = [r"So it is \boxed{%s}.", "#### %s", "The final answer is $%s$.", r"\boxed{%s.00}", r"\boxed{\$%s}"]
     right = [rng.choice(formats) % value for value in values]
     wrong = [rng.choice(formats) % (value + rng.choice([-10, -1, 1, 10])) for value in values]
-    assert all(task.grade_all(problems, right))
-    assert not any(task.grade_all(problems, wrong))
+    assert all(task.grade_rollouts(answers(problems, right)))
+    assert not any(task.grade_rollouts(answers(problems, wrong)))
     assert task._checker._worker is None
 
 
@@ -219,7 +276,7 @@ def test_gsm8k_solutions_mark_themselves_right_whatever_the_question_asks_for():
     solutions = [json.loads(line)["answer"] for line in (GSM8K / "train.jsonl").open()]
     task = MathTask(DataSource(str(GSM8K / "train.jsonl")))
     problems = task.problems("train")
-    assert all(task.grade_all(problems, solutions))
+    assert all(task.grade_rollouts(answers(problems, solutions)))
     # expressions that a model may leave unfinished go to math-verify
     some = random.Random(1).sample(range(len(problems)), 100)
     values = {index: int(problems[index].answer.replace(",", "")) for index in some}

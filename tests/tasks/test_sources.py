@@ -225,19 +225,113 @@ GOOD_LINE = '{"question": "1+1?", "answer": "2"}\n'
         ("sums.jsonl", '{"question": "1", "answer": NaN}', r"the reference answer is empty"),
         (
             "sums.jsonl",
-            '{"question": "1", "answer": ["2"]}',
-            r"expected text or a number as the reference answer, got \['2'\]",
+            '{"question": "1", "answer": {"value": "2"}}',
+            r"line 1, column 'answer': expected text, a number or a list .*, got {.*} \(dict\)\. Dots step into it,"
+            r" such as source\.answer: answer\.value\.",
         ),
         (
             "sums.jsonl",
-            '{"question": "1", "answer": true}',
-            r"expected text or a number as the reference answer, got True",
+            '{"question": "1", "answer": [["2"]]}',
+            r"expected text, a number or a list of those .*got \[\['2",
         ),
+        ("sums.jsonl", '{"question": "1", "answer": []}', r"expected text, a number or a list of those .*got \[\]"),
+        ("sums.jsonl", '{"question": "1", "answer": ["2", null]}', r"the reference answer is empty"),
+        ("sums.jsonl", '{"question": "1", "answer": true}', r"expected text, a number or a list .*, got True"),
     ],
 )
 def test_bad_files(raw, name, content, message):
     with pytest.raises(ValueError, match=message):
-        load_problems(DataSource(raw(content, name)), "train")
+        load_problems(DataSource(raw(content, name), strict=True), "train")
+
+
+BAD_ROWS = [
+    {"question": "1+1?", "answer": ""},
+    {"question": "1+1?", "answer": {"value": "2"}},
+    {"question": None, "answer": "2"},
+    {"answer": "2"},
+]
+
+
+@pytest.mark.parametrize("row", BAD_ROWS)
+def test_a_bad_row_does_not_cost_the_file(data, row):
+    with pytest.warns(
+        UserWarning, match=r"1 of 4 rows cannot be used and are left out \(line 2.*strict: true"
+    ) as warned:
+        problems = load_problems(DataSource(data([ROWS[0], row, *ROWS[1:]])), "train")
+    assert [problem.uid for problem in problems] == ["sums/train/0", "sums/train/2", "sums/train/3"]
+    assert len(warned) == 1
+
+
+def test_bad_rows_are_counted_with_three_examples(data):
+    rows = [*ROWS, *BAD_ROWS]
+    with pytest.warns(UserWarning, match="4 of 7 rows") as warned:
+        assert len(load_problems(DataSource(data(rows)), "train")) == 3
+    text = str(warned[0].message)
+    assert [f"line {line}" in text for line in (4, 5, 6, 7)] == [True, True, True, False]
+    assert "; ...)" in text
+
+
+def test_rows_that_are_not_even_rows_are_left_out_too(raw):
+    lines = [GOOD_LINE, "[1]\n", '{"question": "1\n', GOOD_LINE]
+    with pytest.warns(UserWarning, match=r"2 of 4 rows .*line 2: expected an object.*line 3: expected one JSON object"):
+        problems = load_problems(DataSource(raw("".join(lines))), "train")
+    assert [problem.uid for problem in problems] == ["sums/train/0", "sums/train/3"]
+    with pytest.warns(UserWarning, match=r"1 of 2 rows .*line 3: expected 2 cells"):
+        assert len(load_problems(DataSource(raw("question,answer\n1,1\n2\n", "sums.csv")), "train")) == 1
+
+
+def test_a_file_of_bad_rows_is_refused(data):
+    with pytest.raises(ValueError, match=r"none of its 4 rows can be used\. The first of 4 faults: line 1, column"):
+        load_problems(DataSource(data(BAD_ROWS)), "train")
+
+
+def test_the_remedies_of_a_strict_file_exist(data):
+    path = data([*ROWS, BAD_ROWS[0]])
+    with pytest.raises(ValueError, match=r"line 4, column 'answer': the reference answer is empty\. Mend the row, "):
+        load_problems(DataSource(path, strict=True), "train")
+    source = DataSource(path, strict=True, where={"answer": {"empty": False}})
+    assert len(load_problems(source, "train")) == 3
+
+
+@pytest.mark.parametrize(("answer", "read"), [(["2"], "2"), (["2", 3.5], "2, 3.5"), (7, "7")])
+def test_list_answers(data, answer, read):
+    (problem,) = load_problems(DataSource(data([{"question": "?", "answer": answer}])), "train")
+    assert problem.answer == read
+
+
+def test_one_of_several_answers_is_named_by_its_place(data):
+    path = data([{"question": "?", "answers": ["4", "four"]}])
+    (problem,) = load_problems(DataSource(path, answer="answers.0"), "train")
+    assert problem.answer == "4"
+
+
+def test_questions_are_joined_from_columns(data):
+    rows = [{"Body": "Tom has 3 {red} pens.", "meta": {"Question": "How many?"}, "n": 2, "answer": "3"}]
+    source = DataSource(data(rows), question="{{{n}}} {Body} {meta.Question}\nAnswer:")
+    (problem,) = load_problems(source, "train")
+    assert problem.messages[0]["content"] == "{2} Tom has 3 {red} pens. How many?\nAnswer:"
+    assert set(problem.columns) == {"Body", "meta", "n"}
+    with pytest.raises(ValueError, match=r"there is no column 'Boddy'; available: Body, .* source\.question"):
+        load_problems(DataSource(data(rows), question="{Boddy} {n}"), "train")
+    with pytest.raises(ValueError, match=r"column 'meta': expected text or a number, got {'Question'"):
+        load_problems(DataSource(data(rows), question="{Body} {meta}"), "train")
+
+
+def test_raw_questions_are_the_prompt(data):
+    rows = [{"question": " Q: 1+1?\nA: ", "answer": "2"}]
+    (problem,) = load_problems(DataSource(data(rows), raw=True), "train")
+    assert problem.messages == ({"role": "raw", "content": " Q: 1+1?\nA: "},)
+    rows = [{"question": [{"role": "user", "content": "1+1?"}], "answer": "2"}]
+    with pytest.raises(ValueError, match=r"expected text, since source\.raw is on, got \[\{"):
+        load_problems(DataSource(data(rows), raw=True), "train")
+
+
+def test_sources_without_answers(data):
+    path = data([{"question": "a", "answer": {"any": 1}}, {"question": "b"}])
+    for source, read_answer in ((DataSource(path), None), (DataSource(path, answer=None), str.strip)):
+        problems = load_problems(source, "train", read_answer)
+        assert [problem.answer for problem in problems] == [None, None]
+        assert problems[0].columns == {"answer": {"any": 1}}
 
 
 def test_missing_file_names_where_it_was_looked_for(tmp_path, monkeypatch):
@@ -275,6 +369,19 @@ def test_rows_that_filters_leave_out_may_be_broken(data):
             {"path": "a.jsonl", "split": "train"},
             r"source\.split and source\.config belong to hub data sets.*use `where`",
         ),
+        ({"path": "a.jsonl", "question": "{a"}, r"source\.question: '\{a' has braces that do not fit"),
+        (
+            {"path": "a.jsonl", "question": "{}"},
+            r"source\.question: expected names of columns in braces, .* got '\{\}'",
+        ),
+        ({"path": "a.jsonl", "question": "{a:2}"}, r"source\.question: expected names of columns in braces"),
+        (
+            {"path": "a.jsonl", "where": {"level": {"=>": 3}}},
+            r"source\.where: column 'level': expected a value, a list of values, or conditions out of '<', .*'=>': 3",
+        ),
+        ({"path": "a.jsonl", "where": {"level": {}}}, r"column 'level': expected .* got \{\}"),
+        ({"path": "a.jsonl", "where": {"level": {"empty": 1}}}, r"'level': expected empty: true or false, got 1"),
+        ({"path": "a.jsonl", "where": {"level": {">": [1]}}}, r"'level': expected a number or text after >, got \[1\]"),
         ({"path": "a.jsonl", "name": "a/b"}, r"source\.name: expected a name without slashes, got 'a/b'"),
     ],
 )
@@ -294,3 +401,45 @@ def test_dotted_columns():
     assert not matches(row, {"a.b": [2, 3]})
     assert not matches(row, {"d": None})
     assert not matches({"a": math.nan}, {"a": 1})
+    assert look_up({"a": [{"b": 1}]}, "a.0.b") == 1
+    assert look_up({"a": [1]}, "a.1") is MISSING
+
+
+@pytest.mark.parametrize(
+    ("value", "condition", "met"),
+    [
+        (3, {">=": 3}, True),
+        (3, {">": 3}, False),
+        (3, {">": 1, "<": 5}, True),
+        (7, {">": 1, "<": 5}, False),
+        ("10", {">": "9"}, True),  # a CSV file holds numbers as text
+        ("10", {"<=": 9}, False),
+        ("2024-05-01", {">=": "2024-01-01"}, True),
+        ("many", {">": 1}, False),
+        (None, {">": 1}, False),
+        (math.nan, {"<": 1}, False),
+        ("de", {"!=": "en"}, True),
+        ("de", {"!=": ["en", "de"]}, False),
+        (1, {"!=": "1"}, False),
+        (None, {"!=": "en"}, True),
+        (" ", {"empty": True}, True),
+        (None, {"empty": True}, True),
+        (math.nan, {"empty": True}, True),
+        ([], {"empty": True}, True),
+        (0, {"empty": True}, False),
+        ("x", {"empty": False}, True),
+        ("", {"empty": False}, False),
+        (MISSING, {"empty": True}, True),
+        (MISSING, {"empty": False}, False),
+        (MISSING, {"!=": "en"}, False),
+        (MISSING, {"<": 1}, False),
+    ],
+)
+def test_conditions(value, condition, met):
+    assert matches({} if value is MISSING else {"a": value}, {"a": condition}) is met
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+def test_conditions_select_alike_in_every_format(data, ending):
+    source = DataSource(data(ROWS, ending), where={"level": {"<": 2}, "language": {"!=": "en"}})
+    assert [problem.answer for problem in load_problems(source, "train")] == ["6"]

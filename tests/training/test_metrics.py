@@ -63,6 +63,16 @@ def test_partial_credit_counts_in_avg_but_does_not_pass():
     assert metric.compute()["pass_at_1"] == 0
 
 
+def test_answers_that_nobody_marks_have_lengths_only():
+    metric = AnswerMetrics(num_samples=2)
+    metric.update([[rollout(math.nan), rollout(math.nan, length=4)]])
+    assert metric.compute() == {"response_length": 3, "truncation_rate": 0, "num_problems": 1}
+    means = Means()
+    means.update(rollout_statistics([rollout(math.nan)]))
+    assert "accuracy" not in means.compute()
+    assert means.compute()["response_length"] == 2
+
+
 def test_repetition_rate_counts_repeated_ngrams():
     assert repetition_rate(torch.arange(20), ngram=4) == 0
     assert repetition_rate(torch.tensor([1, 2] * 5), ngram=2) == pytest.approx(1 - 2 / 9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def answer_record(rollout: Rollout) -> dict[str, Any]:
         "messages": [dict(message) for message in rollout.problem.messages],
         "reference": rollout.problem.answer,
         "response": rollout.text,
-        "reward": rollout.reward,
+        "reward": None if math.isnan(rollout.reward) else rollout.reward,  # JSON has no NaN
         "finished": rollout.finished,
         "num_tokens": len(rollout.response_ids),
         "seed": rollout.seed,

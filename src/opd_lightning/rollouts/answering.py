@@ -21,6 +21,7 @@ from opd_lightning.interfaces import (
     Tokenizer,
 )
 from opd_lightning.randomness import derive_seed
+from opd_lightning.rollouts.task_checks import check_grades
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,14 @@ def render_prompts(
 
 
 def grade(task: Task, rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The same rollouts with their rewards; a task without answers leaves these NaN."""
+    """The same rollouts with their rewards; a task without answers leaves these NaN.
+
+    Raises:
+        ValueError: What the task gave are not grades.
+    """
     if not task.is_graded:
         return list(rollouts)
-    rewards = task.grade_rollouts(rollouts)
+    rewards = check_grades(task, rollouts, task.grade_rollouts(rollouts))
     return [rollout.graded(reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
 
 

@@ -9,6 +9,7 @@ import torch
 from opd_lightning.interfaces import Problem, Sampling, Split, Task, Tokenizer
 from opd_lightning.rollouts.answering import resolve_stop_ids
 from opd_lightning.rollouts.prompt_limits import keep_fitting
+from opd_lightning.rollouts.task_checks import check_problems
 
 
 def read_problems(
@@ -35,10 +36,9 @@ def read_problems(
         drop: Leave long ones out with a warning instead of refusing.
 
     Raises:
-        ValueError: There are none, some are too long, or a stop id is no token.
+        ValueError: There are none, they are not what a task must give, some are too long, or a stop id is no token.
     """
-    problems = task.problems(split)
-    check_not_empty(problems, type(task).__name__, split)
+    problems = check_problems(task, split)
     resolve_stop_ids(tokenizer, sampling)
     return keep_fitting(
         problems,
@@ -80,14 +80,3 @@ def without_reserved(problems: Sequence[Problem], reserved: Sequence[Problem]) -
             f"data.num_reserved={len(reserved)} leaves none of the {len(problems)} training problems. Lower it."
         )
     return left
-
-
-def check_not_empty(problems: Sequence[Problem], task: str, split: str) -> None:
-    """Refuse a split without problems.
-
-    Raises:
-        ValueError: It is one.
-    """
-    if not problems:
-        skip = " or set trainer.limit_val_batches: 0" if split == "validation" else ""
-        raise ValueError(f"data.task: {task} has no problems in its {split!r} split. Give it some{skip}.")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from opd_lightning.interfaces import Problem, PromptOutcome, PromptSelector
-from opd_lightning.interfaces.columns import look_up, matches
+from opd_lightning.interfaces.columns import check_where, look_up, matches
 from opd_lightning.selection.passes import Shuffled, check_num_problems
 
 
@@ -34,6 +34,7 @@ class Filtered(PromptSelector):
             )
         self.inner = inner if inner is not None else Shuffled()
         self.where = where or {}
+        check_where(self.where, "selector")
         self.max_prompt_characters = max_prompt_characters
 
     def setup(self, problems: Sequence[Problem], seed: int) -> None:

@@ -2,15 +2,15 @@ r"""`MathTask`: questions with a final answer that math-verify can check, from f
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from opd_lightning.interfaces import Message, Problem, Split, Task
+from opd_lightning.interfaces import Problem, Rollout, Split, Task
 from opd_lightning.tasks.answers import MAX_ANSWER_CHARACTERS, AnswerForm, find_answer, read_reference
 from opd_lightning.tasks.marking import AnswerChecker
 from opd_lightning.tasks.repeats import report_repeats
-from opd_lightning.tasks.sources import DataSource, load_problems
+from opd_lightning.tasks.sources import DataSource, UnusableRow
+from opd_lightning.tasks.splits import SplitSources, is_raw, with_system_prompt
 
 BOXED_SUFFIX = r"Please reason step by step, and put your final answer within \boxed{}."
 
@@ -24,8 +24,8 @@ class MathTask(Task):
 
     A response is marked by the last complete box; `accept` says what else counts. Answers are equal when they are the
     same number or text (``025`` is 25, ``142.0`` is 142, ``$1,234`` is 1234, 70% is 70 and 0.7, units in words are
-    ignored), or when math-verify finds them equal within `seconds_per_answer`; see `AnswerChecker`. Answers longer than
-    500 characters are wrong.
+    ignored), or when math-verify finds them equal in time; see `AnswerChecker`. Answers longer than 500 characters are
+    wrong. An answer of several parts (a list in the data) is right when all parts are there, in any order.
 
     Repeated questions, and questions whose answers differ, are reported as warnings. Dropping them concerns the
     training split only: benchmarks stay as they were published.
@@ -36,6 +36,7 @@ class MathTask(Task):
         test: The same for testing; prediction uses it too.
         system_prompt: Text of a system message put first.
         suffix: Added to every question after a space (none when it begins with white space itself); None adds nothing.
+            Raw prompts (`DataSource.raw`) stay as they are.
         strip: Instructions to remove from the start or the end of the questions before the suffix is added, such as the
             wrapper a data set came with. The suffix is always among them, also with its braces doubled.
         accept: Least explicit form of an answer that counts: "box" only a box (the rule of most published numbers);
@@ -43,10 +44,13 @@ class MathTask(Task):
             marks some cut-off reasoning right by luck.
         drop_duplicates: Train only on the first of the problems with the same question and answer.
         drop_contradictions: Do not train on questions that occur with different answers.
-        seconds_per_answer: Processor time that math-verify may spend on one answer.
+        seconds_per_answer: Most processor time that math-verify may spend on one answer; an unfinished one is wrong.
+        seconds_per_step: Processor time for all slow answers of a step or validation batch together (those that need
+            more than a quarter of a second); they share it evenly, and a warning says how many did not get enough.
+        num_processes: Answers that math-verify marks side by side.
 
     Raises:
-        ValueError: A setting is out of range; from `problems`, a source cannot be read.
+        ValueError: A setting is out of range, or a source has no answers; from `problems`, a source cannot be read.
     """
 
     def __init__(
@@ -61,6 +65,8 @@ class MathTask(Task):
         drop_duplicates: bool = False,
         drop_contradictions: bool = False,
         seconds_per_answer: float = 3.0,
+        seconds_per_step: float = 60.0,
+        num_processes: int = 8,
     ) -> None:
         if accept not in ("box", "marked", "last_number"):
             raise ValueError(f"task.accept: expected 'box', 'marked' or 'last_number', got {accept!r}.")
@@ -70,14 +76,20 @@ class MathTask(Task):
                     rf"task.{name} contains a backspace character: YAML reads \b in double quotes as one, so"
                     r' "\boxed{}" loses its start. Use single quotes or no quotes.'
                 )
-        self._sources = {"train": _as_sources(train), "validation": _as_sources(validation), "test": _as_sources(test)}
+        self._sources = SplitSources(train, validation, test)
+        self._sources.check_system_prompt(system_prompt)
+        if without := [source.path for source in self._sources if source.answer is None]:
+            raise ValueError(
+                f"task: MathTask marks answers, but source.answer of {without[0]} is null. Name the column with the"
+                " answers, or use PromptTask."
+            )
         self.system_prompt = system_prompt
         self.suffix = suffix or ""
         self.strip = _longest_first([*(strip or ()), self.suffix, self.suffix.replace("{}", "{{}}")])
         self.accept: AnswerForm = accept
         self.drop_duplicates = drop_duplicates
         self.drop_contradictions = drop_contradictions
-        self._checker = AnswerChecker(seconds_per_answer)
+        self._checker = AnswerChecker(seconds_per_answer, seconds_per_step, num_processes)
 
     def problems(self, split: Split) -> list[Problem]:
         """Read the problems of a split, source after source in file order; none when the split has no source.
@@ -85,12 +97,7 @@ class MathTask(Task):
         Raises:
             ValueError: A source cannot be read, or two sources of the split have the same name.
         """
-        split = "test" if split == "predict" else split
-        sources = self._sources[split]
-        repeated = [name for name, count in Counter(source.label for source in sources).items() if count > 1]
-        if repeated:
-            raise ValueError(f"task.{split}: several sources are called {repeated[0]!r}. Give each its own `name`.")
-        problems = [self._ask(problem) for source in sources for problem in load_problems(source, split)]
+        problems = [self._ask(problem) for problem in self._sources.read(split, _final_answer)]
         training = split == "train"
         return report_repeats(
             problems,
@@ -101,25 +108,22 @@ class MathTask(Task):
 
     def grade(self, problem: Problem, response: str) -> float:
         """Return 1 when the response's final answer equals the reference, otherwise 0."""
-        return self.grade_all([problem], [response])[0]
+        return self._mark([problem], [response])[0]
 
-    def grade_all(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[float]:
-        """Mark many responses; answers that occur several times are compared once."""
+    def grade_rollouts(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """Mark rollouts side by side; answers that occur several times are compared once."""
+        return self._mark([rollout.problem for rollout in rollouts], [rollout.text for rollout in rollouts])
+
+    def _mark(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[float]:
         answers = [find_answer(response, self.accept) or "" for response in responses]
-        return [float(equal) for equal in self._checker.equal_all([problem.answer for problem in problems], answers)]
+        return [float(equal) for equal in self._checker.equal_all([str(p.answer) for p in problems], answers)]
 
     def _ask(self, problem: Problem) -> Problem:
-        answer = read_reference(problem.answer)
-        if not 0 < len(answer) <= MAX_ANSWER_CHARACTERS:
-            raise ValueError(
-                f"{problem.uid}: expected a final answer of 1 to {MAX_ANSWER_CHARACTERS} characters (after ####, in"
-                rf" \boxed{{}}, or the whole column), got {len(answer)}. Name the right column with source.answer."
-            )
+        if is_raw(problem):
+            return problem
         *before, question = problem.messages
-        messages: list[Message] = [*before, {"role": "user", "content": self._with_suffix(question["content"])}]
-        if self.system_prompt is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
-        return replace(problem, messages=tuple(messages), answer=answer)
+        messages = (*before, {"role": "user", "content": self._with_suffix(question["content"])})
+        return with_system_prompt(replace(problem, messages=messages), self.system_prompt)
 
     def _with_suffix(self, question: str) -> str:
         text = question.strip()
@@ -129,8 +133,14 @@ class MathTask(Task):
         return text + separator + self.suffix
 
 
-def _as_sources(given: DataSource | list[DataSource] | None) -> list[DataSource]:
-    return [] if given is None else given if isinstance(given, list) else [given]
+def _final_answer(text: str) -> str:
+    answer = read_reference(text)
+    if not 0 < len(answer) <= MAX_ANSWER_CHARACTERS:
+        raise UnusableRow(
+            f"expected a final answer of 1 to {MAX_ANSWER_CHARACTERS} characters (after ####, in \\boxed{{}}, or the"
+            f" whole column), got {len(answer)}."
+        )
+    return answer
 
 
 def _longest_first(texts: Sequence[str]) -> list[str]:

@@ -35,7 +35,7 @@ def find_repeats(problems: Sequence[Problem]) -> Repeats:
     duplicates: list[tuple[int, int]] = []
     contradictions: list[tuple[int, ...]] = []
     for first, *later in groups.values():
-        if all(same_answer(problems[first].answer, problems[other].answer) for other in later):
+        if all(_agree(problems[first], problems[other]) for other in later):
             duplicates += [(other, first) for other in later]
         else:
             contradictions.append((first, *later))
@@ -48,7 +48,7 @@ def report_repeats(
     """Warn about repeated questions and return the problems to keep.
 
     Args:
-        problems: Problems of one split, with final answers.
+        problems: Problems of one split, with final answers or without any.
         split: Name for the warning.
         drop_duplicates: Keep only the first of the problems that agree.
         drop_contradictions: Leave out every problem whose question has several answers, as the right one is unknown.
@@ -80,7 +80,13 @@ def report_repeats(
 
 def _disagreeing(problems: Sequence[Problem], group: Iterable[int]) -> list[int]:
     first, *later = group
-    return [first, *(other for other in later if not same_answer(problems[first].answer, problems[other].answer))]
+    return [first, *(other for other in later if not _agree(problems[first], problems[other]))]
+
+
+def _agree(first: Problem, second: Problem) -> bool:
+    if first.answer is None or second.answer is None:
+        return first.answer == second.answer
+    return bool(same_answer(first.answer, second.answer))
 
 
 def _warn(finding: str, setting: str, dropped: bool) -> None:

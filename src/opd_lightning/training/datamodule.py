@@ -41,6 +41,7 @@ from opd_lightning.rollouts.on_policy import OnPolicy
 from opd_lightning.rollouts.problem_sets import draw_problems, read_problems, without_reserved
 from opd_lightning.rollouts.prompt_limits import check_context
 from opd_lightning.rollouts.prompt_stream import HeldOutBatches, PromptStream, held_out_batches, join_shares
+from opd_lightning.tasks.overlap import report_overlap
 
 
 class OPDDataModule(LightningDataModule):
@@ -149,17 +150,14 @@ class OPDDataModule(LightningDataModule):
             self.selector.setup(problems, self.seed)
             self.stream = PromptStream(problems, self.selector, self.prompts_per_step)
             self.load_state_dict({})
-        wanted: dict[str, list[Split]] = {
-            "fit": ["validation"],
-            "validate": ["validation"],
-            "test": ["test"],
-            "predict": [self.predict_split],
-        }
-        for split in wanted[stage]:
-            if split not in self.held_out and not (stage == "fit" and self.trainer.limit_val_batches == 0):
-                problems = self._read_problems(split, self.validation_sampling)
-                num_problems = self.num_validation_problems if split == "validation" else None
-                self.held_out[split] = problems[:num_problems]
+        splits: dict[str, Split] = {"fit": "validation", "validate": "validation", "test": "test"}
+        split = splits.get(stage, self.predict_split)
+        if split not in self.held_out and not (stage == "fit" and self.trainer.limit_val_batches == 0):
+            problems = self._read_problems(split, self.validation_sampling)
+            num_problems = self.num_validation_problems if split == "validation" else None
+            self.held_out[split] = problems[:num_problems]
+            if stage == "fit":
+                report_overlap(self._training_problems, self.held_out[split], split)
 
     def problems_for_scores(self, num_problems: int) -> list[Problem]:
         """Training problems to score candidates on: a function of the seed, the reserved ones first.

@@ -6,6 +6,7 @@ about whole responses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -87,7 +88,7 @@ class AnswerMetrics(Metric):
     """avg@n and pass@n of graded answers, with their lengths.
 
     avg@n is the mean reward over all n samples of all problems; pass@n the share of problems with at least one fully
-    right sample (reward 1).
+    right sample (reward 1). Answers of tasks that mark nothing (reward NaN) have their lengths only.
     """
 
     full_state_update = False
@@ -96,14 +97,16 @@ class AnswerMetrics(Metric):
     def __init__(self, num_samples: int) -> None:
         super().__init__()
         self.num_samples = num_samples
-        self.add_state("totals", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("totals", torch.zeros(7, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, groups: Sequence[Sequence[Rollout]]) -> None:
         """Add the graded rollouts of some problems, one group per problem."""
         rollouts = [rollout for group in groups for rollout in group]
+        graded = [rollout.reward for rollout in rollouts if not math.isnan(rollout.reward)]
         self.totals += torch.tensor(
             [
-                sum(rollout.reward for rollout in rollouts),
+                sum(graded),
+                len(graded),
                 sum(any(rollout.reward >= 1 for rollout in group) for group in groups),
                 sum(len(rollout.response_ids) for rollout in rollouts),
                 sum(not rollout.finished for rollout in rollouts),
@@ -116,12 +119,14 @@ class AnswerMetrics(Metric):
 
     def compute(self) -> dict[str, float]:
         """Return avg@n, pass@n, response length in tokens, truncation rate and the number of problems."""
-        reward, passed, tokens, truncated, num_rollouts, num_problems = self.totals.tolist()
+        reward, num_graded, passed, tokens, truncated, num_rollouts, num_problems = self.totals.tolist()
         if num_rollouts == 0:
             return {}
-        return {
+        marks = {
             f"avg_at_{self.num_samples}": reward / num_rollouts,
             f"pass_at_{self.num_samples}": passed / num_problems,
+        }
+        return (marks if num_graded else {}) | {
             "response_length": tokens / num_rollouts,
             "truncation_rate": truncated / num_rollouts,
             "num_problems": num_problems,
@@ -174,10 +179,14 @@ def repetition_rate(token_ids: Tensor, ngram: int = 8) -> float:
 
 
 def rollout_statistics(rollouts: Sequence[Rollout]) -> dict[str, SumAndCount]:
-    """(sum, count) of what whole rollouts say: accuracy, response length in tokens, truncation and repetition rates."""
+    """(sum, count) of what whole rollouts say: accuracy, response length in tokens, truncation and repetition rates.
+
+    Rollouts without a reward (NaN) do not count towards the accuracy.
+    """
     count = len(rollouts)
+    graded = [rollout.reward for rollout in rollouts if not math.isnan(rollout.reward)]
     return {
-        "accuracy": (sum(rollout.reward for rollout in rollouts), count),
+        "accuracy": (sum(graded), len(graded)),
         "response_length": (sum(len(rollout.response_ids) for rollout in rollouts), count),
         "truncation_rate": (sum(not rollout.finished for rollout in rollouts), count),
         "repetition_rate": (sum(repetition_rate(rollout.response_ids) for rollout in rollouts), count),
