@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from opd_lightning.interfaces import Problem, Rollout, Score
+from opd_lightning.interfaces import Objective, Problem, Rollout, Score
 from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.objectives import DivergenceObjective
 from opd_lightning.rollouts.answering import Answers, render_prompts
@@ -101,6 +101,14 @@ class TaskAccuracy(_OnFreshRollouts):
     """
 
     @override
+    def check(self, trainer: Any, module: OPDModule) -> None:
+        super().check(trainer, module)
+        if not module.data.task.is_graded:
+            raise ValueError(
+                f"score: TaskAccuracy needs marks, but {type(module.data.task).__name__} has no answers. Use TeacherKL."
+            )
+
+    @override
     def sum_and_count(self, trainer: Any, module: OPDModule) -> tuple[float, float]:
         rollouts = self.answer_prompts(trainer, module).rollouts
         return sum(rollout.reward for rollout in rollouts), len(rollouts)
@@ -116,6 +124,11 @@ class TeacherKL(_OnFreshRollouts):
     Raises:
         ValueError: A number is below 1; when fit starts also when there are fewer training prompts.
     """
+
+    @override
+    def check(self, trainer: Any, module: OPDModule) -> None:
+        super().check(trainer, module)
+        divergence_to_measure(module)
 
     @override
     def sum_and_count(self, trainer: Any, module: OPDModule) -> tuple[float, float]:
@@ -143,6 +156,11 @@ class TeacherKLOnFixedRollouts(_MeanOverProcesses):
         self.num_rollouts = num_rollouts
 
     @override
+    def check(self, trainer: Any, module: OPDModule) -> None:
+        super().check(trainer, module)
+        divergence_to_measure(module)
+
+    @override
     def sum_and_count(self, trainer: Any, module: OPDModule) -> tuple[float, float]:
         rollouts = module.last_rollouts
         if self.num_rollouts is not None:
@@ -151,29 +169,32 @@ class TeacherKLOnFixedRollouts(_MeanOverProcesses):
         return -total, count
 
 
-def divergence_from_teacher(module: OPDModule, rollouts: Sequence[Rollout]) -> tuple[float, int]:
-    """Sum of the reverse KL over the response tokens of the rollouts, in nats, and their number.
-
-    Where the teacher cannot give its whole vocabulary, the run's own objective is summed instead.
+def divergence_to_measure(module: OPDModule) -> Objective:
+    """The reverse KL, or the run's own objective where the teacher cannot give its whole vocabulary.
 
     Raises:
-        ValueError: There is no teacher, or that objective's value means nothing.
+        ValueError: There is no teacher, or the value of that objective means nothing.
     """
     teacher, objective = module.teacher, module.objective
     if teacher is None:
         raise ValueError("score: it measures the divergence from the teacher, but model.teacher is not set.")
     if teacher.offer.full_vocabulary:
-        temperature = getattr(objective, "teacher_temperature", 1.0)
-        objective = DivergenceObjective(
+        return DivergenceObjective(
             student_temperature=objective.student_temperature,
-            teacher_temperature=temperature,
+            teacher_temperature=getattr(objective, "teacher_temperature", 1.0),
             chunk_tokens=objective.chunk_tokens,
         )
-    elif not objective.value_is_divergence:
+    if not objective.value_is_divergence:
         raise ValueError(
             f"score: this teacher does not give its whole vocabulary, and the value of {type(objective).__name__} is no"
             " divergence. Use TaskAccuracy, or a DivergenceObjective with estimator Direct."
         )
+    return objective
+
+
+def divergence_from_teacher(module: OPDModule, rollouts: Sequence[Rollout]) -> tuple[float, int]:
+    """Sum of `divergence_to_measure` over the response tokens of the rollouts, in nats, and their number."""
+    objective = divergence_to_measure(module)
     total, count = 0.0, 0
     for compared in module.compare(module.make_micro_batches(rollouts), objective, objective.request()):
         total += float(compared.losses.sum())

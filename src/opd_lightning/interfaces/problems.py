@@ -19,7 +19,13 @@ class PromptOutcome:
 
 
 class PromptSelector(ABC):
-    """Chooses which problems come next; identical on all ranks, as it draws globally and sees all outcomes."""
+    """Chooses which problems come next; identical on all ranks, as it draws globally and sees all outcomes.
+
+    Attributes:
+        needs_rewards: Whether it learns from rewards, so that a task without answers is refused.
+    """
+
+    needs_rewards: bool = False
 
     @abstractmethod
     def setup(self, problems: Sequence[Problem], seed: int) -> None:

@@ -37,6 +37,8 @@ class DifficultyPool(PromptSelector):
         ValueError: A number is outside [0, 1], or low is not below high.
     """
 
+    needs_rewards = True
+
     def __init__(self, low: float = 0.05, high: float = 0.95, exploration: float = 0.25, decay: float = 0.5) -> None:
         for name, value in (("low", low), ("high", high), ("exploration", exploration), ("decay", decay)):
             if not 0 <= value <= 1:

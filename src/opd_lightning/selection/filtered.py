@@ -33,6 +33,7 @@ class Filtered(PromptSelector):
                 f"selector.max_prompt_characters: expected an integer of at least 1, got {max_prompt_characters}."
             )
         self.inner = inner if inner is not None else Shuffled()
+        self.needs_rewards = self.inner.needs_rewards
         self.where = where or {}
         check_where(self.where, "selector")
         self.max_prompt_characters = max_prompt_characters

@@ -62,6 +62,11 @@ def check_fit(
             f" but {type(data.source).__name__} with {type(data.engine).__name__} does not know them for this"
             " data.sampling. Set sampling.top_p to 1 and sampling.top_k to 0, or objective.importance: null."
         )
+    if data.selector.needs_rewards and not data.task.is_graded:
+        raise ValueError(
+            f"data.selector: {type(data.selector).__name__} learns from rewards, but {type(data.task).__name__} has no"
+            " answers to mark. Use Shuffled, or a task that defines grade."
+        )
     objective.check_sampling(data.sampling)
     if data.prompts_per_step % trainer.world_size:
         raise ValueError(
