@@ -19,7 +19,7 @@ def folders(tiny_qwen3_folder, tiny_teacher_folder):
     return tiny_qwen3_folder, tiny_teacher_folder
 
 
-@pytest.mark.parametrize("selector", [DifficultyPool(), Filtered({"level": [0, 1]}, inner=DifficultyPool())])
+@pytest.mark.parametrize("selector", [DifficultyPool(), Filtered(inner=DifficultyPool(), where={"level": [0, 1]})])
 def test_a_selector_that_learns_from_rewards_is_refused(tmp_path, folders, selector):
     with pytest.raises(ValueError, match=r"data.selector: \w+ learns from rewards, but Questions has no answers"):
         make_trainer(tmp_path, 1).fit(make_module(*folders), make_data(task=Questions(), selector=selector))
