@@ -1,8 +1,10 @@
 """What is rescued resumes exactly; what could not is not saved, and said."""
 
+import re
+
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from toys import adamw, make_data, make_module, make_trainer, weights_of
 
@@ -43,12 +45,10 @@ class InterruptedStep(torch.optim.SGD):
         super().step(closure)
 
 
-def test_half_a_step_is_not_saved(tmp_path, folders):
-    with (
-        pytest.warns(UserWarning, match="no rescue is saved, since a step had changed the weights"),
-        pytest.raises(SystemExit),
-    ):
+def test_half_a_step_is_not_saved(tmp_path, folders, capsys):
+    with pytest.raises(SystemExit):
         fit(tmp_path, folders, callbacks=[RescueCheckpoint()], optimizer=lambda p: InterruptedStep(p, lr=0.1))
+    assert "no rescue is saved, since a step had changed the weights" in capsys.readouterr().out
     assert rescued(tmp_path) == []
 
 
@@ -73,7 +73,7 @@ def test_a_stop_during_validation_is_rescued_and_the_validation_repeated(tmp_pat
 
     whole = fit(tmp_path / "whole", folders, callbacks=[Note()], **VALIDATION)
     expected, seen[:] = list(seen), []
-    with pytest.warns(UserWarning, match="resume with --ckpt_path"), pytest.raises(SystemExit):
+    with pytest.raises(SystemExit):
         fit(tmp_path, folders, callbacks=[Note(), DuringValidation(2), RescueCheckpoint()], **VALIDATION)
     (path,) = rescued(tmp_path)
     resumed = fit(tmp_path, folders, callbacks=[Note()], ckpt_path=path, **VALIDATION)
@@ -81,15 +81,46 @@ def test_a_stop_during_validation_is_rescued_and_the_validation_repeated(tmp_pat
     assert all(torch.equal(weight, weights_of(whole)[name]) for name, weight in weights_of(resumed).items())
 
 
-def test_averaged_weights_are_not_saved_as_if_they_were_trained(tmp_path, folders):
+def test_averaged_weights_are_not_saved_as_if_they_were_trained(tmp_path, folders, capsys):
     callbacks = [EMAWeightAveraging(decay=0.5), DuringValidation(2), RescueCheckpoint()]
-    with pytest.warns(UserWarning, match="no rescue is saved, since averaged weights"), pytest.raises(SystemExit):
+    with pytest.raises(SystemExit):
         fit(tmp_path, folders, callbacks=callbacks, **VALIDATION)
+    assert "no rescue is saved, since averaged weights" in capsys.readouterr().out
     assert rescued(tmp_path) == []
 
 
+def test_weights_that_diverged_are_not_saved_and_the_last_good_ones_are_named(tmp_path, folders, capsys):
+    class Spoil(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch.step == 3:
+                next(iter(pl_module.student.parameters())).data.fill_(torch.nan)
+                raise RuntimeError("the machine is broken")
+
+    saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    with pytest.raises(RuntimeError, match="is broken"):
+        fit(tmp_path, folders, callbacks=[Spoil(), saver, RescueCheckpoint()], enable_checkpointing=True)
+    assert rescued(tmp_path) == []
+    said = capsys.readouterr().out
+    assert "no rescue is saved, since the weights have diverged (student.model.embed_tokens.weight)" in said
+    assert f"The last checkpoint with usable weights is {tmp_path / 'saved' / 'step=2.ckpt'}: resume from it" in said
+
+
+def test_a_step_that_fails_by_its_numbers_is_not_called_a_way_on(tmp_path, folders, capsys):
+    class Break(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch.step == 3:
+                raise FloatingPointError("not finite")
+
+    saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        fit(tmp_path, folders, callbacks=[Break(), saver, RescueCheckpoint()], enable_checkpointing=True)
+    (path,) = rescued(tmp_path)
+    expected = rf"{path} holds step 3, which fails\. The last checkpoint with usable weights is .*step=2\.ckpt: resume"
+    assert re.search(expected, capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("rescue_first", [True, False])
-def test_an_interrupted_search_is_not_saved(tmp_path, folders, rescue_first):
+def test_an_interrupted_search_is_not_saved(tmp_path, folders, rescue_first, capsys):
     scores = iter([0.0, 0.0, 0.0])
 
     def score(module):
@@ -99,6 +130,7 @@ def test_an_interrupted_search_is_not_saved(tmp_path, folders, rescue_first):
         return value
 
     callbacks = [RescueCheckpoint(), EffOPD(score, schedule=[2, 4], candidates=(1.0, 2.0))]
-    with pytest.warns(UserWarning, match="no rescue is saved, since a search"), pytest.raises(SystemExit):
+    with pytest.raises(SystemExit):
         fit(tmp_path, folders, callbacks=callbacks if rescue_first else callbacks[::-1])
+    assert "no rescue is saved, since a search" in capsys.readouterr().out
     assert rescued(tmp_path) == []

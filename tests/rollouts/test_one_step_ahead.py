@@ -139,7 +139,7 @@ def test_a_step_that_failed_is_rescued_with_its_rollouts(tmp_path, folders, at_s
     checkpoint = None
     for i, at_step in enumerate(at_steps):
         callbacks = [Break(at_step), RescueCheckpoint(f"rescue{i}")]
-        with pytest.raises(RuntimeError, match="server is gone"), pytest.warns(UserWarning, match="resume with"):
+        with pytest.raises(RuntimeError, match="server is gone"):
             fit(tmp_path, make_run(folders), 5, callbacks=callbacks, ckpt_path=checkpoint)
         checkpoint = next(tmp_path.rglob(f"rescue{i}.ckpt"))
     resumed = make_run(folders)
@@ -155,7 +155,6 @@ def test_a_generation_that_fails_stops_the_run_at_the_step_that_needs_it(tmp_pat
     trainer = make_trainer(tmp_path, 5, callbacks=[RescueCheckpoint(), recorder])
     with (
         pytest.raises(ConnectionError, match="no answer from"),
-        pytest.warns(UserWarning, match="after step 2; resume with"),
         pytest.warns(
             UserWarning, match=r"were not generated \(no answer from .*\), so they are not in this checkpoint"
         ),
@@ -185,7 +184,7 @@ def test_a_step_that_was_generated_anew_is_rescued_with_its_rollouts(tmp_path, f
 
     whole = lossy()
     fit(tmp_path, whole, 4)
-    with pytest.raises(RuntimeError, match="server is gone"), pytest.warns(UserWarning, match="resume with"):
+    with pytest.raises(RuntimeError, match="server is gone"):
         fit(tmp_path, lossy(), 4, callbacks=[Break(1), RescueCheckpoint()])
     resumed = make_run(folders)
     recorder, _ = fit(tmp_path, resumed, 4, ckpt_path=next(tmp_path.rglob("rescue.ckpt")))
@@ -201,12 +200,11 @@ def test_a_checkpoint_without_the_next_rollouts_says_so(tmp_path, folders):
         trainer.save_checkpoint(tmp_path / "without.ckpt")
 
 
-@pytest.mark.parametrize("change", [{"sampling": Sampling(max_new_tokens=5)}, {"rollouts_per_prompt": 3}])
-def test_rollouts_for_another_question_are_not_taken_from_a_checkpoint(tmp_path, folders, change):
+def test_rollouts_for_another_question_are_not_taken_from_a_checkpoint(tmp_path, folders):
     _, trainer = fit(tmp_path, make_run(folders), 1)
     trainer.save_checkpoint(tmp_path / "first.ckpt")
     module = make_module(*folders, optimizer=adamw)
-    data = make_data(engine=CopyEngine(), generate_ahead=True, **change)
+    data = make_data(engine=CopyEngine(), generate_ahead=True, sampling=Sampling(max_new_tokens=5))
     with pytest.warns(UserWarning, match=r"for other prompts or another data\.sampling.* generated anew, on-policy"):
         recorder, _ = fit(tmp_path, (module, data), 3, ckpt_path=tmp_path / "first.ckpt")
     assert [batch.staleness for batch in recorder.batches] == [0, 1]

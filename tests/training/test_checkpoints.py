@@ -1,10 +1,20 @@
+import os
+import time
+
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from toys import adamw, make_data, make_module, make_trainer, weights_of
 
 from opd_lightning.backends.hf import LoraSettings
-from opd_lightning.training.checkpoints import build_student, check_checkpoint_file, export, read_checkpoint
+from opd_lightning.training.checkpoints import (
+    WholeCheckpoints,
+    build_student,
+    check_checkpoint_file,
+    export,
+    read_checkpoint,
+)
 
 
 @pytest.fixture
@@ -96,3 +106,44 @@ def test_a_checkpoint_cannot_name_a_class_of_its_own_or_switch_remote_code_on(ti
     arguments = {"path": str(tiny_qwen3_folder), "trust_remote_code": True}
     student = build_student({"class_path": "opd_lightning.backends.hf.HFStudent", "init_args": arguments})
     assert student.trust_remote_code is False
+
+
+def test_what_a_killed_run_left_is_removed_and_what_is_being_written_is_not(tmp_path):
+    abandoned, growing = tmp_path / "a.ckpt.part", tmp_path / "b.ckpt.part"
+    for path in (abandoned, growing):
+        path.write_text("half")
+    os.utime(abandoned, (time.time() - 3600,) * 2)
+    WholeCheckpoints().save_checkpoint({"x": 1}, tmp_path / "c.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.ckpt.part", "c.ckpt"]
+
+
+def test_the_folder_is_flushed_after_the_new_name_is_in_it(tmp_path, monkeypatch):
+    flushed = []
+    fsync = os.fsync
+
+    def note(handle):
+        flushed.append((os.readlink(f"/proc/self/fd/{handle}"), (tmp_path / "c.ckpt").exists()))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    WholeCheckpoints().save_checkpoint({"x": 1}, tmp_path / "c.ckpt")
+    assert flushed == [(str(tmp_path / "c.ckpt.part"), False), (str(tmp_path), True)]
+
+
+def test_the_last_checkpoint_may_be_a_link_that_resumes(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
+    def run(folder, steps, ckpt_path=None):
+        saver = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=1, save_last="link", filename="{step}")
+        module = make_module(tiny_qwen3_folder, tiny_teacher_folder, optimizer=adamw)
+        options = {"callbacks": [saver], "enable_checkpointing": True, "plugins": [WholeCheckpoints()]}
+        make_trainer(tmp_path, steps, **options).fit(module, make_data(), ckpt_path=ckpt_path)
+        return module
+
+    whole = run(tmp_path / "whole", 4)
+    run(tmp_path / "saved", 2)
+    last = tmp_path / "saved" / "last.ckpt"
+    assert os.readlink(last) == "step=2.ckpt"
+    resumed = run(tmp_path / "saved", 4, ckpt_path=last)
+    assert os.readlink(last) == "step=4.ckpt"
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["last.ckpt", "step=4.ckpt"]
+    assert read_checkpoint(last)["global_step"] == 4
+    assert all(torch.equal(weight, weights_of(whole)[name]) for name, weight in weights_of(resumed).items())

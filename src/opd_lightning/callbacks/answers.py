@@ -10,9 +10,9 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from opd_lightning.callbacks.console import say
 from opd_lightning.interfaces import Rollout
 
 
@@ -73,7 +73,7 @@ class AnswersWriter(Callback):
         self.target.write_text(text, encoding="utf-8")
         for part in parts:
             part.unlink()
-        rank_zero_info(f"Wrote {text.count(chr(10))} answers to {self.target}")
+        say(trainer, f"Wrote {text.count(chr(10))} answers to {self.target}")
 
     def _part(self, rank: int) -> Path:
         return self.target.with_suffix(f".rank{rank}.jsonl")

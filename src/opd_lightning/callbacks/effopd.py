@@ -9,9 +9,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.hooks import RemovableHandle
 
+from opd_lightning.callbacks.console import say
 from opd_lightning.extrapolation import (
     DEFAULT_LORA_STEP,
     Accept,
@@ -174,7 +175,7 @@ class EffOPD(Callback):
         if report is None:
             return
         self.last_search = report
-        rank_zero_info(self._signed(str(report)))
+        say(trainer, self._signed(str(report)))
         for logger in trainer.loggers:
             logger.log_metrics(report.metrics(self._key), step=trainer.global_step)
 
@@ -189,7 +190,7 @@ class EffOPD(Callback):
         """Stop counting and say what the searches of the run amounted to."""
         self._stop_counting()
         self._extrapolator.pause()
-        rank_zero_info(self._signed(self._extrapolator.summary()))
+        say(trainer, self._signed(self._extrapolator.summary()))
         for logger in trainer.loggers:
             logger.log_metrics(self._extrapolator.totals(self._key), step=trainer.global_step)
 

@@ -1,7 +1,7 @@
 """`RescueCheckpoint`: save what has been trained when a run is stopped or fails.
 
-Knows Lightning only. A rescue is exact because randomness is a function of the step: the step that was under way is
-simply done again.
+Works in any Lightning project. A rescue is exact where randomness is a function of the step, as here: the step that was
+under way is simply done again.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, WeightAveraging
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
+
+from opd_lightning.callbacks.console import say
+from opd_lightning.training.usable_weights import trained_weights, unusable_weight, way_back
 
 
 class RescueCheckpoint(Callback):
     """Saves `rescue.ckpt` on SIGTERM, on Ctrl-C and on any exception during `fit`, validations included.
 
     It lies beside the other checkpoints and resumes as if nothing had happened. What cannot be exact is not saved, and
-    said: a step or an EffOPD search that has changed the weights in part, and a validation of averaged weights. On
-    several processes only SIGTERM is rescued: the ranks agree on that one, while an exception on one of them leaves the
-    others waiting.
+    said: a step or an EffOPD search that has changed the weights in part, and a validation of averaged weights. Weights
+    that have diverged are not saved either. On several processes only SIGTERM is rescued: the ranks agree on that one,
+    while an exception on one of them leaves the others waiting.
 
     Args:
         filename: Name of the file, without extension.
@@ -47,7 +49,11 @@ class RescueCheckpoint(Callback):
             return
         name = type(exception).__name__
         if reason := self._inexactness(trainer, pl_module, exception):
-            rank_zero_warn(f"Stopped by {name}; no rescue is saved, since {reason}. Resume from the last checkpoint.")
+            say(trainer, f"Stopped by {name}; no rescue is saved, since {reason}. Resume from the last checkpoint.")
+            return
+        if (weight := unusable_weight(trained_weights(pl_module))) is not None:
+            reason = f"the weights have diverged ({weight})"
+            say(trainer, f"Stopped by {name}; no rescue is saved, since {reason}. {way_back(trainer)}")
             return
         checkpoint = trainer.checkpoint_callback
         folder = getattr(checkpoint, "dirpath", None) or trainer.log_dir or trainer.default_root_dir
@@ -55,9 +61,14 @@ class RescueCheckpoint(Callback):
         try:
             trainer.save_checkpoint(path, weights_only=False)
         except OSError as error:  # a full disk may be the reason to stop, which must stay the one reported
-            rank_zero_warn(f"No rescue: {error}")
+            say(trainer, f"No rescue: {error}")
             return
-        rank_zero_warn(f"Stopped by {name} after step {trainer.global_step}; resume with --ckpt_path {path}")
+        if isinstance(exception, FloatingPointError):
+            say(
+                trainer, f"Stopped by {name}; {path} holds step {trainer.global_step}, which fails. {way_back(trainer)}"
+            )
+        else:
+            say(trainer, f"Stopped by {name} after step {trainer.global_step}; resume with --ckpt_path {path}")
 
     def _inexactness(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> str | None:
         """Why a checkpoint written now would not resume exactly, if it would not."""

@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from typing_extensions import override
 
 from opd_lightning.callbacks.answers import AnswersWriter
+from opd_lightning.callbacks.progress import with_progress_bar
 from opd_lightning.callbacks.rescue import RescueCheckpoint
 from opd_lightning.callbacks.start_validation import StartValidation
 from opd_lightning.commands.parser import PROGRAM, OneLineParser, explain
@@ -108,6 +109,7 @@ class OPDCLI(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, WholeCheckpoints()]
+        kwargs["callbacks"] = with_progress_bar(config.get("callbacks"), is_wanted=config.get("enable_progress_bar"))
         if config.get("logger") is None:
             root = config.get("default_root_dir") or os.getcwd()
             tensorboard = TensorBoardLogger(root)

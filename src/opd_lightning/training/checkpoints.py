@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,16 @@ from typing_extensions import override
 
 from opd_lightning.interfaces import Student
 
+_PART = ".part"
+_ABANDONED_AFTER = 600.0  # seconds without a write; a checkpoint that is being written grows all the time
+
 
 class WholeCheckpoints(TorchCheckpointIO):
     """Writes a checkpoint beside its place and then renames it, so that it is there whole or not at all.
 
     Lightning's own way builds the file in memory, twice, and moves it through the system's temporary folder. That one
-    may be small, or on another disk, where moving is copying and can stop half-way. Local files only; others are left
-    to Lightning.
+    may be small, or on another disk, where moving is copying and can stop half-way. What a killed run left half-written
+    is removed by the next save into the folder. Local files only; others are left to Lightning.
     """
 
     @override
@@ -40,14 +44,16 @@ class WholeCheckpoints(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        part = target.with_name(f"{target.name}.part")
+        part = target.with_name(f"{target.name}{_PART}")
         target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent)
         try:
             with part.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(target)
+            _flush_folder(target.parent)
         except (OSError, RuntimeError) as error:
             reason = error if isinstance(error, OSError) else error.__context__  # torch puts its own error in front
             part.unlink(missing_ok=True)
@@ -58,6 +64,23 @@ class WholeCheckpoints(TorchCheckpointIO):
                 f"the checkpoint {str(target)!r} cannot be saved: {reason.strerror} ({free:.1f} GiB free). Earlier"
                 " checkpoints are as they were: make room, and resume with --ckpt_path and the last of them."
             ) from error
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what earlier runs began to write and did not finish."""
+    for part in folder.glob(f"*.ckpt{_PART}"):
+        if time.time() - part.stat().st_mtime > _ABANDONED_AFTER:
+            part.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have a new name survive a power failure too; systems that cannot open folders do without."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def check_checkpoint_file(path: str | Path) -> None:
@@ -81,16 +104,33 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: The file is absent, damaged, or was written by something else.
     """
+    checkpoint = open_checkpoint(path)
+    if "opd_lightning" not in checkpoint:
+        raise ValueError(f"ckpt_path: {str(path)!r} was not written by OPDModule (no 'opd_lightning' entry).")
+    return checkpoint
+
+
+def open_checkpoint(path: str | Path) -> dict[str, Any]:
+    """`read_checkpoint` for checkpoints of any module."""
     check_checkpoint_file(path)
     if Path(path).is_dir():
         raise ValueError(f"ckpt_path: {str(path)!r} is a folder; expected one file, such as last.ckpt.")
     try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError) as error:  # the second one: members of the archive are missing
         raise ValueError(_damaged(path)) from error
-    if not isinstance(checkpoint, dict) or "opd_lightning" not in checkpoint:
-        raise ValueError(f"ckpt_path: {str(path)!r} was not written by OPDModule (no 'opd_lightning' entry).")
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"ckpt_path: {str(path)!r} is not a checkpoint; it holds a {type(checkpoint).__name__}.")
     return checkpoint
+
+
+def check_resumable(checkpoint: dict[str, Any]) -> None:
+    """Raise a ValueError when a checkpoint that is to be resumed holds weights only."""
+    if "optimizer_states" not in checkpoint:
+        raise ValueError(
+            "ckpt_path: the checkpoint holds weights only (save_weights_only), and fit needs the optimiser's state too."
+            " Start a new run from its weights (opd-lightning export, then student.path)."
+        )
 
 
 def _damaged(path: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""Do objective, teacher, data and trainer fit together, and do they fit the checkpoint to be resumed?
+"""Do objective, teacher, data and trainer fit together?
 
 Asked as early as possible, most of it before any weight is loaded. Knows the settings only; what a teacher's tokenizer
 says is the teacher's own `preflight`.
@@ -6,16 +6,10 @@ says is the teacher's own `preflight`.
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Mapping
-from typing import Any
 
-import torch
 from lightning import Trainer
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from opd_lightning.interfaces import Objective, ScoreRequest, Student, Teacher, TokenWeighting
 from opd_lightning.objectives import SampledTokenObjective, known_facts
@@ -37,6 +31,7 @@ def check_fit(
     Raises:
         ValueError: One of them; the message names it, says what was expected and what to do.
     """
+    check_strategy(trainer)
     request = objective.request()
     if teacher is None and request is not None:
         raise ValueError(
@@ -95,6 +90,19 @@ def check_fit(
         )
 
 
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse strategies that cut the student up: a step adds gradients over whole copies of it.
+
+    Raises:
+        ValueError: The strategy is neither a single device nor DDP.
+    """
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ValueError(
+            f"trainer.strategy: {type(trainer.strategy).__name__} cuts the student up, which OPDModule cannot train;"
+            " its processes would end with different students. Use a single device (auto) or ddp."
+        )
+
+
 def check_teacher(teacher: Teacher, student: Student, data: OPDDataModule) -> None:
     """Make sure that the teacher speaks the student's tokens and can read its longest rollout; no weights are read.
 
@@ -123,70 +131,3 @@ def check_weighting(weighting: TokenWeighting | None, answers: ScoreRequest | No
             f"model.token_weighting: {type(weighting).__name__} reads {', '.join(unknown)}, which this run cannot know"
             f" from its teacher ({gives}). Known are: {', '.join(known)}."
         )
-
-
-def check_optimizer(make_optimizer: OptimizerCallable, make_lr_scheduler: LRSchedulerCallable | None) -> dict[str, Any]:
-    """Build optimiser and scheduler for a single number, and say what they are.
-
-    Returns:
-        Their class names and the optimiser's settings, for `check_resume`.
-
-    Raises:
-        ValueError: One of them refuses its settings, the optimiser needs a closure, or the scheduler cannot be stepped
-            without a metric.
-    """
-    try:
-        optimizer = make_optimizer([nn.Parameter(torch.zeros(1, 1))])
-    except ValueError as error:
-        raise ValueError(f"model.optimizer: {error}") from error
-    inner = getattr(optimizer, "optimizer", optimizer)  # EffOPDOptimizer wraps one
-    closure = inspect.signature(inner.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"model.optimizer: {type(inner).__name__} computes the loss several times per step (its step needs a"
-            " closure), but a step here has one gradient. Use an optimiser that needs gradients only, such as"
-            " torch.optim.AdamW."
-        )
-    settings = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
-    try:
-        scheduler = make_lr_scheduler(optimizer) if make_lr_scheduler is not None else None
-    except ValueError as error:
-        raise ValueError(f"model.lr_scheduler: {error}") from error
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise ValueError(
-            "model.lr_scheduler: ReduceLROnPlateau waits for a metric, but schedulers are stepped after every optimiser"
-            " step. Use another one, such as WarmupDecay."
-        )
-    return {
-        "model.optimizer": type(inner).__name__,
-        "model.optimizer.init_args": settings,
-        "model.lr_scheduler": None if scheduler is None else type(scheduler).__name__,
-    }
-
-
-def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuse settings that the state in a checkpoint does not fit, and warn about those that it overrides.
-
-    Args:
-        saved: Settings of the run that wrote the checkpoint, by name.
-        current: The same of this run.
-
-    Raises:
-        ValueError: They differ.
-    """
-    for name, value in current.items():
-        if name not in saved:
-            warnings.warn(f"{name}: an older checkpoint, which does not say; not compared.", stacklevel=2)
-        elif isinstance(value, dict):
-            kept = {key: saved[name][key] for key in value if key in saved[name] and saved[name][key] != value[key]}
-            if kept:
-                warnings.warn(
-                    f"{name}: a resumed run keeps the checkpoint's settings; {kept} stay, and this run's are ignored."
-                    " To change them, start a new run from the checkpoint's weights.",
-                    stacklevel=2,
-                )
-        elif saved[name] != value:
-            raise ValueError(
-                f"{name}: the checkpoint was written with {saved[name]}, this run has {value}. Resume with the same, or"
-                " start a new run from the checkpoint's weights (opd-lightning export, then student.path)."
-            )

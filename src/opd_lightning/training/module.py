@@ -31,16 +31,14 @@ from opd_lightning.objectives.supports import DEFAULT_K
 from opd_lightning.objectives.token_weights import known_divisor, weigh_tokens
 from opd_lightning.randomness import derive_seed
 from opd_lightning.rollouts.answering import shape_groups
-from opd_lightning.training.checks import check_fit, check_optimizer, check_resume, check_weighting
-from opd_lightning.training.metrics import (
-    Means,
-    comparison_statistics,
-    rollout_statistics,
-    speeds,
-)
+from opd_lightning.training.checkpoints import check_resumable
+from opd_lightning.training.checks import check_fit, check_weighting
+from opd_lightning.training.metrics import Means, comparison_statistics, rollout_statistics, speeds
 from opd_lightning.training.pair_module import PairModule
+from opd_lightning.training.resuming import check_resume, describe_run, override_optimizer
 from opd_lightning.training.skipped_steps import SkippedSteps
 from opd_lightning.training.stopwatch import Stopwatch
+from opd_lightning.training.usable_weights import check_weights
 
 
 def _adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -68,6 +66,8 @@ class OPDModule(PairModule):
         max_skipped_steps: A step with a non-finite gradient is skipped; so many in a row stop the run.
         top_k_metrics: Size of the top-k sets that the overlap metrics compare; 0 leaves the token metrics out.
         exact_timings: Wait for the GPU around each part of a step, so that `train/seconds/*` are true.
+        override_optimizer_on_resume: A resumed run takes this run's optimiser settings and scheduler instead of those
+            in the checkpoint (a new learning rate, say); moments and step counts stay.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class OPDModule(PairModule):
         max_skipped_steps: int = 5,
         top_k_metrics: int = 16,
         exact_timings: bool = True,
+        override_optimizer_on_resume: bool = False,
     ) -> None:
         reads_facts = token_weighting is not None and bool(token_weighting.reads)
         super().__init__(
@@ -104,6 +105,7 @@ class OPDModule(PairModule):
         self.gradient_clip_norm = gradient_clip_norm
         self.skipped = SkippedSteps(max_skipped_steps)
         self.exact_timings = exact_timings
+        self.override_optimizer_on_resume = override_optimizer_on_resume
         self.step_metrics = Means()
         self.last_rollouts: list[Rollout] = []
         self.resume_settings: dict[str, Any] = {}  # what a resumed run must share
@@ -171,7 +173,7 @@ class OPDModule(PairModule):
                 if scheduler is not None:
                     scheduler.step()
             else:
-                self.skipped.count(float(norm))
+                self.skipped.count(float(norm), self.trainer)
             optimizer.zero_grad()
 
     # ---------------------------------------------------------------------------------------------------------- setup
@@ -193,10 +195,7 @@ class OPDModule(PairModule):
             updates_per_batch=self.updates_per_batch,
             max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
         )
-        self.resume_settings = {
-            **self.data.resume_settings,
-            **check_optimizer(self.make_optimizer, self.make_lr_scheduler),
-        }
+        self.resume_settings = describe_run(self, self.data)
 
     def configure_optimizers(self) -> Any:
         """Optimiser over the trainable weights, and the scheduler if there is one."""
@@ -209,15 +208,20 @@ class OPDModule(PairModule):
         return {"optimizer": optimizer, "lr_scheduler": self.make_lr_scheduler(optimizer)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the counters of skipped steps, and what a resumed run must share."""
+        """Add the counters of skipped steps, and what a resumed run must share; weights that diverged stop the run."""
         super().on_save_checkpoint(checkpoint)
+        check_weights(self)
         checkpoint["opd_lightning"]["skipped"] = [self.skipped.total, self.skipped.in_a_row]
         checkpoint["opd_lightning"]["settings"] = self.resume_settings
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counters of skipped steps."""
         super().on_load_checkpoint(checkpoint)
-        check_resume(checkpoint["opd_lightning"]["settings"], self.resume_settings)
+        if self.trainer.state.fn == "fit":
+            check_resumable(checkpoint)
+            check_resume(checkpoint["opd_lightning"]["settings"], self.resume_settings)
+            if self.override_optimizer_on_resume:
+                override_optimizer(checkpoint, self.make_optimizer, self.make_lr_scheduler)
         self.skipped.total, self.skipped.in_a_row = checkpoint["opd_lightning"]["skipped"]
 
     # ------------------------------------------------------------------------------------------------------- internals

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import warnings
 
+from lightning import Trainer
+
+from opd_lightning.training.usable_weights import way_back
+
 
 class SkippedSteps:
     """Counts skipped steps; so many in a row stop the run.
@@ -21,7 +25,7 @@ class SkippedSteps:
         self.total = 0
         self.in_a_row = 0
 
-    def count(self, gradient_norm: float) -> None:
+    def count(self, gradient_norm: float, trainer: Trainer) -> None:
         """A step is skipped.
 
         Raises:
@@ -36,9 +40,8 @@ class SkippedSteps:
         )
         if self.in_a_row >= self.most_in_a_row:
             raise FloatingPointError(
-                f"model.max_skipped_steps: {self.in_a_row} steps in a row had a non-finite gradient. The"
-                " weights are those of the last good step. Lower the learning rate, train in fp32 or bf16-mixed, or"
-                " look at the teacher's scores; then resume from the last checkpoint."
+                f"model.max_skipped_steps: {self.in_a_row} steps in a row had a non-finite gradient, so the weights"
+                f" after step {trainer.global_step} are not to be trusted. {way_back(trainer)}"
             )
 
     def forget_row(self) -> None:
