@@ -12,7 +12,7 @@ from toys import adamw, make_data, make_module, make_trainer, weights_of
 from opd_lightning.backends.hf import HFTeacher
 from opd_lightning.backends.vllm.server import Connection, VLLMServerTeacher
 from opd_lightning.interfaces import Sampling
-from opd_lightning.objectives import Objective
+from opd_lightning.objectives import DivergenceObjective, StudentTopK
 from opd_lightning.selection import DifficultyPool
 from opd_lightning.training.resuming import check_resume, describe_settings
 from opd_lightning.training.schedules import WarmupDecay
@@ -60,7 +60,7 @@ def test_shipped_objects_say_what_matters_and_no_secret(tmp_path):
     server = describe_settings(VLLMServerTeacher(connection, max_top_k=4))
     assert server["max_top_k"] == 4 and server["connection"]["urls"] == ["http://localhost:8000"]
     assert "hush" not in str(server)
-    assert describe_settings(Objective(k=3))["k"] == 3
+    assert describe_settings(DivergenceObjective(StudentTopK(4)))["support"]["k"] == 4
     torch.save([teacher, server], tmp_path / "plain")
     assert torch.load(tmp_path / "plain", weights_only=True) == [teacher, server]
 
@@ -84,7 +84,7 @@ def resume(tmp_path, folders, path, *, data=None, teacher=None, **options):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"objective": Objective(support="student_top_k", k=4)}, r"model\.objective\.support: .* full_vocabulary"),
+        ({"objective": DivergenceObjective(StudentTopK(4))}, r"model\.objective\.support: .* with .*FullVocabulary"),
         ({"updates_per_batch": 2}, r"model\.updates_per_batch: .* with 1, this run has 2"),
         ({"data": {"rollouts_per_prompt": 3}}, r"data\.rollouts_per_prompt: .* with 2, this run has 3\. Resume with"),
         ({"lr_scheduler": WarmupDecay}, r"lr_scheduler: .* with None, this run has WarmupDecay.*override_optimizer_on"),

@@ -86,7 +86,7 @@ class PrintSamples(Callback):
             return
         tokenizer: Tokenizer = pl_module.spec.tokenizer  # type: ignore[union-attr, assignment]
         is_divergence = pl_module.objective.value_is_divergence  # type: ignore[union-attr]
-        by_seed = {rollout.seed: losses for rollout, losses in outputs["token_losses"]}
+        by_seed = {trained.rollout.seed: trained.losses for trained in outputs["facts"].rollouts}
         rows = []
         for rollout in batch.rollouts[: self.num_samples]:
             losses, step = by_seed[rollout.seed], batch.step + 1
