@@ -53,6 +53,15 @@ def test_every_token_is_shown_with_its_own_colour(tmp_path, tiny_qwen3_folder, t
     assert [str(span.style) for span in text.spans] == [c for d in divergences if (c := divergence_colours(float(d)))]
 
 
+def test_tokens_that_others_wrote_are_not_coloured(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
+    module = make_module(tiny_qwen3_folder, tiny_teacher_folder)
+    make_trainer(tmp_path, 1).fit(module, make_data())
+    rollout = replace(module.last_rollouts[0], response_ids=torch.tensor([9, 10, 11]))
+    rollout = replace(rollout, student_wrote=torch.tensor([True, False, True]))
+    text = coloured_response(module.spec.tokenizer, rollout, torch.ones(2))
+    assert [(span.start, span.end) for span in text.spans] == [(0, 1), (2, 3)]
+
+
 @pytest.mark.parametrize("argument", ["every_n_steps", "num_samples"])
 def test_impossible_numbers_are_refused(argument):
     with pytest.raises(ValueError, match=f"PrintSamples.{argument}: expected an integer of at least 1, got 0"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.text import Text
@@ -47,10 +48,12 @@ def coloured_response(tokenizer: Tokenizer, rollout: Rollout, divergences: Tenso
     Args:
         tokenizer: Decodes single tokens, special ones included.
         rollout: A rollout of T tokens.
-        divergences: [T] nats.
+        divergences: [N] nats of the tokens that the student wrote; the others keep the screen's colours.
     """
     text = Text()
-    for token_id, divergence in zip(rollout.response_ids.tolist(), divergences.tolist(), strict=True):
+    of_all = torch.zeros(len(rollout.response_ids))
+    of_all[rollout.trained_positions] = divergences
+    for token_id, divergence in zip(rollout.response_ids.tolist(), of_all.tolist(), strict=True):
         token = printable(tokenizer.decode([token_id], skip_special_tokens=False))
         text.append(token, style=divergence_colours(divergence))
     return text
