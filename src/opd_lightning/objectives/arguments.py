@@ -4,23 +4,45 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 
 from opd_lightning.interfaces import Sampling
 
 
-def check_objective_numbers(student_temperature: float, teacher_temperature: float, chunk_tokens: int) -> None:
-    """Refuse temperatures and chunk sizes that are none.
+def check_temperatures(**temperatures: float) -> None:
+    """Refuse temperatures that are none.
 
     Raises:
         ValueError: One of them is.
     """
-    for name, value in (("student_temperature", student_temperature), ("teacher_temperature", teacher_temperature)):
+    for name, value in temperatures.items():
         if not 0 < value < math.inf:
             raise ValueError(
                 f"objective.{name}: expected a finite number above 0 (1 leaves the model as it is), got {value}."
             )
-    if chunk_tokens < 1:
-        raise ValueError(f"objective.chunk_tokens: expected an integer of at least 1, got {chunk_tokens}.")
+
+
+def check_factor(name: str, value: object, kind: type) -> None:
+    """Refuse what is not a factor of its kind, such as a name where an object is expected.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"objective.{name}: expected an instance of a subclass of {kind.__name__}, got {value!r}. In YAML name the"
+            " class, in Python construct it."
+        )
+
+
+def check_one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuse words that are not among those allowed.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}.")
 
 
 def check_advantage_clip(owner: str, clip: float | None) -> None:

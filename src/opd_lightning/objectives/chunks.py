@@ -88,10 +88,8 @@ class _ChunkWork:
         # Sliced anew by every call: a slice may keep what it computed, and this object lives until the backward pass.
         teacher = None if self.teacher is None else self.teacher.slice(self.rows.start, self.rows.stop)
         request = self.objective.request()
-        if teacher is not None and (
-            (request is not None and request.full_vocabulary)
-            or (facts_k and self.answers is not None and self.answers.full_vocabulary)
-        ):
+        asked = (request, self.answers if facts_k else None)
+        if teacher is not None and any(each is not None and each.full_vocabulary for each in asked):
             # The objective and the facts both ask for it, and a teacher may have to compute it from hidden states.
             with torch.no_grad():
                 teacher = DenseScores(teacher.full(), self.tokens.ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -53,11 +54,8 @@ class Divergence(ABC):
     def _reward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """Reward for finite log-probabilities."""
 
-    def __repr__(self) -> str:
-        settings = ", ".join(f"{name}={value}" for name, value in vars(self).items())
-        return f"{type(self).__name__}({settings})"
 
-
+@dataclass(frozen=True)
 class ReverseKL(Divergence):
     """KL(p || q): the student is punished for tokens that the teacher finds unlikely (mode seeking).
 
@@ -71,6 +69,7 @@ class ReverseKL(Divergence):
         return log_q - log_p
 
 
+@dataclass(frozen=True)
 class ForwardKL(Divergence):
     """KL(q || p): the student is punished for missing tokens that the teacher likes (mass covering).
 
@@ -85,6 +84,7 @@ class ForwardKL(Divergence):
         return (log_q - log_p).clamp(max=LARGEST_LOG_RATIO).expm1()
 
 
+@dataclass(frozen=True)
 class JensenShannon(Divergence):
     """Generalised Jensen-Shannon divergence, b KL(q || M) + (1 - b) KL(p || M) with M = b q + (1 - b) p.
 
@@ -99,12 +99,14 @@ class JensenShannon(Divergence):
         ValueError: beta lies outside [0, 1].
     """
 
-    def __init__(self, beta: float = 0.5) -> None:
-        if not 0 <= beta <= 1:
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta <= 1:
             raise ValueError(
-                f"divergence.beta: expected a number in [0, 1] (0 is the forward KL, 1 the reverse KL), got {beta}."
+                "divergence.beta: expected a number in [0, 1] (0 is the forward KL, 1 the reverse KL), got"
+                f" {self.beta}."
             )
-        self.beta = beta
 
     def _terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if (end := self._end()) is not None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import get_args
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from opd_lightning.objectives.arguments import check_advantage_clip
+from opd_lightning.objectives.arguments import check_advantage_clip, check_one_of
 from opd_lightning.objectives.candidate_weights import Weighting, WeightScale, candidate_weights
 from opd_lightning.objectives.divergences import Divergence
 from opd_lightning.objectives.logprobs import clip_reward, close_slots
@@ -46,11 +47,8 @@ class Estimator(ABC):
             divergence: What is measured.
         """
 
-    def __repr__(self) -> str:
-        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
-        return f"{type(self).__name__}({settings})"
 
-
+@dataclass(frozen=True)
 class Direct(Estimator):
     """Differentiates the divergence on the support; its value is the divergence there."""
 
@@ -72,6 +70,7 @@ class Direct(Estimator):
         return divergence.value(student_log_probs, teacher_log_probs, mask)
 
 
+@dataclass(frozen=True)
 class CandidateScore(Estimator):
     """Score-function losses over candidates: -sum_v w(v) sg[A(v)] log p(v), A the divergence's reward.
 
@@ -93,24 +92,15 @@ class CandidateScore(Estimator):
         ValueError: A setting is outside its range.
     """
 
-    def __init__(
-        self,
-        weighting: Weighting = "student_probability",
-        scale: WeightScale = "normalized",
-        centered: bool = False,
-        advantage_clip: float | None = None,
-    ) -> None:
-        for name, value, allowed in (
-            ("weighting", weighting, get_args(Weighting)),
-            ("scale", scale, get_args(WeightScale)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"estimator.{name}: expected one of {', '.join(allowed)}, got {value!r}.")
-        check_advantage_clip("estimator", advantage_clip)
-        self.weighting: Weighting = weighting
-        self.scale: WeightScale = scale
-        self.centered = centered
-        self.advantage_clip = advantage_clip
+    weighting: Weighting = "student_probability"
+    scale: WeightScale = "normalized"
+    centered: bool = False
+    advantage_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        check_one_of("estimator.weighting", self.weighting, get_args(Weighting))
+        check_one_of("estimator.scale", self.scale, get_args(WeightScale))
+        check_advantage_clip("estimator", self.advantage_clip)
 
     @override
     def check(self, support: Support) -> None:

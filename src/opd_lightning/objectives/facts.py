@@ -12,7 +12,7 @@ from torch import Tensor
 from opd_lightning.interfaces import ResponseTokens, ScoreRequest, TeacherScores
 from opd_lightning.objectives.divergences import ReverseKL
 from opd_lightning.objectives.logprobs import close_slots, entropy
-from opd_lightning.objectives.supports import normalize, same_tokens
+from opd_lightning.objectives.supports import look_up, normalize
 
 STUDENT_FACTS = ("student_top_mass", "student_entropy", "rollout_mismatch", "rollout_kl")
 SAMPLED_FACTS = ("sampled_log_ratio",)
@@ -31,17 +31,18 @@ def known_facts(answers: ScoreRequest | None, k: int) -> tuple[str, ...]:
 
     Args:
         answers: What the teacher is asked for; None without a teacher.
-        k: Size of the top-k lists.
+        k: Size of the top-k lists; 0 when no facts are computed.
     """
-    if answers is None:
-        return STUDENT_FACTS
-    whole = answers.full_vocabulary
-    return (
-        *STUDENT_FACTS,
-        *SAMPLED_FACTS,
-        *(OVERLAP_FACTS if whole or answers.top_k >= k else ()),
-        *(VOCABULARY_FACTS if whole else ()),
-    )
+    if k < 1:
+        return ()
+    names: tuple[str, ...] = STUDENT_FACTS
+    if answers is not None:
+        names += SAMPLED_FACTS
+        if answers.full_vocabulary or answers.top_k >= k:
+            names += OVERLAP_FACTS
+        if answers.full_vocabulary:
+            names += VOCABULARY_FACTS
+    return names
 
 
 @torch.no_grad()
@@ -72,8 +73,7 @@ def token_facts(
         float32 [n] for each name of `known_facts`.
     """
     student = close_slots(student_log_probs.detach())
-    k = min(k, student.shape[-1])
-    top_log_probs, top_ids = student.topk(k, dim=-1)
+    top_log_probs, top_ids = student.topk(min(k, student.shape[-1]), dim=-1)
     sampled = student.gather(-1, tokens.ids[:, None]).squeeze(-1)
     mismatch = sampled - tokens.rollout_log_probs.to(sampled)
     facts = {
@@ -81,21 +81,16 @@ def token_facts(
         "rollout_mismatch": mismatch.abs(),
         "rollout_kl": mismatch.expm1() - mismatch,
     }
-    teacher_top: tuple[Tensor, Tensor] | None = None
-    if teacher is not None and answers is not None:
+    wanted = known_facts(answers, k)
+    if teacher is not None and "sampled_log_ratio" in wanted:
         facts["sampled_log_ratio"] = sampled - close_slots(teacher.sampled().to(sampled))
-        if answers.full_vocabulary:
-            full = close_slots(teacher.full().to(student))
-            facts |= vocabulary_facts(student, full)
-            log_probs, ids = full.topk(k, dim=-1)
-            teacher_top = ids, log_probs
-        elif answers.top_k >= k:
-            ids, log_probs = teacher.topk(k)
-            teacher_top = ids, log_probs.to(student)
-    if "student_entropy" not in facts:
+    if teacher is not None and "overlap_ratio" in wanted:
+        teacher_ids, teacher_top = teacher.topk(top_ids.shape[-1])
+        facts |= overlap_facts(top_ids, top_log_probs, teacher_ids, close_slots(teacher_top.to(student)))
+    if teacher is not None and "reverse_kl" in wanted:
+        facts |= vocabulary_facts(student, close_slots(teacher.full().to(student)))
+    else:
         facts["student_entropy"] = entropy(student)
-    if teacher_top is not None:
-        facts |= overlap_facts(top_ids, top_log_probs, *teacher_top)
     return {name: values.float() for name, values in facts.items()}
 
 
@@ -135,10 +130,8 @@ def overlap_facts(
         teacher_ids: int64 [n, k].
         teacher_log_probs: [n, k] of `teacher_ids`.
     """
-    same = same_tokens(student_ids, teacher_ids)
-    mask = same.any(2)
+    there, mask = look_up(student_ids, teacher_ids, teacher_log_probs)
     size = mask.sum(-1)
-    there = teacher_log_probs[:, None, :].expand_as(same).masked_fill(~same, -torch.inf).amax(-1)
     divergence = ReverseKL().value(
         normalize(student_log_probs, mask, "renormalize"), normalize(there, mask, "renormalize"), mask
     )

@@ -6,7 +6,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from opd_lightning.interfaces import Objective, ResponseTokens, TeacherScores
-from opd_lightning.objectives.arguments import check_objective_numbers
+from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.objectives.logprobs import log_probs_at
 
 
@@ -24,7 +24,7 @@ class NLL(Objective):
     """
 
     def __init__(self, chunk_tokens: int = 512) -> None:
-        check_objective_numbers(1.0, 1.0, chunk_tokens)
+        check_at_least(1, "objective", chunk_tokens=chunk_tokens)
         self.chunk_tokens = chunk_tokens
 
     @override

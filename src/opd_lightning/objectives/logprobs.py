@@ -1,4 +1,4 @@
-"""Log-probabilities of one chunk of logits: at ids, the likeliest ones, all of them, and their entropy.
+"""Log-probabilities of one chunk of logits: at ids, all of them, and their entropy.
 
 Everything here works on a chunk [n, V] and in float32 (float64 stays float64): half-precision log-sum-exps lose the
 small log-ratios that distillation is about.
@@ -55,19 +55,6 @@ def log_probs_at(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) ->
     ids = token_ids if token_ids.dim() == 2 else token_ids[:, None]
     log_probs = tempered.gather(-1, ids) - tempered.logsumexp(-1, keepdim=True)
     return log_probs.reshape(token_ids.shape)
-
-
-def top_log_probs(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The k likeliest ids [n, k] and their log-probabilities [n, k], likeliest first; k is clipped to V.
-
-    Args:
-        logits: [n, V] untempered logits; log-probabilities do as well.
-        k: At least 1.
-        temperature: Divides the logits.
-    """
-    tempered = temper(logits, temperature)
-    values, ids = tempered.topk(min(k, tempered.shape[-1]), dim=-1)
-    return ids, values - tempered.logsumexp(-1, keepdim=True)
 
 
 def entropy(log_probs: Tensor) -> Tensor:

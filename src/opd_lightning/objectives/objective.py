@@ -7,7 +7,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from opd_lightning.interfaces import Objective, ResponseTokens, Sampling, ScoreRequest, TeacherScores
-from opd_lightning.objectives.arguments import check_objective_numbers, check_whole_distribution
+from opd_lightning.interfaces.arguments import check_at_least
+from opd_lightning.objectives.arguments import check_factor, check_temperatures, check_whole_distribution
 from opd_lightning.objectives.divergences import Divergence, ReverseKL
 from opd_lightning.objectives.estimators import Direct, Estimator
 from opd_lightning.objectives.logprobs import full_log_probs, log_probs_at
@@ -26,6 +27,8 @@ class DivergenceObjective(Objective):
     candidate (an empty intersection) both are exactly 0.
 
     Examples:
+        >>> from opd_lightning.objectives import CandidateScore, DivergenceObjective, StudentTopK
+
         Full-vocabulary reverse KL, the default:
 
         >>> objective = DivergenceObjective()
@@ -63,14 +66,11 @@ class DivergenceObjective(Objective):
         allow_biased_sampling: bool = False,
         chunk_tokens: int = 512,
     ) -> None:
-        check_objective_numbers(student_temperature, teacher_temperature, chunk_tokens)
-        for name, value, kind in (
-            ("support", support, Support),
-            ("divergence", divergence, Divergence),
-            ("estimator", estimator, Estimator),
-        ):
-            if not isinstance(value, kind):
-                raise ValueError(f"objective.{name}: expected a {kind.__name__}, got {value!r}.")
+        check_factor("support", support, Support)
+        check_factor("divergence", divergence, Divergence)
+        check_factor("estimator", estimator, Estimator)
+        check_temperatures(student_temperature=student_temperature, teacher_temperature=teacher_temperature)
+        check_at_least(1, "objective", chunk_tokens=chunk_tokens)
         estimator.check(support)
         self.support = support
         self.divergence = divergence

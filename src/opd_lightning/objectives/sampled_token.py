@@ -11,9 +11,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from opd_lightning.interfaces import Advantage, Objective, ResponseTokens, Sampling, ScoreRequest, TeacherScores
+from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.objectives.arguments import (
     check_advantage_clip,
-    check_objective_numbers,
+    check_factor,
+    check_temperatures,
     check_whole_distribution,
 )
 from opd_lightning.objectives.divergences import Divergence, ReverseKL
@@ -56,7 +58,7 @@ class Truncated(Importance):
     def __post_init__(self) -> None:
         if not 1 <= self.cap < math.inf:
             raise ValueError(
-                "objective.importance.cap: expected a finite number of at least 1 (a smaller cap would shrink"
+                "importance.cap: expected a finite number of at least 1 (a smaller cap would shrink"
                 f" on-policy gradients), got {self.cap}."
             )
 
@@ -83,7 +85,7 @@ class Masked(Importance):
     def __post_init__(self) -> None:
         if not 1 < self.cap < math.inf:
             raise ValueError(
-                f"objective.importance.cap: expected a finite number above 1 (at 1 nothing is left), got {self.cap}."
+                f"importance.cap: expected a finite number above 1 (at 1 nothing is left), got {self.cap}."
             )
 
     @override
@@ -113,9 +115,9 @@ class Clipped(Importance):
 
     def __post_init__(self) -> None:
         if not 0 < self.low < 1:
-            raise ValueError(f"objective.importance.low: expected a number between 0 and 1, got {self.low}.")
+            raise ValueError(f"importance.low: expected a number between 0 and 1, got {self.low}.")
         if not 0 < self.high < math.inf:
-            raise ValueError(f"objective.importance.high: expected a finite number above 0, got {self.high}.")
+            raise ValueError(f"importance.high: expected a finite number above 0, got {self.high}.")
 
     @override
     def losses(self, advantages: Tensor, log_probs: Tensor, log_ratio: Tensor) -> Tensor:
@@ -156,7 +158,13 @@ class SampledTokenObjective(Objective):
         allow_biased_sampling: bool = False,
         chunk_tokens: int = 512,
     ) -> None:
-        check_objective_numbers(student_temperature, teacher_temperature, chunk_tokens)
+        check_factor("divergence", divergence, Divergence)
+        if importance is not None:
+            check_factor("importance", importance, Importance)
+        if advantage is not None:
+            check_factor("advantage", advantage, Advantage)
+        check_temperatures(student_temperature=student_temperature, teacher_temperature=teacher_temperature)
+        check_at_least(1, "objective", chunk_tokens=chunk_tokens)
         check_advantage_clip("objective", advantage_clip)
         self.divergence = divergence
         self.importance = importance

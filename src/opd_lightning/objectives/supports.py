@@ -12,6 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from opd_lightning.interfaces import ScoreRequest, TeacherScores
+from opd_lightning.interfaces.arguments import check_at_least
+from opd_lightning.objectives.arguments import check_one_of
 from opd_lightning.objectives.logprobs import LOG_ZERO
 
 Normalization = Literal["renormalize", "tail", "none"]
@@ -41,12 +43,15 @@ class Support(ABC):
         normalization: On the support: "renormalize" both models, append a "tail" bucket with the remaining mass of
             each, or "none".
         is_whole: Whether it is the whole vocabulary, which needs no normalisation.
-        is_single: Whether at most one token is compared.
     """
 
     normalization: Normalization = "none"
     is_whole: bool = False
-    is_single: bool = False
+
+    @property
+    def is_single(self) -> bool:
+        """Whether at most one token is compared."""
+        return False
 
     @abstractmethod
     def request(self, temperature: float) -> ScoreRequest:
@@ -62,11 +67,8 @@ class Support(ABC):
             response_ids: int64 [n], the sampled tokens.
         """
 
-    def __repr__(self) -> str:
-        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
-        return f"{type(self).__name__}({settings})"
 
-
+@dataclass(frozen=True)
 class FullVocabulary(Support):
     """Every token: the exact divergence."""
 
@@ -81,6 +83,7 @@ class FullVocabulary(Support):
         return Candidates(None, teacher.full())
 
 
+@dataclass(frozen=True)
 class SampledToken(Support):
     """The sampled token against all others together (a tail bucket): the divergence of two coins.
 
@@ -88,7 +91,11 @@ class SampledToken(Support):
     """
 
     normalization = "tail"
-    is_single = True
+
+    @property
+    @override
+    def is_single(self) -> bool:
+        return True
 
     @override
     def request(self, temperature: float) -> ScoreRequest:
@@ -99,6 +106,7 @@ class SampledToken(Support):
         return Candidates(response_ids[:, None], teacher.sampled()[:, None])
 
 
+@dataclass(frozen=True)
 class _TopK(Support):
     """Supports made of the k likeliest tokens S_p of the student and S_q of the teacher.
 
@@ -113,32 +121,28 @@ class _TopK(Support):
             probability 1 under both models and no gradient.
     """
 
-    may_be_single = True  # whether k = 1 leaves one token
+    k: int = DEFAULT_K
+    normalization: Normalization = "renormalize"
 
-    def __init__(self, k: int = DEFAULT_K, normalization: Normalization = "renormalize") -> None:
-        if k < 1:
-            raise ValueError(f"support.k: expected an integer of at least 1, got {k}.")
-        if normalization not in get_args(Normalization):
-            raise ValueError(
-                f"support.normalization: expected one of {', '.join(get_args(Normalization))}, got {normalization!r}."
-            )
-        self.k = k
-        self.normalization: Normalization = normalization
-        if self.is_single and normalization == "renormalize":
+    def __post_init__(self) -> None:
+        check_at_least(1, "support", k=self.k)
+        check_one_of("support.normalization", self.normalization, get_args(Normalization))
+        if self.is_single and self.normalization == "renormalize":
             raise ValueError(
                 "support.k: a single renormalised token has probability 1 under both models, so"
                 f" {type(self).__name__} with k=1 has no gradient. Use k of at least 2, or normalization: tail."
             )
 
     @property
-    def is_single(self) -> bool:  # type: ignore[override]
-        """Whether at most one token is compared."""
-        return self.k == 1 and self.may_be_single
+    @override
+    def is_single(self) -> bool:
+        return self.k == 1
 
     def _student_ids(self, student_logits: Tensor) -> Tensor:
         return student_logits.topk(min(self.k, student_logits.shape[-1]), dim=-1).indices
 
 
+@dataclass(frozen=True)
 class StudentTopK(_TopK):
     """S_p, the student's likeliest tokens (arXiv 2604.13016)."""
 
@@ -152,6 +156,7 @@ class StudentTopK(_TopK):
         return Candidates(student_ids, teacher.at(student_ids))
 
 
+@dataclass(frozen=True)
 class TeacherTopK(_TopK):
     """S_q, the teacher's likeliest tokens."""
 
@@ -164,6 +169,7 @@ class TeacherTopK(_TopK):
         return Candidates(*teacher.topk(min(self.k, student_logits.shape[-1])))
 
 
+@dataclass(frozen=True)
 class Intersection(_TopK):
     """Tokens in both S_p and S_q, in the student's k slots with the others masked; there may be none."""
 
@@ -175,15 +181,17 @@ class Intersection(_TopK):
     def select(self, student_logits: Tensor, teacher: TeacherScores, response_ids: Tensor) -> Candidates:
         student_ids = self._student_ids(student_logits)
         teacher_ids, teacher_top = teacher.topk(student_ids.shape[-1])
-        same = same_tokens(student_ids, teacher_ids)
-        there = teacher_top[:, None, :].expand_as(same).masked_fill(~same, -math.inf).amax(-1)
-        return Candidates(student_ids, there, same.any(2))
+        return Candidates(student_ids, *look_up(student_ids, teacher_ids, teacher_top))
 
 
+@dataclass(frozen=True)
 class Union(_TopK):
     """Tokens in S_p or S_q, in 2k slots: each token in one unmasked slot at most."""
 
-    may_be_single = False
+    @property
+    @override
+    def is_single(self) -> bool:
+        return False
 
     @override
     def request(self, temperature: float) -> ScoreRequest:
@@ -204,6 +212,7 @@ class Union(_TopK):
         return torch.ones_like(same[:, :, 0])
 
 
+@dataclass(frozen=True)
 class SymmetricDifference(Union):
     """Tokens in exactly one of S_p and S_q; there may be none."""
 
@@ -215,6 +224,19 @@ class SymmetricDifference(Union):
 def same_tokens(first_ids: Tensor, second_ids: Tensor) -> Tensor:
     """Which entries of two id lists [n, K] and [n, L] are the same token: bool [n, K, L]."""
     return first_ids[:, :, None] == second_ids[:, None, :]
+
+
+def look_up(ids: Tensor, listed_ids: Tensor, listed_log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Find tokens in another list: their log-probabilities there [n, K], -inf where it lacks them, and the mask.
+
+    Args:
+        ids: int64 [n, K].
+        listed_ids: int64 [n, L], each token once.
+        listed_log_probs: [n, L].
+    """
+    same = same_tokens(ids, listed_ids)
+    log_probs = listed_log_probs[:, None, :].expand_as(same).masked_fill(~same, -math.inf).amax(-1)
+    return log_probs, same.any(2)
 
 
 def normalize(log_probs: Tensor, mask: Tensor | None, normalization: Normalization) -> Tensor:

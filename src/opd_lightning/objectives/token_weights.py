@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -19,10 +20,11 @@ def weigh_tokens(weighting: TokenWeighting, facts: Mapping[str, Tensor], micro_b
     with torch.no_grad():
         weights = weighting(facts, micro_batch)
         name = type(weighting).__name__
-        if weights.shape != micro_batch.tokens.ids.shape:
+        if not isinstance(weights, Tensor) or weights.shape != micro_batch.tokens.ids.shape:
+            gave = f"weights of shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else repr(weights)
             raise ValueError(
-                f"model.token_weighting: {name} gave weights of shape {tuple(weights.shape)}; expected one per response"
-                f" token, {tuple(micro_batch.tokens.ids.shape)}."
+                f"model.token_weighting: {name} gave {gave}; expected a tensor with one weight per response token,"
+                f" of shape {tuple(micro_batch.tokens.ids.shape)}."
             )
         weights = weights.float()
         if not bool((weights.isfinite() & (weights >= 0)).all()):
@@ -31,15 +33,22 @@ def weigh_tokens(weighting: TokenWeighting, facts: Mapping[str, Tensor], micro_b
                 " are not defined (docs/metrics.md): say what those tokens weigh, for example with nan_to_num."
             )
         if weighting.normalizer == "sequences":
-            lengths = torch.tensor([len(rollout.trained_positions) for rollout in micro_batch.rollouts])
-            weights = weights / lengths.to(weights.device)[micro_batch.rows]
+            weights = weights / micro_batch.rows.bincount()[micro_batch.rows]
         return weights
 
 
 def known_divisor(normalizer: Normalizer, micro_batches: Sequence[MicroBatch]) -> int | None:
-    """What this process adds to the divisor of a step; None when only the weights themselves say."""
+    """What this process adds to the divisor of a step; None when only the weights themselves say.
+
+    Raises:
+        ValueError: There is no such normaliser.
+    """
     if normalizer == "all_tokens":
         return sum(micro_batch.num_tokens for micro_batch in micro_batches)
     if normalizer == "sequences":
         return sum(len(micro_batch.rollouts) for micro_batch in micro_batches)
-    return None
+    if normalizer == "kept_tokens":
+        return None
+    raise ValueError(
+        f"model.token_weighting.normalizer: expected one of {', '.join(get_args(Normalizer))}, got {normalizer!r}."
+    )
