@@ -8,7 +8,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from opd_lightning.objectives import DenseScores, ForwardKL, JensenShannon, Objective, ReverseKL
+from opd_lightning.interfaces import Objective, ResponseTokens
+from opd_lightning.objectives import (
+    DenseScores,
+    DivergenceObjective,
+    ForwardKL,
+    FullVocabulary,
+    Intersection,
+    JensenShannon,
+    ReverseKL,
+    SampledToken,
+    StudentTopK,
+    Support,
+    SymmetricDifference,
+    TeacherTopK,
+    Union,
+)
 
 
 @dataclass
@@ -29,13 +44,14 @@ class Case:
     def scores(self, temperature=1.0):
         return DenseScores((self.teacher_logits / temperature).log_softmax(-1), self.response_ids)
 
+    @property
+    def tokens(self) -> ResponseTokens:
+        return make_tokens(self.response_ids, self.rollout_log_probs)
+
     def losses(self, objective: Objective, logits: Tensor | None = None) -> Tensor:
-        return objective.token_losses(
-            self.logits if logits is None else logits,
-            self.scores(objective.teacher_temperature),
-            self.response_ids,
-            self.rollout_log_probs,
-        )
+        request = objective.request()
+        teacher = None if request is None else self.scores(request.temperature)
+        return objective.token_losses(self.logits if logits is None else logits, teacher, self.tokens)
 
     def gradient(self, objective: Objective) -> Tensor:
         return gradient(lambda logits: self.losses(objective, logits), self.logits)
@@ -45,6 +61,10 @@ class Case:
         logits = self.teacher_logits
         sampled = logits.log_softmax(-1).gather(-1, self.response_ids[:, None]).squeeze(-1)
         return replace(self, logits=logits.clone(), rollout_log_probs=sampled)
+
+
+def make_tokens(response_ids: Tensor, rollout_log_probs: Tensor) -> ResponseTokens:
+    return ResponseTokens(response_ids, rollout_log_probs, torch.arange(len(response_ids)))
 
 
 def make_case(seed=0, n=4, vocabulary=9, spread=2.0) -> Case:
@@ -63,6 +83,16 @@ def gradient(function, logits: Tensor) -> Tensor:
     leaf = logits.clone().requires_grad_()
     (result,) = torch.autograd.grad(function(leaf).sum(), leaf)
     return result
+
+
+def expected_over_samples(case, objective, sampling_log_probs):
+    """Sum over every token v of its sampling probability times the gradient of its sampled-token loss."""
+    total = torch.zeros_like(case.logits)
+    for token in range(case.logits.shape[-1]):
+        ids = torch.full_like(case.response_ids, token)
+        drawn = Case(case.logits, case.teacher_logits, ids, sampling_log_probs[:, token])
+        total += sampling_log_probs[:, token, None].exp() * drawn.gradient(objective)
+    return total
 
 
 def reverse_kl(p: Tensor, q: Tensor) -> Tensor:
@@ -112,20 +142,28 @@ def on_support(row: Tensor, tokens: set[int], normalization: str) -> Tensor:
     return inside
 
 
-TOP_K = ["student_top_k", "teacher_top_k", "intersection", "union", "symmetric_difference"]
+TOP_K_CLASSES = {
+    "student_top_k": StudentTopK,
+    "teacher_top_k": TeacherTopK,
+    "intersection": Intersection,
+    "union": Union,
+    "symmetric_difference": SymmetricDifference,
+}
+TOP_K = list(TOP_K_CLASSES)
 REFERENCES = {ReverseKL(): reverse_kl, ForwardKL(): forward_kl, JensenShannon(0.3): jensen_shannon(0.3)}
 DIRECT = [
     *itertools.product(TOP_K, ["renormalize", "tail"]),
     ("sampled_token", "tail"),
     ("full_vocabulary", "none"),
-    ("full_vocabulary", "renormalize"),
 ]
 
 
-def build(k, **arguments):
-    """The objective, or None where the settings are refused."""
-    k = 16 if arguments["support"] in ("sampled_token", "full_vocabulary") else k
-    try:
-        return Objective(k=k, **arguments)
-    except ValueError:
-        return None
+def make_support(name: str, k: int, normalization: str = "renormalize") -> Support:
+    """The support by its name in the grids; only top-k supports have a k and a choice of normalisation."""
+    if name in TOP_K_CLASSES:
+        return TOP_K_CLASSES[name](k, normalization)
+    return SampledToken() if name == "sampled_token" else FullVocabulary()
+
+
+def build(support: str, k: int, normalization: str = "renormalize", **factors) -> DivergenceObjective:
+    return DivergenceObjective(make_support(support, k, normalization), **factors)

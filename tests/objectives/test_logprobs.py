@@ -12,7 +12,6 @@ from opd_lightning.objectives.logprobs import (
     full_log_probs,
     log_probs_at,
     temper,
-    top_log_probs,
 )
 
 
@@ -28,15 +27,6 @@ def test_all_log_probs_agree_with_the_tempered_softmax(temperature):
     torch.testing.assert_close(full_log_probs(logits, temperature), expected)
     torch.testing.assert_close(log_probs_at(logits, ids, temperature), expected.gather(-1, ids))
     torch.testing.assert_close(log_probs_at(logits, ids[:, 0], temperature), expected[[0, 1, 2], ids[:, 0]])
-    top_ids, top = top_log_probs(logits, 4, temperature)
-    torch.testing.assert_close(top, expected.sort(-1, descending=True).values[:, :4])
-    torch.testing.assert_close(expected.gather(-1, top_ids), top)
-
-
-def test_top_log_probs_clips_k_to_the_vocabulary():
-    ids, log_probs = top_log_probs(random_logits(vocabulary=5), 16)
-    assert ids.shape == log_probs.shape == (3, 5)
-    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,12 +1,21 @@
-"""Identities between the variants of `Objective`, on the gradients that they give."""
+"""Identities between the variants of objectives, on the gradients that they give."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objective_cases import DIRECT, REFERENCES, Case, build, gradient, make_case
+from objective_cases import DIRECT, REFERENCES, build, expected_over_samples, gradient, make_case
 
-from opd_lightning.objectives import Objective, ReverseKL
+from opd_lightning.objectives import (
+    CandidateScore,
+    Clipped,
+    DivergenceObjective,
+    Masked,
+    ReverseKL,
+    SampledTokenObjective,
+    StudentTopK,
+    Truncated,
+)
 
 seeds = st.integers(0, 10_000)
 
@@ -20,9 +29,9 @@ def assert_zero(tensor):
 @pytest.mark.parametrize("divergence", REFERENCES, ids=repr)
 def test_k_of_the_vocabulary_size_is_the_full_vocabulary(support, normalization, divergence):
     case = make_case()
-    whole = Objective(divergence=divergence)
+    whole = DivergenceObjective(divergence=divergence)
     for k in (9, 50):
-        objective = Objective(support=support, k=k, normalization=normalization, divergence=divergence)
+        objective = build(support, k, normalization, divergence=divergence)
         torch.testing.assert_close(case.losses(objective), case.losses(whole))
         torch.testing.assert_close(case.gradient(objective), case.gradient(whole), atol=1e-9, rtol=1e-7)
     torch.testing.assert_close(case.losses(whole), REFERENCES[divergence](case.p, case.q))
@@ -31,16 +40,16 @@ def test_k_of_the_vocabulary_size_is_the_full_vocabulary(support, normalization,
 @pytest.mark.parametrize("support", ["student_top_k", "teacher_top_k"])
 def test_a_tail_of_one_token_is_the_full_vocabulary(support):
     case = make_case()
-    objective = Objective(support=support, k=8, normalization="tail")
-    torch.testing.assert_close(case.losses(objective), case.losses(Objective()))
-    torch.testing.assert_close(case.gradient(objective), case.gradient(Objective()))
+    objective = build(support, 8, "tail")
+    torch.testing.assert_close(case.losses(objective), case.losses(DivergenceObjective()))
+    torch.testing.assert_close(case.gradient(objective), case.gradient(DivergenceObjective()))
 
 
 @given(seeds, st.integers(2, 8))
 def test_a_tail_loses_information_but_never_adds_any(seed, k):
     case = make_case(seed)
-    bucketed = case.losses(Objective(support="student_top_k", k=k, normalization="tail"))
-    assert (bucketed <= case.losses(Objective()) + 1e-12).all()
+    bucketed = case.losses(DivergenceObjective(StudentTopK(k, "tail")))
+    assert (bucketed <= case.losses(DivergenceObjective()) + 1e-12).all()
     assert (bucketed >= -1e-12).all()
 
 
@@ -50,27 +59,19 @@ def test_a_tail_loses_information_but_never_adds_any(seed, k):
 @settings(max_examples=10)
 def test_on_whole_distributions_the_score_function_is_the_direct_gradient(support, normalization, divergence, seed):
     case = make_case(seed)
-    factors = {"support": support, "k": 4, "normalization": normalization, "divergence": divergence}
-    direct = build(**factors)
+    direct = build(support, 4, normalization, divergence=divergence)
     for centered in (False, True):
-        scored = build(**factors, estimator="score_function", centered=centered)
+        estimator = CandidateScore(centered=centered)
+        scored = build(support, 4, normalization, divergence=divergence, estimator=estimator)
         torch.testing.assert_close(case.gradient(scored), case.gradient(direct))
 
 
 def paper(k):
-    return Objective(support="student_top_k", k=k)
+    return DivergenceObjective(StudentTopK(k))
 
 
 def authors(k, centered=False):
-    return Objective(
-        support="student_top_k",
-        k=k,
-        normalization="none",
-        estimator="score_function",
-        weighting="student_probability",
-        weight_scale="normalized",
-        centered=centered,
-    )
+    return DivergenceObjective(StudentTopK(k, "none"), estimator=CandidateScore(centered=centered))
 
 
 @given(seeds, st.integers(2, 9))
@@ -117,33 +118,20 @@ def test_the_refused_unnormalised_direct_loss_would_move_an_agreeing_student():
     assert expected.abs().max() > 0.01
 
 
-def expected_over_samples(case, objective, sampling_log_probs):
-    """Sum over every token v of its sampling probability times the gradient of its sampled-token loss."""
-    total = torch.zeros_like(case.logits)
-    for token in range(case.logits.shape[-1]):
-        ids = torch.full_like(case.response_ids, token)
-        drawn = Case(case.logits, case.teacher_logits, ids, sampling_log_probs[:, token])
-        total += sampling_log_probs[:, token, None].exp() * drawn.gradient(objective)
-    return total
-
-
-@pytest.mark.parametrize("importance", ["none", "truncated", "masked", "ppo"])
+@pytest.mark.parametrize("importance", [None, Truncated(), Masked(), Clipped()], ids=repr)
 @pytest.mark.parametrize("divergence", REFERENCES, ids=repr)
 def test_the_sampled_token_is_unbiased_on_policy(divergence, importance):
     case = make_case()
-    sampled = Objective(
-        support="sampled_token", estimator="score_function", divergence=divergence, importance=importance
-    )
-    expected = case.gradient(Objective(divergence=divergence))
+    sampled = SampledTokenObjective(divergence, importance)
+    expected = case.gradient(DivergenceObjective(divergence=divergence))
     torch.testing.assert_close(expected_over_samples(case, sampled, case.p.log()), expected)
 
 
 def test_the_importance_ratio_makes_up_for_another_sampler():
     case = make_case()
     other = (case.logits + 0.3 * case.teacher_logits).log_softmax(-1)
-    expected = case.gradient(Objective())
-    sampled = {"support": "sampled_token", "estimator": "score_function"}
-    corrected = expected_over_samples(case, Objective(**sampled, importance_cap=1e6), other)
+    expected = case.gradient(DivergenceObjective())
+    corrected = expected_over_samples(case, SampledTokenObjective(importance=Truncated(1e6)), other)
     torch.testing.assert_close(corrected, expected)
-    uncorrected = expected_over_samples(case, Objective(**sampled, importance="none"), other)
+    uncorrected = expected_over_samples(case, SampledTokenObjective(importance=None), other)
     assert (uncorrected - expected).abs().max() > 0.01

@@ -1,115 +1,155 @@
-"""What `Objective` refuses, warns about and prints."""
+"""What objectives and their factors refuse, warn about and print."""
 
 import doctest
 import math
 import warnings
+from functools import partial
 
 import pytest
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
-from opd_lightning.interfaces import Sampling, ScoreRequest
-from opd_lightning.objectives import JensenShannon, Objective, ReverseKL, objective
+from opd_lightning.interfaces import Objective, Sampling, ScoreRequest
+from opd_lightning.objectives import (
+    NLL,
+    CandidateScore,
+    Clipped,
+    DivergenceObjective,
+    ForwardKL,
+    FullVocabulary,
+    Intersection,
+    JensenShannon,
+    Masked,
+    ReverseKL,
+    SampledToken,
+    SampledTokenObjective,
+    StudentTopK,
+    SymmetricDifference,
+    TeacherTopK,
+    Truncated,
+    Union,
+    objective,
+)
 
-SCORE = {"estimator": "score_function"}
-SAMPLED = {"support": "sampled_token", **SCORE}
-TOP = {"support": "student_top_k"}
+EVERY_TOP_K = [StudentTopK, TeacherTopK, Intersection, Union, SymmetricDifference]
+TEMPERED = [DivergenceObjective, SampledTokenObjective]
 
 REFUSED = [
-    ({"support": "top_k"}, r"objective\.support: expected one of sampled_token, .*got 'top_k'"),
-    ({"normalization": "softmax"}, r"objective\.normalization: expected one of"),
-    ({"estimator": "reinforce"}, r"objective\.estimator: expected one of"),
-    ({**SCORE, "weighting": "p"}, r"objective\.weighting: expected one of"),
-    ({**SCORE, "weight_scale": "sum"}, r"objective\.weight_scale: expected one of"),
-    ({**SAMPLED, "importance": "clip"}, r"objective\.importance: expected one of"),
-    ({"divergence": "reverse_kl"}, r"objective\.divergence: expected a Divergence"),
-    ({**TOP, "k": 0}, r"objective\.k: expected an integer of at least 1, got 0"),
-    ({"chunk_tokens": 0}, r"objective\.chunk_tokens"),
-    ({"student_temperature": 0.0}, r"objective\.student_temperature: expected a finite number above 0"),
-    ({"student_temperature": math.nan}, r"objective\.student_temperature"),
-    ({"teacher_temperature": -1.0}, r"objective\.teacher_temperature"),
-    ({"teacher_temperature": math.inf}, r"objective\.teacher_temperature"),
-    ({**SAMPLED, "importance": "masked", "importance_cap": 1.0}, r"objective\.importance_cap: .*wants more than 1"),
-    ({**SAMPLED, "importance_cap": 0.5}, r"objective\.importance_cap: expected a finite number of at least 1"),
-    ({**SAMPLED, "importance": "ppo", "clip_low": 1.0}, r"objective\.clip_low: expected a number between 0 and 1"),
-    ({**SAMPLED, "importance": "ppo", "clip_high": 0.0}, r"objective\.clip_high"),
-    ({**SAMPLED, "advantage_clip": 0.0}, r"objective\.advantage_clip: expected a number above 0, or null"),
-    ({"normalization": "tail"}, r"'full_vocabulary' leaves none outside"),
-    ({**TOP, "k": 1}, r"objective\.k: .*has no gradient"),
-    ({"support": "teacher_top_k", "k": 1}, r"objective\.k: .*has no gradient"),
-    ({"support": "intersection", "k": 1, **SCORE}, r"objective\.k: .*has no gradient"),
-    ({**TOP, **SCORE, "k": 1, "normalization": "none", "centered": True}, r"objective\.centered: .*always 0"),
-    ({**TOP, "normalization": "none"}, r"objective\.normalization: .*even where it equals the teacher"),
-    ({"support": "union", "normalization": "none"}, r"objective\.normalization"),
-    ({"support": "sampled_token"}, r"objective\.estimator: 'direct' with support='sampled_token'"),
-    ({"support": "sampled_token", "normalization": "renormalize"}, r"has no usable gradient"),
-    ({**SAMPLED, "normalization": "renormalize"}, r"objective\.normalization: .*so 'none'; got 'renormalize'"),
-    ({**SAMPLED, "normalization": "tail"}, r"With 'tail' use estimator='direct'"),
-    ({**SAMPLED, "weighting": "uniform"}, r"objective\.weighting: support='sampled_token' compares one token"),
-    ({**SAMPLED, "weight_scale": "raw"}, r"objective\.weight_scale"),
-    ({**SAMPLED, "centered": True}, r"objective\.centered"),
-    ({"weighting": "student_probability"}, r"objective\.weighting: .*differentiates the divergence itself"),
-    ({**TOP, "weight_scale": "raw"}, r"objective\.weight_scale"),
-    ({**TOP, "centered": True}, r"objective\.centered: True belongs to estimator='score_function'"),
-    ({"importance": "truncated"}, r"objective\.importance"),
-    ({**TOP, "advantage_clip": 1.0}, r"objective\.advantage_clip"),
-    ({**TOP, **SCORE, "importance": "ppo"}, r"objective\.importance: .*taken analytically"),
-    ({**SCORE, "importance": "truncated"}, r"objective\.importance: .*taken analytically"),
+    (partial(DivergenceObjective, support="top_k"), r"objective\.support: .* subclass of Support, got 'top_k'"),
+    (partial(DivergenceObjective, support=StudentTopK), r"objective\.support: .* in Python construct it"),
+    (partial(DivergenceObjective, divergence="reverse_kl"), r"objective\.divergence: .* subclass of Divergence"),
+    (partial(DivergenceObjective, estimator="reinforce"), r"objective\.estimator: .* subclass of Estimator"),
+    (partial(SampledTokenObjective, divergence="reverse_kl"), r"objective\.divergence: .* subclass of Divergence"),
+    (partial(SampledTokenObjective, importance="clip"), r"objective\.importance: .* subclass of Importance"),
+    (partial(SampledTokenObjective, advantage="baseline"), r"objective\.advantage: .* subclass of Advantage"),
+    (partial(StudentTopK, normalization="softmax"), r"support\.normalization: expected one of renormalize, tail, none"),
+    (partial(CandidateScore, weighting="p"), r"estimator\.weighting: expected one of student_probability, .* got 'p'"),
+    (partial(CandidateScore, scale="sum"), r"estimator\.scale: expected one of normalized, raw"),
+    (partial(CandidateScore, advantage_clip=0.0), r"estimator\.advantage_clip: expected a number above 0, or null"),
+    (partial(SampledTokenObjective, advantage_clip=0.0), r"objective\.advantage_clip: expected a number above 0"),
+    (partial(SampledTokenObjective, advantage_clip=math.nan), r"objective\.advantage_clip"),
+    *((partial(kind, k=0), r"support\.k: expected an integer of at least 1, got 0") for kind in EVERY_TOP_K),
+    *((partial(kind, chunk_tokens=0), r"objective\.chunk_tokens: .* at least 1, got 0") for kind in [*TEMPERED, NLL]),
+    *((partial(kind, student_temperature=0.0), r"objective\.student_temperature: .* above 0") for kind in TEMPERED),
+    *((partial(kind, student_temperature=math.nan), r"objective\.student_temperature") for kind in TEMPERED),
+    *((partial(kind, teacher_temperature=-1.0), r"objective\.teacher_temperature") for kind in TEMPERED),
+    *((partial(kind, teacher_temperature=math.inf), r"objective\.teacher_temperature") for kind in TEMPERED),
+    (partial(Masked, 1.0), r"importance\.cap: .* above 1 \(at 1 nothing is left\), got 1\.0"),
+    (partial(Masked, math.inf), r"importance\.cap: expected a finite number above 1"),
+    (partial(Truncated, 0.5), r"importance\.cap: expected a finite number of at least 1"),
+    (partial(Truncated, math.nan), r"importance\.cap"),
+    (partial(Clipped, low=1.0), r"importance\.low: expected a number between 0 and 1"),
+    (partial(Clipped, high=0.0), r"importance\.high: expected a finite number above 0"),
+    (partial(StudentTopK, 1), r"support\.k: .*StudentTopK with k=1 has no gradient"),
+    (partial(TeacherTopK, 1), r"support\.k: .*has no gradient"),
+    (partial(Intersection, 1), r"support\.k: .*has no gradient"),
+    (
+        lambda: DivergenceObjective(StudentTopK(1, "none"), estimator=CandidateScore(centered=True)),
+        r"estimator\.centered: .*always 0",
+    ),
+    *(
+        (lambda kind=kind: DivergenceObjective(kind(8, "none")), r"support\.normalization: .*even where it equals the")
+        for kind in EVERY_TOP_K
+    ),
+    (
+        lambda: DivergenceObjective(SampledToken(), estimator=CandidateScore()),
+        r"objective\.estimator: .*Use SampledTokenObjective",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), REFUSED)
-def test_impossible_settings_are_refused_with_the_reason(arguments, message):
+@pytest.mark.parametrize(("construct", "message"), REFUSED)
+def test_impossible_settings_are_refused_with_the_reason(construct, message):
     with pytest.raises(ValueError, match=message):
-        Objective(**arguments)
+        construct()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"k": 8}, r"objective\.k=8 is ignored: it only matters with a top-k support"),
-        ({**SAMPLED, "k": 8}, r"objective\.k=8 is ignored"),
-        ({"importance_cap": 2.0}, r"objective\.importance_cap=2\.0 is ignored"),
-        ({**SAMPLED, "importance": "ppo", "importance_cap": 2.0}, r"only matters with importance='truncated'"),
-        ({**SAMPLED, "clip_low": 0.1}, r"objective\.clip_low=0\.1 is ignored: it only matters with importance='ppo'"),
-        ({**SAMPLED, "clip_high": 0.28}, r"objective\.clip_high=0\.28 is ignored"),
-    ],
-)
-def test_settings_without_effect_are_warned_about_where_they_are_written(arguments, message):
-    with pytest.warns(UserWarning, match=message) as caught:
-        Objective(**arguments)
-    assert caught[0].filename == __file__
-
-
-def test_settings_that_matter_do_not_warn():
+def test_settings_that_make_sense_are_accepted_without_a_word():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Objective(support="union", k=1, normalization="tail")
-        Objective(**SAMPLED, importance_cap=2.0)
-        Objective(**SAMPLED, importance="ppo", clip_low=0.1, clip_high=0.28)
-        Objective(importance="none")
+        for kind in (Union, SymmetricDifference):  # of two lists: not one token
+            DivergenceObjective(kind(1))
+            DivergenceObjective(kind(1, "none"), estimator=CandidateScore(centered=True))
+        for kind in EVERY_TOP_K:
+            DivergenceObjective(kind(1, "tail"))
+        DivergenceObjective(StudentTopK(1, "none"), estimator=CandidateScore())
+        DivergenceObjective(SampledToken())
+        SampledTokenObjective(importance=None)
+        Truncated(1.0)
 
 
-def test_null_settings_become_what_the_support_needs():
-    assert Objective().normalization == "none"
-    assert Objective(support="union").normalization == "renormalize"
-    assert Objective(**SAMPLED).normalization == "none"
-    assert Objective(**SAMPLED).effective_importance == "truncated"
-    assert Objective(**TOP, **SCORE).effective_importance == "none"
+IMPOSSIBLE = [  # what has no effect, or no meaning, cannot be written
+    ("DivergenceObjective", "support: {class_path: FullVocabulary, init_args: {k: 8}}", "k"),
+    ("DivergenceObjective", "support: {class_path: FullVocabulary, init_args: {normalization: tail}}", "normalization"),
+    ("DivergenceObjective", "support: {class_path: SampledToken, init_args: {normalization: none}}", "normalization"),
+    ("DivergenceObjective", "estimator: {class_path: Direct, init_args: {centered: true}}", "centered"),
+    ("DivergenceObjective", "estimator: {class_path: Direct, init_args: {weighting: uniform}}", "weighting"),
+    ("DivergenceObjective", "importance: Truncated", "importance"),
+    ("DivergenceObjective", "advantage_clip: 1.0", "advantage_clip"),
+    ("SampledTokenObjective", "support: StudentTopK", "support"),
+    ("SampledTokenObjective", "estimator: CandidateScore", "estimator"),
+    ("SampledTokenObjective", "importance: {class_path: Clipped, init_args: {cap: 2.0}}", "cap"),
+    ("SampledTokenObjective", "importance: {class_path: Truncated, init_args: {low: 0.1}}", "low"),
+    ("NLL", "student_temperature: 0.7", "student_temperature"),
+]
+
+
+@pytest.mark.parametrize(("kind", "setting", "name"), IMPOSSIBLE)
+def test_settings_without_effect_cannot_be_written(kind, setting, name):
+    with pytest.raises(ArgumentError, match=rf"Option '{name}' is not accepted|'{name}'"):
+        build(f"{{class_path: {kind}, init_args: {{{setting}}}}}")
 
 
 def test_the_request_names_what_the_losses_need():
-    assert Objective().request() == ScoreRequest(full_vocabulary=True)
-    assert Objective(**TOP, teacher_temperature=2.0).request() == ScoreRequest(arbitrary_ids=True, temperature=2.0)
-    assert Objective(support="intersection", k=8).request() == ScoreRequest(top_k=8)
-    assert Objective(**SAMPLED).request() == ScoreRequest()
+    assert DivergenceObjective().request() == ScoreRequest(full_vocabulary=True)
+    top = DivergenceObjective(StudentTopK(), teacher_temperature=2.0)
+    assert top.request() == ScoreRequest(arbitrary_ids=True, temperature=2.0)
+    assert DivergenceObjective(Intersection(8)).request() == ScoreRequest(top_k=8)
+    assert SampledTokenObjective(teacher_temperature=2.0).request() == ScoreRequest(temperature=2.0)
+    assert NLL().request() is None
+
+
+def test_only_importance_needs_the_log_probs_of_the_rollouts():
+    assert SampledTokenObjective().needs_rollout_log_probs
+    assert not SampledTokenObjective(importance=None).needs_rollout_log_probs
+    assert not DivergenceObjective().needs_rollout_log_probs
+    assert not NLL().needs_rollout_log_probs
+
+
+def test_only_direct_estimators_have_the_divergence_as_their_value():
+    assert DivergenceObjective().value_is_divergence
+    assert not DivergenceObjective(estimator=CandidateScore()).value_is_divergence
+    assert not SampledTokenObjective().value_is_divergence
+    assert not NLL().value_is_divergence
 
 
 def test_the_presets_of_the_docstring_run():
-    assert doctest.testmod(objective).attempted >= 4
-    assert doctest.testmod(objective).failed == 0
+    result = doctest.testmod(objective)
+    assert result.attempted >= 4
+    assert result.failed == 0
 
 
+@pytest.mark.parametrize("kind", TEMPERED)
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
@@ -119,56 +159,66 @@ def test_the_presets_of_the_docstring_run():
         (Sampling(top_k=20), r"sampling\.top_k=20 cut tokens off"),
     ],
 )
-def test_sampling_from_another_distribution_is_refused_or_warned_about_once(sampling, message):
+def test_sampling_from_another_distribution_is_refused_or_warned_about(sampling, message, kind):
     with pytest.raises(ValueError, match=message):
-        Objective().check_sampling(sampling)
-    tolerant = Objective(allow_biased_sampling=True)
-    with pytest.warns(UserWarning, match=message):
-        tolerant.check_sampling(sampling)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tolerant.check_sampling(sampling)
+        kind().check_sampling(sampling)
+    with pytest.warns(UserWarning, match=message) as caught:
+        kind(allow_biased_sampling=True).check_sampling(sampling)
+    assert caught[0].filename == __file__
 
 
 def test_sampling_at_the_students_temperature_is_accepted():
-    Objective(student_temperature=0.7).check_sampling(Sampling(temperature=0.7))
-    with pytest.raises(ValueError, match="student_temperature"):
-        Objective(student_temperature=0.7).check_sampling(Sampling())
+    for kind in TEMPERED:
+        kind(student_temperature=0.7).check_sampling(Sampling(temperature=0.7))
+        with pytest.raises(ValueError, match="student_temperature"):
+            kind(student_temperature=0.7).check_sampling(Sampling())
+    NLL().check_sampling(Sampling(temperature=0.7, top_p=0.9))  # others wrote the responses
+
+
+class Owner:
+    def __init__(self, objective: Objective = DivergenceObjective()):  # noqa: B008
+        self.objective = objective
 
 
 def parser():
     result = ArgumentParser(exit_on_error=False)
-    result.add_class_arguments(Objective, "objective")
+    result.add_class_arguments(Owner, "model")
     return result
+
+
+def build(text):
+    return parser().instantiate(parser().parse_string(f"model: {{objective: {text}}}")).model.objective
 
 
 def test_yaml_prints_every_default_and_comes_back():
     printed = parser().dump(parser().parse_args([]))
-    settings = yaml.safe_load(printed)["objective"]
-    assert settings["support"] == "full_vocabulary"
+    settings = yaml.safe_load(printed)["model"]["objective"]["init_args"]
+    assert settings["support"]["class_path"].endswith("FullVocabulary")
     assert settings["divergence"]["class_path"].endswith("ReverseKL")
-    assert settings["importance_cap"] == 5.0
-    again = parser().parse_string(printed)
-    assert isinstance(parser().instantiate(again).objective.divergence, ReverseKL)
+    assert settings["estimator"]["class_path"].endswith("Direct")
+    again = parser().instantiate(parser().parse_string(printed)).model.objective
+    assert vars(again) == vars(DivergenceObjective())
 
 
-def test_yaml_chooses_the_divergence_by_its_short_name():
-    text = "objective: {support: student_top_k, k: 8, divergence: {class_path: JensenShannon, init_args: {beta: 0.2}}}"
-    built = parser().instantiate(parser().parse_string(text)).objective
-    assert isinstance(built.divergence, JensenShannon)
-    assert (built.support, built.k, built.divergence.beta) == ("student_top_k", 8, 0.2)
-    built = parser().instantiate(parser().parse_args(["--objective.divergence=ForwardKL"])).objective
-    assert repr(built.divergence) == "ForwardKL()"
+def test_yaml_chooses_factors_by_their_short_names():
+    built = build("{support: {class_path: StudentTopK, init_args: {k: 8}}, divergence: ForwardKL}")
+    assert vars(built) == vars(DivergenceObjective(StudentTopK(8), ForwardKL()))
+    built = build("{class_path: SampledTokenObjective, init_args: {importance: null, divergence: JensenShannon}}")
+    assert vars(built) == vars(SampledTokenObjective(JensenShannon(), None))
+    options = ["--model.objective.support=StudentTopK", "--model.objective.support.k=8"]
+    built = parser().instantiate(parser().parse_args(options)).model.objective
+    assert built.support == StudentTopK(8)
 
 
-class Owner:
-    def __init__(self, objective: Objective = Objective()):  # noqa: B008
-        self.objective = objective
+def test_one_setting_of_the_default_may_be_changed_alone():
+    built = parser().instantiate(parser().parse_args(["--model.objective.chunk_tokens=64"])).model
+    assert vars(built.objective) == vars(DivergenceObjective(chunk_tokens=64))
+    assert parser().instantiate(parser().parse_args(["--model.objective=NLL"])).model.objective.request() is None
 
 
-def test_an_owner_may_hold_an_objective_as_its_default_and_override_one_setting():
-    owners = ArgumentParser(exit_on_error=False)
-    owners.add_class_arguments(Owner, "model")
-    built = owners.instantiate(owners.parse_args(["--model.objective.chunk_tokens=64"])).model
-    assert built.objective.chunk_tokens == 64
-    assert isinstance(built.objective.divergence, ReverseKL)
+def test_factors_are_values_that_say_what_they_are():
+    assert repr(DivergenceObjective(StudentTopK(8)).support) == "StudentTopK(k=8, normalization='renormalize')"
+    assert repr(JensenShannon(0.3)) == "JensenShannon(beta=0.3)"
+    assert FullVocabulary() == FullVocabulary()
+    assert StudentTopK(8) != TeacherTopK(8)
+    assert len({ReverseKL(), ReverseKL(), JensenShannon(0.1), JensenShannon(0.2)}) == 3

@@ -4,24 +4,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objective_cases import make_case, on_support, support_sets
+from objective_cases import TOP_K, make_case, make_support, on_support, support_sets
 
 from opd_lightning.interfaces import ScoreRequest
 from opd_lightning.objectives.supports import (
     log1mexp,
+    look_up,
     normalize,
-    request_scores,
     same_tokens,
-    select_candidates,
     with_tail_slot,
 )
 
-TOP_K = ["student_top_k", "teacher_top_k", "intersection", "union", "symmetric_difference"]
 seeds = st.integers(0, 10_000)
 
 
 def select(case, support, k):
-    return select_candidates(support, k, case.logits, case.scores(), case.response_ids)
+    return make_support(support, k, "tail").select(case.logits, case.scores(), case.response_ids)
 
 
 @pytest.mark.parametrize("support", ["sampled_token", *TOP_K])
@@ -67,6 +65,12 @@ def test_selecting_carries_no_gradient():
     assert not select(case, "union", 3).teacher_log_probs.requires_grad
 
 
+def test_looking_up_finds_tokens_wherever_the_other_list_has_them():
+    found, mask = look_up(torch.tensor([[1, 2, 4]]), torch.tensor([[2, 3, 1]]), torch.tensor([[-0.1, -0.2, -0.3]]))
+    assert mask.tolist() == [[True, True, False]]
+    torch.testing.assert_close(found, torch.tensor([[-0.3, -0.1, -math.inf]]))
+
+
 def test_same_tokens_compares_all_pairs():
     same = same_tokens(torch.tensor([[1, 2]]), torch.tensor([[2, 3, 1]]))
     assert same.tolist() == [[[False, False, True], [True, False, False]]]
@@ -85,7 +89,7 @@ def test_same_tokens_compares_all_pairs():
     ],
 )
 def test_each_support_asks_the_teacher_for_no_more_than_it_needs(support, expected):
-    assert request_scores(support, 7, 0.5) == expected
+    assert make_support(support, 7).request(0.5) == expected
 
 
 @pytest.mark.parametrize("support", ["sampled_token", *TOP_K])

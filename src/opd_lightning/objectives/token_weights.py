@@ -26,7 +26,7 @@ def weigh_tokens(weighting: TokenWeighting, facts: Mapping[str, Tensor], micro_b
                 f"model.token_weighting: {name} gave {gave}; expected a tensor with one weight per response token,"
                 f" of shape {tuple(micro_batch.tokens.ids.shape)}."
             )
-        weights = weights.float()
+        weights = weights.detach().to(micro_batch.rows.device, torch.float32)  # rollouts are on the CPU
         if not bool((weights.isfinite() & (weights >= 0)).all()):
             raise ValueError(
                 f"model.token_weighting: {name} gave a weight that is negative or not finite. Facts are NaN where they"

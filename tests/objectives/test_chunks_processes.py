@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.multiprocessing
-from test_chunking import FULL, Net, material
+from test_chunks import FACTS, Net, material
 from torch import nn
 
-from opd_lightning.objectives import Objective, sum_over_chunks
+from opd_lightning.objectives import DivergenceObjective, compare_in_chunks
 
 NUM_TOKENS = {"even": (12, 11), "idle": (23, 0)}
 
@@ -17,16 +17,15 @@ class Loss(nn.Module):
         self.net = Net()
 
     def forward(self, rows):
-        ids, teacher, response_ids, rollout = material()
-        return sum_over_chunks(
+        ids, teacher, tokens = material()
+        return compare_in_chunks(
             self.net.hidden(ids[rows]),
-            self.net.project,
-            Objective(chunk_tokens=4),
+            self.net.head,
+            DivergenceObjective(chunk_tokens=4),
             teacher.slice(rows.start, rows.stop),
-            response_ids[rows],
-            rollout[rows],
-            answers=FULL,
-        ).loss_sum
+            tokens[rows],
+            **FACTS,
+        ).losses.sum()
 
 
 def work(rank, store, out, split):
