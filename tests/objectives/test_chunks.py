@@ -1,4 +1,5 @@
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -129,6 +130,21 @@ def test_an_objective_that_asks_for_nothing_sees_no_teacher_but_the_facts_do():
     alone = compare_in_chunks(net.hidden(ids), net.head, WithoutTeacher(5), None, tokens, facts_k=4)
     assert set(alone.facts) == {"student_top_mass", "student_entropy", "rollout_mismatch", "rollout_kl"}
     torch.testing.assert_close(alone.losses, run(net, 5, variant=NLL).losses)
+
+
+class Scaled(NLL):
+    def token_losses(self, student_logits, teacher, tokens):
+        return tokens.extras["scale"] * super().token_losses(student_logits, teacher, tokens)
+
+
+def test_each_chunk_has_what_was_attached_to_its_tokens():
+    net = Net()
+    ids, _, tokens = material()
+    scale = torch.arange(float(N))
+    tokens = replace(tokens, extras={"scale": scale})
+    results = compare_in_chunks(net.hidden(ids), net.head, Scaled(chunk_tokens=5), None, tokens)
+    torch.testing.assert_close(results.losses, scale * run(net, N, variant=NLL).losses)
+    results.losses.sum().backward()  # the recomputation has it as well
 
 
 class Counting(DenseScores):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_lightning.interfaces import Problem, Rollout, TokenWeighting
-from opd_lightning.objectives.token_weights import known_divisor, weigh_tokens
+from opd_lightning.objectives.token_weights import known_divisor, loss_factors, weigh_tokens
 from opd_lightning.rollouts.batching import collate
 
 
@@ -49,17 +49,19 @@ def make_batch(*lengths, num_hidden=0):
 lengths = st.lists(st.integers(1, 6), min_size=1, max_size=5)
 
 
-@pytest.mark.parametrize("normalizer", ["all_tokens", "kept_tokens"])
+@pytest.mark.parametrize("normalizer", ["all_tokens", "kept_tokens", "sequences"])
 @given(lengths)
 def test_weights_are_taken_as_they_are(normalizer, sizes):
-    weights = torch.rand(sum(sizes))
-    assert torch.equal(weigh_tokens(Given(weights, normalizer), {}, make_batch(*sizes)), weights)
+    weights, batch = torch.rand(sum(sizes)), make_batch(*sizes)
+    assert torch.equal(weigh_tokens(Given(weights, normalizer), {}, batch), weights)
+    if normalizer != "sequences":
+        assert torch.equal(loss_factors(weights, normalizer, batch), weights)
 
 
 @given(lengths, st.integers(0, 3))
 def test_by_sequences_each_response_is_divided_by_its_own_length(sizes, num_hidden):
     weights = torch.rand(sum(sizes))
-    result = weigh_tokens(Given(weights, "sequences"), {}, make_batch(*sizes, num_hidden=num_hidden))
+    result = loss_factors(weights, "sequences", make_batch(*sizes, num_hidden=num_hidden))
     parts = [part / len(part) for part in weights.split(sizes)]
     torch.testing.assert_close(result, torch.cat(parts))
 

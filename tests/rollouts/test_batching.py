@@ -1,13 +1,17 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_lightning.interfaces import Problem, Rollout
+from opd_lightning.objectives import NLL
+from opd_lightning.rollouts.answering import shape_groups
 from opd_lightning.rollouts.batching import collate, cut_by_tokens, sequence_length
 
 
-def make_rollout(prompt, response, seed=0):
+def make_rollout(prompt, response, seed=0, **options):
     return Rollout(
         problem=Problem(uid=f"p{seed}", messages=({"role": "user", "content": "?"},), answer="0"),
         prompt_ids=torch.tensor(prompt),
@@ -15,6 +19,7 @@ def make_rollout(prompt, response, seed=0):
         log_probs=-torch.arange(1, len(response) + 1, dtype=torch.float32),
         finished=True,
         seed=seed,
+        **options,
     )
 
 
@@ -49,6 +54,7 @@ def test_collate_points_at_the_positions_that_predict_the_response(side):
     assert batch.tokens.ids.tolist() == [8, 9, 4, 4, 1, 2]
     assert batch.tokens.positions.tolist() == [0, 1, 0, 1, 2, 3]
     assert batch.tokens.rollout_log_probs.tolist() == [-1, -2, -1, -2, -3, -4]
+    assert batch.rollouts == tuple(rollouts)
     for row, rollout in enumerate(rollouts):
         real = batch.attention_mask[row].bool()
         assert batch.input_ids[row][real].tolist() == [*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()]
@@ -59,3 +65,58 @@ def test_pad_id_may_equal_a_token_of_the_response():
     batch = collate([make_rollout([5], [9]), make_rollout([5], [6, 6, 9])], pad_id=9)
     assert batch.tokens.ids.tolist() == [9, 6, 6, 9]
     assert batch.attention_mask.sum() == 6
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_tokens_of_the_environment_are_read_but_never_trained_on(side):
+    turns = torch.tensor([True, True, False, False, False, True])
+    rollouts = [make_rollout([5, 6, 7], [10, 11, 12, 13, 14, 15], student_wrote=turns), make_rollout([3], [4, 1])]
+    batch = collate(rollouts, pad_id=0, side=side)
+    assert batch.tokens.ids.tolist() == [10, 11, 15, 4, 1]
+    assert batch.tokens.positions.tolist() == [0, 1, 5, 0, 1]  # positions stay those in the response
+    assert batch.tokens.rollout_log_probs.tolist() == [-1, -2, -6, -1, -2]
+    assert batch.rows.tolist() == [0, 0, 0, 1, 1]
+    assert torch.equal(batch.input_ids[batch.rows, batch.columns + 1], batch.tokens.ids)
+    assert batch.input_ids[0][batch.attention_mask[0].bool()].tolist() == [5, 6, 7, 10, 11, 12, 13, 14, 15]
+    assert [values.tolist() for values in batch.by_rollout(batch.tokens.positions)] == [[0, 1, 5], [0, 1]]
+
+
+class Ranked(NLL):
+    """Attaches to each token the rank of its response in its group, by reward, and how far it is from the end."""
+
+    def shape(self, groups):
+        return [[self.attach(rollout, group) for rollout in group] for group in groups]
+
+    def attach(self, rollout, group):
+        rank = sorted(other.reward for other in group).index(rollout.reward)
+        length = len(rollout.response_ids)
+        extras = {"rank": torch.full((length,), float(rank)), "left": torch.arange(length - 1.0, -1, -1)}
+        return replace(rollout, extras=extras)
+
+
+def test_what_an_objective_attaches_to_groups_reaches_its_tokens():
+    hidden = torch.tensor([True, False, True])
+    rollouts = [
+        make_rollout([5], [6, 7, 8], seed=0, reward=0.5, student_wrote=hidden),
+        make_rollout([5], [6], seed=1, reward=0.0),
+        make_rollout([9], [6, 7], seed=2, reward=0.2),
+        make_rollout([9], [8], seed=3, reward=1.0),
+    ]
+    shaped = shape_groups(Ranked(), rollouts, 2)
+    assert [rollout.seed for rollout in shaped] == [0, 1, 2, 3]
+    tokens = collate([shaped[3], shaped[0], shaped[2]], pad_id=0).tokens
+    assert tokens.extras["rank"].tolist() == [1, 1, 1, 0, 0]
+    assert tokens.extras["left"].tolist() == [0, 2, 0, 1, 0]
+    assert tokens[1:3].extras["left"].tolist() == [2, 0]
+    assert tokens.to("cpu").extras["left"].tolist() == [0, 2, 0, 1, 0]
+    assert collate(rollouts, pad_id=0).tokens.extras == {}
+
+
+def test_an_objective_that_loses_rollouts_is_refused():
+    class Losing(NLL):
+        def shape(self, groups):
+            return [group[1:] for group in groups]
+
+    rollouts = [make_rollout([5], [6], seed=i) for i in range(4)]
+    with pytest.raises(ValueError, match=r"Losing\.shape must return the same rollouts in the same order"):
+        shape_groups(Losing(), rollouts, 2)

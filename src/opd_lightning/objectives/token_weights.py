@@ -12,7 +12,7 @@ from opd_lightning.interfaces import MicroBatch, Normalizer, TokenWeighting
 
 
 def weigh_tokens(weighting: TokenWeighting, facts: Mapping[str, Tensor], micro_batch: MicroBatch) -> Tensor:
-    """Weights [N] of a micro-batch's response tokens, checked; with "sequences" divided by each response's length.
+    """Weights [N] of a micro-batch's response tokens, as the weighting gives them, checked.
 
     Raises:
         ValueError: They are not one finite number of at least 0 per token.
@@ -32,9 +32,17 @@ def weigh_tokens(weighting: TokenWeighting, facts: Mapping[str, Tensor], micro_b
                 f"model.token_weighting: {name} gave a weight that is negative or not finite. Facts are NaN where they"
                 " are not defined (docs/metrics.md): say what those tokens weigh, for example with nan_to_num."
             )
-        if weighting.normalizer == "sequences":
-            weights = weights / micro_batch.rows.bincount()[micro_batch.rows]
         return weights
+
+
+def loss_factors(weights: Tensor, normalizer: Normalizer, micro_batch: MicroBatch) -> Tensor:
+    """What the losses [N] of a micro-batch are multiplied by before they are summed up.
+
+    The weights; with "sequences" divided by the number of tokens of their response.
+    """
+    if normalizer == "sequences":
+        return weights / micro_batch.rows.bincount()[micro_batch.rows]
+    return weights
 
 
 def known_divisor(normalizer: Normalizer, micro_batches: Sequence[MicroBatch]) -> int | None:

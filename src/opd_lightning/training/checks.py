@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from opd_lightning.interfaces import Objective, ScoreRequest, Student, Teacher, TokenWeighting
 from opd_lightning.objectives import SampledTokenObjective, known_facts
+from opd_lightning.objectives.token_weights import known_divisor
 from opd_lightning.rollouts.prompt_limits import check_context
 from opd_lightning.training.datamodule import OPDDataModule
 
@@ -124,6 +125,8 @@ def check_weighting(weighting: TokenWeighting | None, answers: ScoreRequest | No
     Raises:
         ValueError: It does.
     """
+    if weighting is not None:
+        known_divisor(weighting.normalizer, [])  # refuses a normaliser that does not exist
     known = known_facts(answers, facts_k)
     if weighting is not None and (unknown := [name for name in weighting.reads if name not in known]):
         gives = f"which gives {answers}" if answers is not None else "there is none"

@@ -28,7 +28,7 @@ from opd_lightning.interfaces import (
 from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.objectives import DivergenceObjective
 from opd_lightning.objectives.supports import DEFAULT_K
-from opd_lightning.objectives.token_weights import known_divisor, weigh_tokens
+from opd_lightning.objectives.token_weights import known_divisor, loss_factors, weigh_tokens
 from opd_lightning.randomness import derive_seed
 from opd_lightning.rollouts.answering import shape_groups
 from opd_lightning.training.checkpoints import check_resumable
@@ -144,7 +144,7 @@ class OPDModule(PairModule):
                 losses = compared.losses
                 if self.token_weighting is not None:
                     weights = weigh_tokens(self.token_weighting, compared.facts, compared.micro_batch)
-                    losses = weights * losses
+                    losses = loss_factors(weights, normalizer, compared.micro_batch) * losses
                     total_weight += weights.sum()
                 # DDP averages over processes; the loss is a sum over all of them
                 self.manual_backward(losses.sum() * (self.trainer.world_size / num_divided))
