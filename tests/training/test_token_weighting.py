@@ -158,7 +158,7 @@ def test_two_processes_make_the_weighted_steps_of_one(tmp_path, tiny_qwen3_folde
         # a hung process ignores SIGTERM, which Lightning traps: kill it
         done = subprocess.run(
             ["timeout", "-s", "KILL", "150", *map(str, command)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
             capture_output=True,
             text=True,
         )
