@@ -17,7 +17,7 @@ KINDS = ("ddp", "fsdp", "fsdp_file")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("effopd")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     for kind in ("single", *KINDS):
         # a hung process ignores SIGTERM, which Lightning traps: kill it
         command = ["timeout", "-s", "KILL", "200", sys.executable, str(PROGRAM), kind, str(folder)]

@@ -19,7 +19,7 @@ def runs(tmp_path_factory, tiny_qwen3_folder, tiny_teacher_folder):
     for num_processes in (1, 2):
         folder = folders[num_processes] = tmp_path_factory.mktemp(f"processes{num_processes}")
         command = [sys.executable, PROGRAM, str(num_processes), tiny_qwen3_folder, tiny_teacher_folder, folder]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         # a hung process ignores SIGTERM, which Lightning traps: kill it
         done = subprocess.run(
             ["timeout", "-s", "KILL", "150", *map(str, command)], env=environment, capture_output=True, text=True

@@ -210,7 +210,7 @@ def start(root, lora, *arguments):
     student = ", lora: {r: 4}" if lora else ""
     config.write_text(CONFIG % {"root": root, "student": student})
     command = [sys.executable, "-m", "opd_lightning", "fit", "--config", str(config), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 

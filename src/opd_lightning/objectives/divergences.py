@@ -32,7 +32,7 @@ class Divergence(ABC):
             teacher_log_probs: [n, K] log q.
             mask: bool [n, K], True where a slot counts; None when all do.
         """
-        return self._terms(close_slots(student_log_probs, mask), close_slots(teacher_log_probs, mask)).sum(-1)
+        return self.terms(close_slots(student_log_probs, mask), close_slots(teacher_log_probs, mask)).sum(-1)
 
     def reward(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """Reward [n, K] of proposing each token: -dD/dp(v), shifted so that it is 0 where p(v) = q(v).
@@ -44,14 +44,14 @@ class Divergence(ABC):
             student_log_probs: [n, K] log p.
             teacher_log_probs: [n, K] log q.
         """
-        return self._reward(close_slots(student_log_probs), close_slots(teacher_log_probs))
+        return self.reward_at(close_slots(student_log_probs), close_slots(teacher_log_probs))
 
     @abstractmethod
-    def _terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """Summands of D for finite log-probabilities."""
 
     @abstractmethod
-    def _reward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def reward_at(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """Reward for finite log-probabilities."""
 
 
@@ -62,10 +62,10 @@ class ReverseKL(Divergence):
     Reward log q - log p. A token with q = 0 is charged `LOG_ZERO` nats times p, not infinity.
     """
 
-    def _terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return log_p.exp() * (log_p - log_q)
 
-    def _reward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def reward_at(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return log_q - log_p
 
 
@@ -77,10 +77,10 @@ class ForwardKL(Divergence):
     `LARGEST_LOG_RATIO` before the exponential.
     """
 
-    def _terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return log_q.exp() * (log_q - log_p)
 
-    def _reward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def reward_at(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return (log_q - log_p).clamp(max=LARGEST_LOG_RATIO).expm1()
 
 
@@ -108,15 +108,15 @@ class JensenShannon(Divergence):
                 f" {self.beta}."
             )
 
-    def _terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if (end := self._end()) is not None:
-            return end._terms(log_p, log_q)
+            return end.terms(log_p, log_q)
         log_m = self._log_mixture(log_p, log_q)
         return self.beta * log_q.exp() * (log_q - log_m) + (1 - self.beta) * log_p.exp() * (log_p - log_m)
 
-    def _reward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def reward_at(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if (end := self._end()) is not None:
-            return end._reward(log_p, log_q)
+            return end.reward_at(log_p, log_q)
         return (1 - self.beta) * (self._log_mixture(log_p, log_q) - log_p)
 
     def _end(self) -> Divergence | None:
