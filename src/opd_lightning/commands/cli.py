@@ -18,7 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from opd_lightning import __version__
@@ -46,6 +46,7 @@ DEFAULT_CLASSES = {  # what the constructors take for None, spelt out so that --
 PLAIN_COMMANDS: dict[str, Callable[..., None]] = {"export": export, "configs": shipped_configs.show_configs}
 COMMANDS = ("fit", "validate", "test", "predict", *PLAIN_COMMANDS)
 DESCRIPTION = f"On-policy distillation of language models. Commands without a trainer: {', '.join(PLAIN_COMMANDS)}."
+MISTAKES_AS_RUNTIME_ERRORS = ("Early stopping conditioned on metric",)  # how Lightning says that there is none
 ROOMS_WITH_SHORT_NAMES = (  # `HFStudent` works in YAML for the whole path, but only once its room was imported
     "backends.hf",
     "callbacks.effopd",
@@ -66,6 +67,8 @@ def _as_data_seed(seed_everything: bool | int) -> int:
         raise ValueError(
             f"seed_everything: expected an integer, since rollouts are a function of it; got {seed_everything}."
         )
+    if not 0 <= seed_everything < 2**32:
+        raise ValueError(f"seed_everything: expected an integer from 0 to {2**32 - 1}, got {seed_everything}.")
     return seed_everything
 
 
@@ -139,7 +142,7 @@ class OPDCLI(LightningCLI):
         wanted = settings.get("ckpt_path")
         if wanted in WORDS:
             settings.ckpt_path = str(find_checkpoint(wanted, settings.trainer, to_train=is_fit))
-            rank_zero_info(f"--ckpt_path {wanted} is {settings.ckpt_path}")
+            rank_zero_only(print)(f"--ckpt_path {wanted} is {settings.ckpt_path}", file=sys.stderr)
         elif wanted and "://" not in wanted:
             check_checkpoint(wanted, to_train=is_fit)
 
@@ -176,6 +179,9 @@ def main(args: list[str] | None = None) -> None:
     words = sys.argv[1:] if args is None else args
     command = words[0] if words else ""
     try:
+        for word in words:
+            if any("\ud800" <= letter <= "\udfff" for letter in word):  # how Python keeps bytes that are no text
+                raise ValueError(f"{word!r}: expected UTF-8 text on the command line. Mend it, or rename the file.")
         if not command.startswith("-") and command not in COMMANDS:
             found = f"there is no command {command}.{nearest(command, COMMANDS)}" if command else "no command."
             raise ValueError(f"{found} Expected one of {', '.join(COMMANDS)}.")
@@ -183,10 +189,14 @@ def main(args: list[str] | None = None) -> None:
             _run_plain(command, words[1:])
         else:
             OPDCLI(args)
-    except (ValueError, MisconfigurationException) as error:
+    except (ValueError, MisconfigurationException, ImportError) as error:  # the last: a package that is only needed now
         _stop(error, status=2)
-    except (OSError, FloatingPointError) as error:
+    except (OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
         _stop(error, status=1)
+    except RuntimeError as error:
+        if not str(error).startswith(MISTAKES_AS_RUNTIME_ERRORS):
+            raise
+        _stop(error, status=2)
 
 
 def _run_plain(command: str, words: list[str]) -> None:

@@ -124,7 +124,11 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     text = _UNKNOWN_ARGUMENT.sub(lambda match: _about_argument(*match.groups()), text)
     text = _UNKNOWN_CLASS.sub(lambda match: _about_class(match[0], *match.groups()), text)
     text = re.sub(r"Problem with given class_path '[\w.]*?(\w+)':", r"\1:", text)
-    return text.replace("Expected a dot import path string:", "or a class path:").replace(".;", ".")
+    text = text.replace("Expected a dot import path string:", "or a class path:").replace(".;", ".")
+    if text.endswith(":"):  # nothing of what was said about it is worth repeating
+        got = re.search(r"Given value: (.*)", message)
+        text += " expected a class, as in {class_path: ..., init_args: {...}}" + (f"; got {got[1]}" if got else "")
+    return text
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from opd_lightning.training.checkpoints import check_checkpoint_file, read_checkpoint
+from opd_lightning.commands.trainer_settings import arguments_of
+from opd_lightning.training.checkpoints import read_checkpoint
 
 WORDS = ("last", "best", "hpc", "registry")
 DEEPEST = 4  # default_root_dir/mlruns/EXPERIMENT/RUN/checkpoints
@@ -61,9 +62,6 @@ def check_checkpoint(path: str, *, to_train: bool) -> None:
     Raises:
         ValueError: It is.
     """
-    check_checkpoint_file(path)
-    if Path(path).is_dir():  # a sharded one
-        return
     if "optimizer_states" not in read_checkpoint(path) and to_train:
         raise ValueError(
             f"ckpt_path: {path!r} holds weights only (save_weights_only), which `fit` cannot resume. Start a new run"
@@ -93,14 +91,10 @@ def _best_of_run(path: Path) -> Path | None:
 
 def _folders(trainer: Any) -> list[Path]:
     """Where checkpoints may lie, without repetition."""
-    settings = [(_as_list(trainer.get("callbacks")), "dirpath"), (_as_list(trainer.get("logger")), "save_dir")]
-    others = [part["init_args"].get(name) for parts, name in settings for part in parts if "init_args" in part]
-    return list(dict.fromkeys(Path(folder) for folder in [trainer.get("default_root_dir") or ".", *others] if folder))
-
-
-def _as_list(value: Any) -> list[Any]:
-    parts = value if isinstance(value, list) else [value]
-    return [part for part in parts if hasattr(part, "get")]  # not True, False and None
+    folders = [trainer.get("default_root_dir") or "."]
+    folders += [arguments.get("dirpath") for arguments in arguments_of(trainer.get("callbacks"))]
+    folders += [arguments.get("save_dir") for arguments in arguments_of(trainer.get("logger"))]
+    return list(dict.fromkeys(Path(folder) for folder in folders if folder))
 
 
 def _checkpoints(folders: list[Path], pattern: str) -> Iterator[Path]:

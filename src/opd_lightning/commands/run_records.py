@@ -28,8 +28,8 @@ class RunRecords(SaveConfigCallback):
         self.already_saved = True
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True, multifile=False)
-        settings = flat(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
+        self.parser.save(self.config, folder / self.config_filename, skip_unset=False, overwrite=True, multifile=False)
+        settings = flat(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
         for logger in trainer.loggers:
             logger.log_hyperparams(settings)
 

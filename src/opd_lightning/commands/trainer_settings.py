@@ -32,6 +32,11 @@ def check_trainer(settings: Any) -> None:
             f"trainer.val_check_interval: expected a number of steps of at least 1, or a share of a pass in (0, 1], got"
             f" {interval}. To leave validation out set trainer.limit_val_batches: 0."
         )
+    if settings.check_val_every_n_epoch is not None and settings.check_val_every_n_epoch < 1:
+        raise ValueError(
+            "trainer.check_val_every_n_epoch: expected a number of passes of at least 1, or null to count steps with"
+            f" val_check_interval; got {settings.check_val_every_n_epoch}."
+        )
     devices = settings.devices
     if isinstance(devices, str) and not _DEVICES.fullmatch(devices.replace(" ", "")):
         raise ValueError(
@@ -39,3 +44,13 @@ def check_trainer(settings: Any) -> None:
         )
     if settings.default_root_dir is not None:
         check_folder("trainer.default_root_dir", settings.default_root_dir)
+    for part, argument in (("callbacks", "dirpath"), ("logger", "save_dir")):
+        for arguments in arguments_of(settings.get(part)):
+            if arguments.get(argument):
+                check_folder(f"trainer.{part}.{argument}", arguments.get(argument))
+
+
+def arguments_of(classes: Any) -> list[Any]:
+    """The arguments of the classes under one setting, which may hold one class, a list, or none (true, false, null)."""
+    parts = classes if isinstance(classes, list) else [classes]
+    return [part.init_args for part in parts if hasattr(part, "init_args")]

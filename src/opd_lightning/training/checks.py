@@ -135,9 +135,10 @@ def check_optimizer(make_optimizer: OptimizerCallable, make_lr_scheduler: LRSche
         ValueError: One of them refuses its settings, the optimiser needs a closure, or the scheduler cannot be stepped
             without a metric.
     """
+    parameter = nn.Parameter(torch.zeros(1, 1))
     try:
-        optimizer = make_optimizer([nn.Parameter(torch.zeros(1, 1))])
-    except ValueError as error:
+        optimizer = make_optimizer([parameter])
+    except (ValueError, TypeError) as error:
         raise ValueError(f"model.optimizer: {error}") from error
     inner = getattr(optimizer, "optimizer", optimizer)  # EffOPDOptimizer wraps one
     closure = inspect.signature(inner.step).parameters.get("closure")
@@ -148,10 +149,21 @@ def check_optimizer(make_optimizer: OptimizerCallable, make_lr_scheduler: LRSche
             " torch.optim.AdamW."
         )
     settings = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
-    try:
+    inner = getattr(optimizer, "optimizer", optimizer)  # EffOPDOptimizer wraps one
+    parameter.grad = torch.zeros_like(parameter)
+    name = "model.lr_scheduler"
+    try:  # with one step, since some mistakes show only then: LBFGS wants a closure, T_max=0 is divided by
         scheduler = make_lr_scheduler(optimizer) if make_lr_scheduler is not None else None
+        name = "model.optimizer"
+        inner.step()
+        if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
+            name = "model.lr_scheduler"
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # it watches for the wrapper's step
+                scheduler.step()
     except ValueError as error:
-        raise ValueError(f"model.lr_scheduler: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
+    except (TypeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{name}: with these settings no step can be made: {error}.") from error
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError(
             "model.lr_scheduler: ReduceLROnPlateau waits for a metric, but schedulers are stepped after every optimiser"
