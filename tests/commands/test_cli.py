@@ -75,12 +75,13 @@ def test_the_defaults_are_printed(capsys):
     for name, class_path in DEFAULT_CLASSES.items():
         room, key = name.split(".")
         assert shown[room][key]["class_path"] == class_path
-    assert shown["model"]["objective"]["init_args"]["support"] == "full_vocabulary"
+    assert shown["model"]["objective"]["init_args"]["chunk_tokens"] > 0
 
 
 def test_the_table_of_defaults_says_what_the_constructors_take():
     module, data = OPDModule(HFStudent("sandbox:student")), OPDDataModule(ArithmeticTask())
     built = {"model.objective": module.objective, "data.engine": data.engine, "data.selector": data.selector}
+    built["data.source"] = data.source
     assert {name: class_at(path) for name, path in DEFAULT_CLASSES.items()} == {k: type(v) for k, v in built.items()}
 
 

@@ -39,8 +39,9 @@ from opd_lightning.training.datamodule import OPDDataModule
 from opd_lightning.training.module import OPDModule
 
 DEFAULT_CLASSES = {  # what the constructors take for None, spelt out so that --print_config and config.yaml say it
-    "model.objective": "opd_lightning.objectives.Objective",
+    "model.objective": "opd_lightning.objectives.DivergenceObjective",
     "data.engine": "opd_lightning.backends.hf.HFEngine",
+    "data.source": "opd_lightning.rollouts.on_policy.OnPolicy",
     "data.selector": "opd_lightning.selection.Shuffled",
 }
 PLAIN_COMMANDS: dict[str, Callable[..., None]] = {"export": export, "configs": shipped_configs.show_configs}
