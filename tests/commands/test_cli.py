@@ -74,7 +74,7 @@ def test_the_defaults_are_printed(capsys):
     shown = yaml.safe_load(capsys.readouterr().out)
     for name, class_path in DEFAULT_CLASSES.items():
         room, key = name.split(".")
-        assert shown[room][key]["class_path"] == class_path
+        assert class_at(shown[room][key]["class_path"]) is class_at(class_path)
     assert shown["model"]["objective"]["init_args"]["chunk_tokens"] > 0
 
 
