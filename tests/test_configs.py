@@ -1,33 +1,51 @@
 """Every shipped YAML says what it is for, and becomes real objects."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
-from opd_lightning.commands import cli
+from opd_lightning.commands import cli, shipped_configs
 
-ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def command_of(path):
+    return shlex.split(re.search(r"^# Command: +opd-lightning (.*)$", path.read_text(), flags=re.MULTILINE)[1])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_opens_with_purpose_hardware_and_command(path):
-    text = path.read_text()
-    for label in ("Purpose", "Hardware", "Command"):
-        assert re.search(rf"^# {label}: ", text, flags=re.MULTILINE), label
-    assert f"--config configs/{path.name}" in text
+    labels = re.findall(r"^# (\w+): ", path.read_text(), flags=re.MULTILINE)
+    assert labels == ["Purpose", "Hardware", "Command"]
+    assert command_of(path)[-2:] == ["--config", f"@{path.stem}"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_config_builds_its_objects(path, tmp_path, monkeypatch):
+def test_its_command_builds_its_objects(path, tmp_path, monkeypatch):
+    """An overlay with its base, as its command says."""
     built = []
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli.OPDCLI, "_run_subcommand", lambda self, subcommand: built.append(self))
     here = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.devices", "1"]
-    cli.OPDCLI(["fit", "--config", str(path), "--trainer.default_root_dir", str(tmp_path), *here])
+    cli.OPDCLI([*command_of(path), *here])
+    base = yaml.safe_load(shipped_configs.path_of(command_of(path)[2].removeprefix("@")).read_text())
     settings = yaml.safe_load(path.read_text())
-    assert built[0].datamodule.prompts_per_step == settings["data"]["prompts_per_step"]
-    assert built[0].datamodule.seed == settings["seed_everything"]
-    assert built[0].trainer.max_steps == settings["trainer"]["max_steps"]
-    assert built[0].model.student is None  # nothing is loaded before it is needed
+    (command,) = built
+    assert command.datamodule.prompts_per_step == base["data"]["prompts_per_step"]
+    assert command.datamodule.seed == base["seed_everything"]
+    assert command.trainer.max_steps == base["trainer"]["max_steps"]
+    assert command.trainer.default_root_dir.endswith(settings["trainer"]["default_root_dir"])
+    for callback in [*base["trainer"]["callbacks"], *settings["trainer"].get("callbacks+", [])]:
+        name = callback["class_path"].rpartition(".")[2]
+        assert name in {type(each).__name__ for each in command.trainer.callbacks}
+    if engine := settings["data"].get("engine"):
+        assert engine["class_path"].endswith(type(command.datamodule.engine).__name__)
+    assert command.model.student is None  # nothing is loaded before it is needed
+
+
+def test_no_two_configs_write_to_one_folder():
+    folders = [yaml.safe_load(path.read_text())["trainer"]["default_root_dir"] for path in CONFIGS]
+    assert len(set(folders)) == len(folders)

@@ -231,7 +231,11 @@ CASES = [
         "3",
     ),
     bad("optimiser at the top", r"no option --optimizer. Did you mean --model.optimizer\?", {}, "--optimizer", "SGD"),
-    bad("unknown command", r"no command fitt; expected one of fit, validate, test, predict, export", command="fitt"),
+    bad(
+        "unknown command",
+        r"no command fitt. Did you mean fit\? Expected one of fit, validate, test, predict, export",
+        command="fitt",
+    ),
     bad(
         "unknown teacher",
         r"model.teacher: there is no class HFTeachr here; expected one of .*HFTeacher",
@@ -276,7 +280,22 @@ CASES = [
     bad("seed that is no number", r"seed_everything: expected an integer", {"seed_everything": True}),
     bad("no student", r"required: model.student$", {"model.student": ABSENT}),
     bad("no teacher", r"model.teacher: `fit` needs a teacher, for example", {"model.teacher": ABSENT}),
+    bad("class of another case", r"no class Adamw here.* Did you mean AdamW\?", {"model.optimizer": of_class("Adamw")}),
+    bad("letters swapped", r"no setting modle.student. Did you mean model.student\?", {"modle.student": "x"}),
+    bad(
+        "underscore too many",
+        r"WarmupDecay has no argument warm_up_steps. Did you mean warmup_steps\? It takes: warmup_steps, decay,",
+        {"model.lr_scheduler": of_class("WarmupDecay", warm_up_steps=3)},
+    ),
+    bad("no class at all", r"trainer.callbacks: expected a class, as in .*; got", {"trainer.callbacks": [3]}),
+    bad(
+        "seed below zero", r"seed_everything: expected an integer from 0 to 4294967295, got -1", {"seed_everything": -1}
+    ),
+    bad("no text", r"'x\\udcff': expected UTF-8 text on the command line", {}, "--data.task", "x\udcff"),
     # files
+    bad(
+        "no shipped config", r"no shipped configuration quikstart. Did you mean quickstart\?", {}, "--config=@quikstart"
+    ),
     bad("no config file", r"File does not exist: '.*absent.yaml'", {}, "--config", "absent.yaml"),
     bad(
         "config that is not YAML",
@@ -311,9 +330,24 @@ CASES = [
     bad("not parquet", r"rows.parquet: expected a parquet file", math("rows.parquet", "question,answer\n1,2\n")),
     bad(
         "log folder is a file",
-        r"Not a directory: '.*taken",
-        {"trainer.default_root_dir": file("taken", ""), "trainer.logger": ABSENT},
-        status=1,
+        r"trainer.default_root_dir: '.*taken' cannot be a folder, since '.*taken' is a file",
+        {"trainer.default_root_dir": file("taken", "")},
+    ),
+    bad(
+        "log folder that cannot be written",
+        r"trainer.default_root_dir: nothing can be written to '/proc'",
+        {"trainer.default_root_dir": "/proc/runs"},
+    ),
+    bad(
+        "logger's folder is a file",
+        r"trainer.logger.save_dir: '.*taken/logs' cannot be a folder",
+        {"trainer.logger": lambda at: of_class("CSVLogger", save_dir=file("taken", "")(at) + "/logs")},
+    ),
+    bad(
+        "answers over a folder",
+        r"AnswersWriter.path: expected a file to write, but '.*answers' is a folder",
+        {"trainer.callbacks": lambda at: [of_class("AnswersWriter", path=folder("answers")(at))]},
+        command="predict",
     ),
     # columns and sets
     bad(
@@ -611,6 +645,43 @@ CASES = [
         r"val_check_interval=100: one pass .* only 2 steps. .*check_val_every_n_epoch: null",
         {"trainer.val_check_interval": 100},
     ),
+    bad(
+        "no validation interval", r"val_check_interval: expected .* got 0. To leave", {"trainer.val_check_interval": 0}
+    ),
+    bad(
+        "validation in no pass",
+        r"check_val_every_n_epoch: expected a number of passes of at least 1, .*; got 0",
+        {"trainer.check_val_every_n_epoch": 0},
+    ),
+    bad("words for devices", r"trainer.devices: expected a number, .*; got 'two'", {"trainer.devices": "two"}),
+    bad("devices by number on a CPU", r"trainer: `devices` .* should be an int > 0", {"trainer.devices": [0, 0]}),
+    bad(
+        "scheduler that divides by nothing",
+        r"model.lr_scheduler: with these settings no step can be made: integer modulo by zero",
+        {"model.lr_scheduler": of_class("CosineAnnealingLR", T_max=0)},
+    ),
+    bad(
+        "optimiser that wants a closure",
+        r"model.optimizer: with these settings no step can be made: LBFGS.step\(\) missing",
+        {"model.optimizer": of_class("LBFGS")},
+    ),
+    bad(
+        "optimiser of sparse gradients",
+        r"model.optimizer: .* SparseAdam does not support dense gradients",
+        {"model.optimizer": of_class("SparseAdam")},
+    ),
+    bad(
+        "learning rate of nothing",
+        r"model.optimizer: '<' not supported",
+        {"model.optimizer": of_class("SGD", lr=None)},
+    ),
+    bad(
+        "stopping on an unknown metric",
+        r"Early stopping conditioned on metric `val/nothing` .* `val/avg_at_1`",
+        {"trainer.callbacks": [of_class("EarlyStopping", monitor="val/nothing")]},
+        loaded=("HFStudent", "HFTeacher"),
+    ),
+    bad("package not installed", r"Install s3fs to access S3", {}, "--ckpt_path", "s3://b/x", loaded=("HFStudent",)),
     bad("no such accelerator", r"invalid accelerator name: `accelerator='abacus'`", {"trainer.accelerator": "abacus"}),
     # checkpoints
     resume(
@@ -692,6 +763,40 @@ CASES = [
         r"output: '.*taken' exists and is not an empty folder",
         the_checkpoint,
         file("taken", "x"),
+    ),
+    resume("folder as checkpoint", r"x' is a folder; expected one file, such as last.ckpt", folder("x")),
+    export(
+        "export below a file",
+        r"output: '.*taken/out' cannot be a folder, since '.*taken' is a file",
+        the_checkpoint,
+        lambda at: file("taken", "x")(at) + "/out",
+    ),
+    export(
+        "export of a student that has moved",
+        r"student_path: no folder './gone'.* had its student at './gone': if that has moved, add --student_path",
+        edited_checkpoint(lambda content: content["opd_lightning"]["student"]["init_args"].update(path="./gone")),
+        "out",
+        loaded=("HFStudent",),
+    ),
+    export(
+        "export to a student that is not there",
+        r"student_path: no folder './nor_here'",
+        the_checkpoint,
+        "out",
+        "--student_path",
+        "./nor_here",
+        loaded=("HFStudent",),
+    ),
+    export("unknown dtype", r"dtype: expected one of 'float32', .*; got fp8", the_checkpoint, "out", "--dtype", "fp8"),
+    export(
+        "private what", r"private: it is about the repository of push_to_hub", the_checkpoint, "out", "--private=true"
+    ),
+    export(
+        "no name for a repository",
+        r"push_to_hub: .*Expected a repository such as me/my-student",
+        the_checkpoint,
+        "out",
+        "--push_to_hub=a/b/c",
     ),
     export("export nothing", r"ckpt_path: no file 'absent.ckpt'", "absent.ckpt", "out"),
     export(

@@ -2,8 +2,16 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
-from opd_lightning.commands.cli import main
+from opd_lightning import __version__
+from opd_lightning.backends.hf import HFStudent
+from opd_lightning.commands import shipped_configs
+from opd_lightning.commands.cli import DEFAULT_CLASSES, main
+from opd_lightning.commands.parser import class_at
+from opd_lightning.tasks import ArithmeticTask
+from opd_lightning.training.datamodule import OPDDataModule
+from opd_lightning.training.module import OPDModule
 
 TASK = """
 from opd_lightning.interfaces import Problem, Task
@@ -42,3 +50,95 @@ def test_a_second_file_goes_on_top_of_the_first(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "max_steps: 7" in shown
     assert "prompts_per_step: 2" in shown
+
+
+MINIMAL = ["--model.student", "HFStudent", "--model.student.path", "sandbox:student", "--data.task", "ArithmeticTask"]
+
+
+def test_the_working_folder_shadows_no_installed_package(tmp_path):
+    """Under the console script, whose own folder is first on the path."""
+    (tmp_path / "pyarrow.py").write_text("raise SystemExit('shadowed')")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "script.py").write_text(
+        "from opd_lightning.commands.cli import main; import sys; main(['configs']); import pyarrow; print(pyarrow)"
+    )
+    command = [sys.executable, str(tmp_path / "bin" / "script.py")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-500:]
+    assert "site-packages" in result.stdout.splitlines()[-1]
+
+
+def test_the_defaults_are_printed(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", *MINIMAL, "--print_config"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    for name, class_path in DEFAULT_CLASSES.items():
+        room, key = name.split(".")
+        assert class_at(shown[room][key]["class_path"]) is class_at(class_path)
+    assert shown["model"]["objective"]["init_args"]["chunk_tokens"] > 0
+
+
+def test_the_table_of_defaults_says_what_the_constructors_take():
+    module, data = OPDModule(HFStudent("sandbox:student")), OPDDataModule(ArithmeticTask())
+    built = {"model.objective": module.objective, "data.engine": data.engine, "data.selector": data.selector}
+    built["data.source"] = data.source
+    assert {name: class_at(path) for name, path in DEFAULT_CLASSES.items()} == {k: type(v) for k, v in built.items()}
+
+
+def test_another_class_takes_none_of_the_defaults_arguments(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(
+            [
+                "fit",
+                *MINIMAL,
+                "--data.selector",
+                "DifficultyPool",
+                "--data.engine.max_batch_size",
+                "3",
+                "--print_config",
+            ]
+        )
+    data = yaml.safe_load(capsys.readouterr().out)["data"]
+    assert data["selector"]["class_path"].endswith("DifficultyPool")
+    assert data["engine"]["init_args"] == {"max_batch_size": 3}
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"opd-lightning {__version__}\n"
+
+
+def test_the_shipped_configurations_are_listed_and_printed(capsys):
+    main(["configs"])
+    assert "@quickstart\n    watch a student learn" in capsys.readouterr().out
+    main(["configs", "quickstart"])
+    assert capsys.readouterr().out == shipped_configs.path_of("quickstart").read_text()
+
+
+def test_completion_in_a_real_shell(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--print_completion"])
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    typed = ["opd-lightning f", "opd-lightning fit --data.prompts", "opd-lightning fit --config @quick"]
+    typed += ["opd-lightning export --dt", "opd-lightning configs quick"]
+    found = []
+    for line in typed:
+        complete = (
+            f"COMP_WORDS=({line}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _opd_lightning; echo ${{COMPREPLY[@]}}"
+        )
+        command = ["bash", "-c", f"source {tmp_path / 'script'}; {complete}"]
+        found.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    both = "quickstart quickstart_effopd"
+    assert found == ["fit", "--data.prompts_per_step", "@quickstart @quickstart_effopd", "--dtype", both]
+
+
+def test_neither_advertisements_nor_deprecations_of_others_are_shown(tmp_path):
+    settings = ["--data.task.num_train", "4", "--data.task.num_validation", "2", "--data.sampling.max_new_tokens", "4"]
+    words = ["--trainer.max_steps", "1", "--data.prompts_per_step", "2", "--trainer.default_root_dir", str(tmp_path)]
+    command = [sys.executable, "-m", "opd_lightning", "fit", "--config", "@quickstart", *words, *settings]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for noise in ("Tip:", "litlogger", "FutureWarning", "FLOPs", "TPU available"):
+        assert noise not in result.stdout + result.stderr
+    assert "Student: Qwen3ForCausalLM, 625 k parameters (625 k trained), 2.5 MB" in result.stderr

@@ -3,6 +3,7 @@ import time
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalTokenNotFoundError
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from toys import adamw, make_data, make_module, make_trainer, weights_of
@@ -147,3 +148,48 @@ def test_the_last_checkpoint_may_be_a_link_that_resumes(tmp_path, tiny_qwen3_fol
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["last.ckpt", "step=4.ckpt"]
     assert read_checkpoint(last)["global_step"] == 4
     assert all(torch.equal(weight, weights_of(whole)[name]) for name, weight in weights_of(resumed).items())
+
+
+def test_export_in_another_dtype(tmp_path, trained):
+    _, path = trained()
+    export(str(path), str(tmp_path / "half"), dtype="bfloat16")
+    weights = load_file(tmp_path / "half" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+class Hub:
+    """Stands in for `HfApi`: what would be sent."""
+
+    sent: dict = {}
+
+    def whoami(self):
+        return {"name": "me"}
+
+    def create_repo(self, name, **options):
+        self.sent["created"] = {"name": name, **options}
+        return f"https://hub/{name}"
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        self.sent["uploaded"] = repo_id, sorted(path.name for path in folder_path.iterdir())
+
+
+def test_export_can_push_to_the_hub(tmp_path, trained, monkeypatch, capsys):
+    _, path = trained()
+    monkeypatch.setattr("opd_lightning.backends.hf.hub.HfApi", Hub)
+    export(str(path), str(tmp_path / "model"), push_to_hub="me/student", private=True)
+    assert Hub.sent["created"] == {"name": "me/student", "private": True, "exist_ok": True}
+    assert Hub.sent["uploaded"] == ("me/student", sorted(each.name for each in (tmp_path / "model").iterdir()))
+    assert "Pushed to https://hub/me/student" in capsys.readouterr().out
+
+
+def test_without_a_login_nothing_is_written(tmp_path, trained, monkeypatch):
+    _, path = trained()
+
+    def nobody(self):
+        raise LocalTokenNotFoundError("Token is required")
+
+    monkeypatch.setattr(Hub, "whoami", nobody)
+    monkeypatch.setattr("opd_lightning.backends.hf.hub.HfApi", Hub)
+    with pytest.raises(ValueError, match=r"push_to_hub: nobody is logged in here. Run `hf auth login`"):
+        export(str(path), str(tmp_path / "model"), push_to_hub="me/student")
+    assert not (tmp_path / "model").exists()

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from opd_lightning.callbacks.console import say
 from opd_lightning.interfaces import Rollout
+from opd_lightning.training.output_paths import check_file
 
 
 def answer_record(rollout: Rollout) -> dict[str, Any]:
@@ -43,6 +44,11 @@ class AnswersWriter(Callback):
         self.path = path
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "predict" and self.path is not None:  # now, and not when the answers are there
+            check_file("AnswersWriter.path", self.path)
+
+    @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         target = Path(self.path) if self.path else Path(trainer.log_dir or trainer.default_root_dir) / "answers.jsonl"
         self.target = Path(trainer.strategy.broadcast(str(target)))
@@ -60,7 +66,8 @@ class AnswersWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         lines = [json.dumps(answer_record(rollout), ensure_ascii=False) for rollout in outputs]
-        with self._part(trainer.global_rank).open("a", encoding="utf-8") as file:
+        # half a character of a surrogate pair cannot be UTF-8; backslashed it is what JSON writes for it
+        with self._part(trainer.global_rank).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(f"{line}\n" for line in lines)
 
     @override

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -16,22 +15,40 @@ from jsonargparse.typing import PositiveInt
 from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
+from opd_lightning import __version__
 from opd_lightning.callbacks.answers import AnswersWriter
 from opd_lightning.callbacks.progress import with_progress_bar
 from opd_lightning.callbacks.rescue import RescueCheckpoint
 from opd_lightning.callbacks.start_validation import StartValidation
-from opd_lightning.commands.parser import PROGRAM, OneLineParser, explain
-from opd_lightning.training.checkpoints import WholeCheckpoints, check_checkpoint_file, export, read_checkpoint
+from opd_lightning.callbacks.student_summary import StudentSummary
+from opd_lightning.commands import shipped_configs
+from opd_lightning.commands.completion import PrintAndExit, completion_script
+from opd_lightning.commands.parser import PROGRAM, OneLineParser, explain, options_of
+from opd_lightning.commands.quiet import be_quiet
+from opd_lightning.commands.resuming import WORDS, check_checkpoint, find_checkpoint
+from opd_lightning.commands.run_records import RunRecords, keep_logs_in_root
+from opd_lightning.commands.suggestions import nearest
+from opd_lightning.commands.trainer_settings import check_trainer
+from opd_lightning.training.checkpoints import WholeCheckpoints, export
 from opd_lightning.training.datamodule import OPDDataModule
 from opd_lightning.training.module import OPDModule
 
-PLAIN_COMMANDS: dict[str, Callable[..., None]] = {"export": export}
+DEFAULT_CLASSES = {  # what the constructors take for None, spelt out so that --print_config and config.yaml say it
+    "model.objective": "opd_lightning.objectives.DivergenceObjective",
+    "data.engine": "opd_lightning.backends.hf.HFEngine",
+    "data.source": "opd_lightning.rollouts.on_policy.OnPolicy",
+    "data.selector": "opd_lightning.selection.Shuffled",
+}
+PLAIN_COMMANDS: dict[str, Callable[..., None]] = {"export": export, "configs": shipped_configs.show_configs}
 COMMANDS = ("fit", "validate", "test", "predict", *PLAIN_COMMANDS)
 DESCRIPTION = f"On-policy distillation of language models. Commands without a trainer: {', '.join(PLAIN_COMMANDS)}."
+MISTAKES_AS_RUNTIME_ERRORS = ("Early stopping conditioned on metric",)  # how Lightning says that there is none
 ROOMS_WITH_SHORT_NAMES = (  # `HFStudent` works in YAML for the whole path, but only once its room was imported
     "backends.hf",
     "callbacks.effopd",
@@ -52,6 +69,8 @@ def _as_data_seed(seed_everything: bool | int) -> int:
         raise ValueError(
             f"seed_everything: expected an integer, since rollouts are a function of it; got {seed_everything}."
         )
+    if not 0 <= seed_everything < 2**32:
+        raise ValueError(f"seed_everything: expected an integer from 0 to {2**32 - 1}, got {seed_everything}.")
     return seed_everything
 
 
@@ -71,14 +90,37 @@ class OPDCLI(LightningCLI):
                 "callbacks": [StartValidation(), AnswersWriter(), RescueCheckpoint()],
             },
             parser_class=OneLineParser,
-            parser_kwargs={"allow_abbrev": False, "description": DESCRIPTION},
+            parser_kwargs={
+                "allow_abbrev": False,
+                "prog": PROGRAM,
+                "description": DESCRIPTION,
+                "version": __version__,
+            },
             auto_configure_optimizers=False,  # `model.optimizer` is the place
-            save_config_kwargs={"overwrite": True},  # a resumed run may log into the same folder
+            save_config_callback=RunRecords,
             args=args,
         )
 
     @override
+    def setup_parser(self, *args: Any) -> None:
+        super().setup_parser(*args)
+        self.parser.add_argument(
+            "--print_completion",
+            action=PrintAndExit,
+            make_text=self._completion,
+            help="Print a completion script for bash and zsh, and exit.",
+        )
+
+    def _completion(self) -> str:
+        options: dict[str, Iterable[str]] = {name: options_of(each) for name, each in self._subcommand_parsers.items()}
+        for name, command in PLAIN_COMMANDS.items():
+            options[name] = [f"--{argument}" for argument in inspect.signature(command).parameters]
+        options["configs"] = shipped_configs.names()
+        return completion_script(PROGRAM, options, shipped_configs.names())
+
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults({name: {"class_path": path} for name, path in DEFAULT_CLASSES.items()})
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_as_data_seed)
         parser.add_argument(
             "--num_threads",
@@ -89,24 +131,27 @@ class OPDCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        if num_threads := self.config[self.config.subcommand].num_threads:
-            torch.set_num_threads(num_threads)
+        settings = self.config[self.config.subcommand]
+        check_trainer(settings.trainer)
+        keep_logs_in_root(settings.trainer)
+        if settings.num_threads:
+            torch.set_num_threads(settings.num_threads)
 
     @override
     def _parse_ckpt_path(self) -> None:
         # The original lets hyper-parameters stored in a checkpoint override the file and the flags the user just gave.
-        ckpt_path = self.config[self.config.subcommand].get("ckpt_path")
-        if ckpt_path and ckpt_path not in ("best", "last", "hpc", "registry") and "://" not in ckpt_path:
-            check_checkpoint_file(ckpt_path)
-            if Path(ckpt_path).is_file():  # sharded ones are folders
-                read_checkpoint(ckpt_path)
+        settings, is_fit = self.config[self.config.subcommand], self.config.subcommand == "fit"
+        wanted = settings.get("ckpt_path")
+        if wanted in WORDS:
+            settings.ckpt_path = str(find_checkpoint(wanted, settings.trainer, to_train=is_fit))
+            rank_zero_only(print)(f"--ckpt_path {wanted} is {settings.ckpt_path}", file=sys.stderr)
+        elif wanted and "://" not in wanted:
+            check_checkpoint(wanted, to_train=is_fit)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer", default={})
-        _check_trainer(config)
-        plugins = config.get("plugins") or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
+        plugins = _as_list(config.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, WholeCheckpoints()]
         kwargs["callbacks"] = with_progress_bar(config.get("callbacks"), is_wanted=config.get("enable_progress_bar"))
@@ -114,56 +159,61 @@ class OPDCLI(LightningCLI):
             root = config.get("default_root_dir") or os.getcwd()
             tensorboard = TensorBoardLogger(root)
             kwargs["logger"] = [tensorboard, CSVLogger(root, version=tensorboard.version, flush_logs_every_n_steps=1)]
-        return super().instantiate_trainer(**kwargs)
+        callbacks = _as_list(config.get("callbacks"))
+        if config.get("enable_model_summary") is not False and not config.get("barebones"):
+            if not any(isinstance(callback, ModelSummary) for callback in callbacks):
+                kwargs["callbacks"] = [*callbacks, StudentSummary()]
+            kwargs["enable_model_summary"] = False  # Lightning's own
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except TypeError as error:  # settings of the right type for the signature only
+            raise ValueError(f"trainer: {error}") from error
 
 
-def _check_trainer(config: dict[str, Any]) -> None:
-    """Say what to use instead of what Lightning would do in automatic optimisation."""
-    if config.get("gradient_clip_val"):
-        raise ValueError("trainer.gradient_clip_val: OPDModule clips by itself. Set model.gradient_clip_norm instead.")
-    if config.get("accumulate_grad_batches", 1) != 1:
-        raise ValueError(
-            "trainer.accumulate_grad_batches: OPDModule cuts a step into micro-batches of"
-            " model.max_tokens_per_micro_batch tokens by itself. For more prompts per step raise data.prompts_per_step."
-        )
-
-
-MISLEADING_WARNINGS = (
-    ".*but no pre-optimization state was saved.*",  # the weights after the step are the ones wanted
-    ".*Experiment logs directory .* exists and is not empty.*",  # the other logger has just made it
-    ".*treespec, LeafSpec.*",
-    ".*LightningCLI's args parameter is intended to run.*",
-    ".*The dirpath has changed from.*",  # of the checkpoint callback, which evaluation does not use
-)
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def main(args: list[str] | None = None) -> None:
     """Run a command; mistakes of the user end in one line and exit status 2, failures of the machine in status 1."""
-    for message in MISLEADING_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
-    sys.path.insert(0, os.getcwd())  # classes of the user's own folder, as under `python -m`
+    be_quiet()
+    if os.getcwd() not in sys.path:  # classes of the user's own folder; last, so that none shadows an installed package
+        sys.path.append(os.getcwd())
     words = sys.argv[1:] if args is None else args
     command = words[0] if words else ""
     try:
+        for word in words:
+            if any("\ud800" <= letter <= "\udfff" for letter in word):  # how Python keeps bytes that are no text
+                raise ValueError(f"{word!r}: expected UTF-8 text on the command line. Mend it, or rename the file.")
         if not command.startswith("-") and command not in COMMANDS:
-            found = f"there is no command {command}" if command else "no command"
-            raise ValueError(f"{found}; expected one of {', '.join(COMMANDS)}.")
+            found = f"there is no command {command}.{nearest(command, COMMANDS)}" if command else "no command."
+            raise ValueError(f"{found} Expected one of {', '.join(COMMANDS)}.")
         if command in PLAIN_COMMANDS:
-            auto_cli(
-                PLAIN_COMMANDS[command],
-                args=words[1:],
-                prog=f"{PROGRAM} {command}",
-                as_positional=False,
-                description=str(PLAIN_COMMANDS[command].__doc__).splitlines()[0],
-                parser_class=OneLineParser,
-                allow_abbrev=False,
-            )
+            _run_plain(command, words[1:])
         else:
             OPDCLI(args)
-    except (ValueError, MisconfigurationException) as error:
+    except (ValueError, MisconfigurationException, ImportError) as error:  # the last: a package that is only needed now
         _stop(error, status=2)
-    except (OSError, FloatingPointError) as error:
+    except (OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
         _stop(error, status=1)
+    except RuntimeError as error:
+        if not str(error).startswith(MISTAKES_AS_RUNTIME_ERRORS):
+            raise
+        _stop(error, status=2)
+
+
+def _run_plain(command: str, words: list[str]) -> None:
+    if command == "configs" and words and not words[0].startswith("-"):
+        words = ["--name", *words]
+    auto_cli(
+        PLAIN_COMMANDS[command],
+        args=words,
+        prog=f"{PROGRAM} {command}",
+        as_positional=False,
+        description=str(PLAIN_COMMANDS[command].__doc__).splitlines()[0],
+        parser_class=OneLineParser,
+        allow_abbrev=False,
+    )
 
 
 def _stop(error: Exception, status: int) -> NoReturn:

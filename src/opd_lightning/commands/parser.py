@@ -10,11 +10,10 @@ import argparse
 import inspect
 import re
 import sys
-from collections.abc import Iterable
-from difflib import get_close_matches
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from itertools import pairwise
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
@@ -22,6 +21,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
+from opd_lightning.commands.shipped_configs import with_paths
+from opd_lightning.commands.suggestions import nearest
 from opd_lightning.interfaces import (
     Advantage,
     Objective,
@@ -67,6 +68,10 @@ _SAYS_NOTHING = re.compile(
 _IN_OTHER_WORDS = (
     (r"Call to compute_fn of link .*? failed: ", ""),
     (r"Type typing\.Callable.*? expects a function or a callable class: ", ""),
+    (  # of optimisers and schedulers, which are functions to jsonargparse
+        r"Option '([\w.]+)' is not accepted\. Got value: Namespace\(class_path='([\w.]+)'.*",
+        r"Problem with given class_path '\2': Option '\1' is not accepted",
+    ),
     (r"\.?;? Got value: Namespace\(.*", ""),
     (r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1"),
     (r"Expected a <class '(?:[\w.]+\.)?(\w+)'>", r"expected \1"),
@@ -79,11 +84,16 @@ _UNKNOWN_OPTION = re.compile(r"unrecognized arguments: (?=.*--)(.*)")
 _UNKNOWN_SETTING = re.compile(r"(?:Subcommand|Group) '\w+' does not accept option '([\w.]+)'")
 _UNKNOWN_ARGUMENT = re.compile(r"Problem with given class_path '([\w.]+)': Option '([\w.]+)' is not accepted")
 _UNKNOWN_CLASS = re.compile(r"(\w+): (?:(?!\w+: ).)*?Expected a dot import path string: (\w+)(?:; got \2)?")
+_FILLED_IN = ("params", "optimizer")  # arguments that the training gives, not the user
 _MANY = 10
 
 
 class OneLineParser(LightningArgumentParser):
-    """Ends with one line on standard error and exit status 2."""
+    """Knows the shipped configurations by name, and ends with one line on standard error and exit status 2."""
+
+    @override
+    def parse_args(self, args: Sequence[str] | None = None, *options: Any, **named: Any) -> Any:  # type: ignore[override]
+        return super().parse_args(with_paths(sys.argv[1:] if args is None else args), *options, **named)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -114,7 +124,11 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     text = _UNKNOWN_ARGUMENT.sub(lambda match: _about_argument(*match.groups()), text)
     text = _UNKNOWN_CLASS.sub(lambda match: _about_class(match[0], *match.groups()), text)
     text = re.sub(r"Problem with given class_path '[\w.]*?(\w+)':", r"\1:", text)
-    return text.replace("Expected a dot import path string:", "or a class path:").replace(".;", ".")
+    text = text.replace("Expected a dot import path string:", "or a class path:").replace(".;", ".")
+    if text.endswith(":"):  # nothing of what was said about it is worth repeating
+        got = re.search(r"Given value: (.*)", message)
+        text += " expected a class, as in {class_path: ..., init_args: {...}}" + (f"; got {got[1]}" if got else "")
+    return text
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
@@ -125,6 +139,12 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
         for subparser in (action.choices or {}).values() if isinstance(action, argparse._SubParsersAction) else ():
             options |= options_of(subparser)
     return options
+
+
+def class_at(class_path: str) -> Any:
+    """The class that a full path names."""
+    module, _, name = class_path.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def short_names(seam: type) -> list[str]:
@@ -141,17 +161,17 @@ def short_names(seam: type) -> list[str]:
 
 def _about_options(words: str, options: Iterable[str]) -> str:
     unknown = [word.partition("=")[0] for word in words.split() if word.startswith("--")]
-    return " ".join(f"there is no option {name}.{_nearest(name, options)}" for name in unknown)
+    return " ".join(f"there is no option {name}.{nearest(name, options)}" for name in unknown)
 
 
 def _about_setting(name: str, options: Iterable[str]) -> str:
-    return f"there is no setting {name}.{_nearest(name, [option.removeprefix('--') for option in options])}"
+    return f"there is no setting {name}.{nearest(name, [option.removeprefix('--') for option in options])}"
 
 
 def _about_argument(class_path: str, name: str) -> str:
-    module, _, class_name = class_path.rpartition(".")
-    arguments = list(inspect.signature(getattr(import_module(module), class_name)).parameters)
-    return f"{class_name} has no argument {name}.{_nearest(name, arguments)} It takes: {', '.join(arguments)}."
+    class_name = class_path.rpartition(".")[2]
+    arguments = [name for name in inspect.signature(class_at(class_path)).parameters if name not in _FILLED_IN]
+    return f"{class_name} has no argument {name}.{nearest(name, arguments)} It takes: {', '.join(arguments)}."
 
 
 def _about_class(message: str, setting: str, name: str) -> str:
@@ -161,11 +181,5 @@ def _about_class(message: str, setting: str, name: str) -> str:
     listed = f"one of {', '.join(names)}, or " if len(names) <= _MANY else ""
     return (
         f"{setting}: there is no class {name} here; expected {listed}a class path such as my_package.MyClass."
-        + _nearest(name, names)
+        + nearest(name, names)
     )
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    known = sorted(names)
-    near = get_close_matches(name, known, n=1, cutoff=0.7) or [other for other in known if other.startswith(name)]
-    return f" Did you mean {near[0]}?" if near else ""

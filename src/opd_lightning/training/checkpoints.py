@@ -12,14 +12,16 @@ import shutil
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.plugins import TorchCheckpointIO
+from torch import nn
 from typing_extensions import override
 
 from opd_lightning.interfaces import Student
+from opd_lightning.training.output_paths import check_folder
 
 _PART = ".part"
 _ABANDONED_AFTER = 600.0  # seconds without a write; a checkpoint that is being written grows all the time
@@ -172,8 +174,11 @@ def export(
     ckpt_path: str,
     output: str,
     merge_adapter: bool = True,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     student_path: str | None = None,
     trust_remote_code: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> None:
     """Write the student of a checkpoint as a Hugging Face folder that `from_pretrained` and vLLM load.
 
@@ -181,18 +186,46 @@ def export(
         ckpt_path: A checkpoint that `fit` wrote.
         output: The folder to write; it must not exist or be empty.
         merge_adapter: Fold LoRA weights into the base model; otherwise only the adapter is written.
+        dtype: Dtype of the written weights; null keeps that of training.
         student_path: Where the original student lies now, if it has moved since training.
         trust_remote_code: Whether code that comes with the student's model may run.
+        push_to_hub: Also upload the folder to this repository on the Hugging Face hub, such as me/my-student.
+        private: Make that repository private if it is new.
     """
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output: {output!r} exists and is not an empty folder. Choose another one.")
+    check_folder("output", folder)
+    if private and push_to_hub is None:
+        raise ValueError("private: it is about the repository of push_to_hub, which is not set. Set both, or neither.")
     checkpoint = read_checkpoint(ckpt_path)
+    if push_to_hub is not None:
+        from opd_lightning.backends.hf.hub import check_hub, push_folder
+
+        check_hub(push_to_hub)
+    student, model = _load_student(checkpoint, ckpt_path, student_path, trust_remote_code)
+    student.save(model, folder, merge_adapter=merge_adapter, dtype=dtype)
+    print(f"Wrote step {checkpoint['global_step']} of {ckpt_path} to {folder}")
+    if push_to_hub is not None:
+        print(f"Pushed to {push_folder(folder, push_to_hub, private=private)}")
+
+
+def _load_student(
+    checkpoint: dict[str, Any], ckpt_path: str, student_path: str | None, trust_remote_code: bool
+) -> tuple[Student, nn.Module]:
+    """The student that a checkpoint describes, and its model with the weights of the checkpoint."""
     description = checkpoint["opd_lightning"]["student"]
     if student_path is not None:
         description = {**description, "init_args": {**description["init_args"], "path": student_path}}
-    student = build_student(description, trust_remote_code=trust_remote_code)
-    model = student.load()
+    path = description["init_args"].get("path")
+    try:
+        student = build_student(description, trust_remote_code=trust_remote_code)
+        model = student.load()
+    except ValueError as error:
+        if not str(error).startswith("student.path"):
+            raise
+        hint = "" if student_path else f" The run had its student at {path!r}: if that has moved, add --student_path."
+        raise ValueError(f"{str(error).replace('student.path', 'student_path', 1)}{hint}") from error
     weights = {
         name.removeprefix("student."): tensor
         for name, tensor in checkpoint["state_dict"].items()
@@ -202,8 +235,7 @@ def export(
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if result.unexpected_keys or trained & set(result.missing_keys):
         raise ValueError(
-            f"ckpt_path: {ckpt_path!r} does not fit the student {description['init_args'].get('path')!r}:"
+            f"ckpt_path: {ckpt_path!r} does not fit the student {path!r}:"
             f" missing {sorted(trained & set(result.missing_keys))[:3]}, unexpected {result.unexpected_keys[:3]}."
         )
-    student.save(model, folder, merge_adapter=merge_adapter)
-    print(f"Wrote step {checkpoint['global_step']} of {ckpt_path} to {folder}")
+    return student, model

@@ -112,7 +112,7 @@ def _name(value: Any) -> str:
 
 
 def check_optimizer(make_optimizer: OptimizerCallable, make_lr_scheduler: LRSchedulerCallable | None) -> dict[str, Any]:
-    """Build optimiser and scheduler for a single number, and say what they are.
+    """Build optimiser and scheduler for a single number, take one step, and say what they are.
 
     Returns:
         Their class names and the optimiser's settings, for `check_resume`.
@@ -121,9 +121,10 @@ def check_optimizer(make_optimizer: OptimizerCallable, make_lr_scheduler: LRSche
         ValueError: One of them refuses its settings, the optimiser needs a closure, or the scheduler cannot be stepped
             without a metric.
     """
+    parameter = nn.Parameter(torch.zeros(1, 1))
     try:
-        optimizer = make_optimizer([nn.Parameter(torch.zeros(1, 1))])
-    except ValueError as error:
+        optimizer = make_optimizer([parameter])
+    except (ValueError, TypeError) as error:
         raise ValueError(f"model.optimizer: {error}") from error
     inner = getattr(optimizer, "optimizer", optimizer)  # EffOPDOptimizer wraps one
     closure = inspect.signature(inner.step).parameters.get("closure")
@@ -136,8 +137,9 @@ def check_optimizer(make_optimizer: OptimizerCallable, make_lr_scheduler: LRSche
     settings = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
     try:
         scheduler = make_lr_scheduler(optimizer) if make_lr_scheduler is not None else None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"model.lr_scheduler: {error}") from error
+    _try_step(parameter, inner, scheduler)
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError(
             "model.lr_scheduler: ReduceLROnPlateau waits for a metric, but schedulers are stepped after every optimiser"
@@ -148,6 +150,20 @@ def check_optimizer(make_optimizer: OptimizerCallable, make_lr_scheduler: LRSche
         _OPTIMIZER_SETTINGS: settings,
         _SCHEDULER: None if scheduler is None else type(scheduler).__name__,
     }
+
+
+def _try_step(parameter: nn.Parameter, optimizer: Any, scheduler: Any) -> None:
+    """Some mistakes show with the first step only: T_max=0 is divided by."""
+    parameter.grad = torch.zeros_like(parameter)
+    name = "model.optimizer"
+    try:
+        optimizer.step()
+        if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
+            name = "model.lr_scheduler"
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # it watches for a wrapper's step
+                scheduler.step()
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{name}: with these settings no step can be made: {error}.") from error
 
 
 def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

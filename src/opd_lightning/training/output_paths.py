@@ -1,0 +1,44 @@
+"""Can the user's output be written where they say? Asked before the work, not after it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+
+def check_folder(name: str, path: str | Path) -> None:
+    """Raise a ValueError when files cannot be made in this folder; creates nothing that stays.
+
+    Args:
+        name: The setting, for the message.
+        path: The folder; it need not exist yet.
+    """
+    if "://" in str(path):  # not on this machine's file system
+        return
+    place = Path(path).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(
+            f"{name}: {str(path)!r} cannot be a folder, since {str(place)!r} is a file. Choose another one."
+        )
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name}: nothing can be written to {str(place)!r} ({error.strerror}). Choose another place for"
+            f" {str(path)!r}, or make room or ask for permission there."
+        ) from error
+
+
+def check_file(name: str, path: str | Path) -> None:
+    """Raise a ValueError when this file cannot be written; creates nothing that stays.
+
+    Args:
+        name: The setting, for the message.
+        path: The file; an existing one will be overwritten.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"{name}: expected a file to write, but {str(path)!r} is a folder. Add a file name.")
+    check_folder(name, Path(path).absolute().parent)
