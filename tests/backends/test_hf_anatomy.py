@@ -6,13 +6,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from opd_lightning.backends.hf.anatomy import (
-    body_states,
-    decoder_config,
-    head_logits,
-    head_of,
-    verify_anatomy,
-)
+from opd_lightning.backends.hf.anatomy import body_states, linear_head, verify_anatomy
 
 ARCHITECTURES = {
     "qwen3": {},
@@ -34,7 +28,7 @@ def test_head_of_body_is_the_model(name):
     with torch.no_grad():
         expected = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
         states = body_states(model, ids, mask, positions)
-        logits = head_logits(head_of(model), states.flatten(0, 1), decoder_config(model), 70)
+        logits = linear_head(model, 70)(states.flatten(0, 1))
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, expected.flatten(0, 1)[:, :70])
 

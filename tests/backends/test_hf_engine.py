@@ -114,9 +114,12 @@ def test_log_probs_match_what_training_computes(student, model):
     for side in ("left", "right"):
         batch = collate(rollouts, student.tokenizer.pad_id, side=side)
         with torch.no_grad():
-            log_probs = student.logits(model, student.hidden_states(model, batch)).log_softmax(-1)
+            log_probs = student.head(model)(student.hidden_states(model, batch)).log_softmax(-1)
         torch.testing.assert_close(
-            log_probs.gather(-1, batch.response_ids[:, None]).squeeze(-1), batch.rollout_log_probs, atol=1e-5, rtol=0
+            log_probs.gather(-1, batch.tokens.ids[:, None]).squeeze(-1).float(),
+            batch.tokens.rollout_log_probs,
+            atol=1e-5,
+            rtol=0,
         )
 
 
@@ -255,8 +258,8 @@ def test_generation_between_training_steps(tiny_qwen3_folder, lora, precision):
     with autocast:
         rollouts = make_engine(student, model).generate(PROMPTS, sampling)
         batch = collate(rollouts, student.tokenizer.pad_id)
-        logits = student.logits(model, student.hidden_states(model, batch))
-        logits.log_softmax(-1).gather(-1, batch.response_ids[:, None]).mean().backward()
+        logits = student.head(model)(student.hidden_states(model, batch))
+        logits.log_softmax(-1).gather(-1, batch.tokens.ids[:, None]).mean().backward()
         assert all(parameter.grad is not None for parameter in trained)
         with torch.no_grad():
             for parameter in trained:
@@ -303,7 +306,8 @@ def test_rollouts_carry_what_was_asked(student, model):
         assert rollout.prompt_ids.tolist() == list(make_prompt(len(rollout.prompt_ids)).token_ids)
         assert rollout.response_ids.dtype == torch.int64
         assert rollout.log_probs.dtype == torch.float32
-        assert rollout.text == student.tokenizer.decode(rollout.response_ids.tolist())
+        written = rollout.response_ids.tolist()[: -1 if rollout.finished else None]
+        assert rollout.text == student.tokenizer.decode(written, skip_special_tokens=False)
     assert engine.generate([], Sampling(max_new_tokens=8)) == []
 
 

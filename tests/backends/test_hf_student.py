@@ -55,7 +55,7 @@ def test_logits_are_those_of_each_row_alone(tmp_path, architecture, side, lora):
     loaded = student.load()
     train_adapter(loaded)
     rollouts, batch = make_batch(side=side)
-    logits = student.logits(loaded, student.hidden_states(loaded, batch))
+    logits = student.head(loaded)(student.hidden_states(loaded, batch))
     assert logits.shape == (batch.num_tokens, VOCAB_SIZE)
     assert logits.dtype == torch.float32
     expected = []
@@ -70,15 +70,13 @@ def test_logits_are_float32_under_autocast(tiny_qwen3_folder):
     model = student.load()
     _, batch = make_batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = student.logits(model, student.hidden_states(model, batch))
+        logits = student.head(model)(student.hidden_states(model, batch))
     assert logits.dtype == torch.float32
 
 
-def test_loaded_in_training_mode_with_its_own_dropout(tmp_path):
-    student = HFStudent(str(save_folder(tmp_path, make_model(attention_dropout=0.4), make_tokenizer())))
-    model = student.load()
+def test_loaded_in_training_mode_with_all_weights_trained(tiny_qwen3_folder):
+    model = HFStudent(str(tiny_qwen3_folder)).load()
     assert all(module.training for module in model.modules())
-    assert model.model.layers[0].self_attn.attention_dropout == 0.4
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -91,7 +89,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(tiny_qwen3_fo
         model = student.load()
         count = [0]
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
-        student.logits(model, student.hidden_states(model, batch)).square().mean().backward()
+        student.head(model)(student.hidden_states(model, batch)).square().mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
         calls.append(count[0])
     assert calls == [1, 2]
@@ -108,7 +106,7 @@ def test_lora_trains_only_the_adapter_and_starts_at_the_base(tiny_qwen3_folder, 
     torch.testing.assert_close(logits_of(model), logits_of(base), atol=0, rtol=0)
     model.train()
     _, batch = make_batch()
-    student.logits(model, student.hidden_states(model, batch)).square().mean().backward()
+    student.head(model)(student.hidden_states(model, batch)).square().mean().backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained
     assert all("lora_" in name for name in trained)

@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from opd_lightning.interfaces import LinearHead
 from opd_lightning.interfaces.modes import evaluation_mode
+
+_HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -54,7 +57,10 @@ def body_states(
 
 
 def linear_head(model: nn.Module, num_rows: int) -> LinearHead:
-    """Return the layer that turns hidden states into logits, as data, with its adapter folded in if that is on.
+    """Return the layer that turns hidden states into logits, as data, with its adapter added to the weight if it is on.
+
+    The sum has the weight's own dtype: in a bfloat16 head, or under autocast, updates below about 1/256 of a weight are
+    lost there, as they are when the adapter is merged.
 
     Args:
         model: A causal language model, wrapped by peft or not.
@@ -69,22 +75,48 @@ def linear_head(model: nn.Module, num_rows: int) -> LinearHead:
     if (factor := getattr(config, "lm_head_multiplier", None)) is not None:  # Falcon-H1
         scale *= factor
     return LinearHead(
-        weight=head_weight(layer),
-        bias=getattr(layer, "bias", None),
+        weight=_head_weight(layer),
+        bias=_without_adapter(layer).bias,
         num_rows=num_rows,
         scale=scale,
         softcap=getattr(config, "final_logit_softcapping", None),  # Gemma
     )
 
 
-def head_weight(layer: Any) -> Tensor:
+def _without_adapter(layer: Any) -> Any:
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
+def _head_weight(layer: Any) -> Tensor:
     """[R, H] weight of a head, with gradient to its adapters where they are on."""
-    if not isinstance(layer, BaseTunerLayer):
-        return layer.weight  # type: ignore[no-any-return]
-    weight: Tensor = layer.get_base_layer().weight
-    for name in () if layer.disable_adapters or layer.merged else layer.active_adapters:
-        weight = weight + layer.get_delta_weight(name)
+    weight: Tensor = _without_adapter(layer).weight
+    if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters or layer.merged:
+        return weight
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            weight = weight + layer.get_delta_weight(name).to(weight.dtype)
     return weight
+
+
+def _check_head(model: nn.Module, argument: str) -> None:
+    """Refuse heads that are more than a weight and a bias."""
+    lm = causal_lm(model)
+    layer = lm.get_output_embeddings()
+    plain = _without_adapter(layer)
+    if not isinstance(plain, nn.Linear) or plain.weight.dtype not in _HEAD_DTYPES:
+        dtype = getattr(getattr(plain, "weight", None), "dtype", "no")
+        raise ValueError(
+            f"{argument}: the head of {type(lm).__name__} is a {type(plain).__name__} with {dtype} weights; expected a"
+            " linear layer that is not quantised. Leave it out of the quantization (bitsandbytes:"
+            " llm_int8_skip_modules: [lm_head]), or use a decoder-only model such as Qwen3, Llama, Mistral or Gemma."
+        )
+    if isinstance(layer, BaseTunerLayer) and (
+        not isinstance(layer, LoraLinear) or layer.lora_variant or any(layer.lora_bias.values())
+    ):
+        raise ValueError(
+            f"{argument}: the adapter on the head of {type(lm).__name__} is more than a low-rank update (DoRA, a bias,"
+            " ...), which is not supported. Leave the head out of it, or merge it into its base model first."
+        )
 
 
 def verify_anatomy(model: nn.Module, argument: str, *, generates: bool) -> None:
@@ -98,6 +130,7 @@ def verify_anatomy(model: nn.Module, argument: str, *, generates: bool) -> None:
     Raises:
         ValueError: This architecture does more than body and head, or does not take masks, positions or our cache.
     """
+    _check_head(model, argument)
     lm = causal_lm(model)
     name = type(lm).__name__
     implementation = lm.config._attn_implementation

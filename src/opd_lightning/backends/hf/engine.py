@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from opd_lightning.backends.hf.anatomy import causal_lm
 from opd_lightning.backends.hf.decoding import NonFiniteLogits, Responses, decode
 from opd_lightning.interfaces import Listener, Problem, Prompt, Rollout, RolloutEngine, Sampling, Student
 from opd_lightning.interfaces.modes import evaluation_mode
@@ -21,6 +23,7 @@ class HFEngine(RolloutEngine):
     that little is padded, and cut into batches. A rollout is a function of weights, prompt, sampling and its seed, up
     to the rounding of batched matrix products; the global random state is never used.
 
+    It runs the decoder body of the model itself, so a student with `hidden_states` of its own needs `PlainEngine`.
     Runs in the surrounding autocast context, so enter the one that training uses. Trained weights are cast once per
     call, but frozen float32 weights once per token: give the base of a LoRA student `dtype: bfloat16` under autocast.
 
@@ -43,7 +46,16 @@ class HFEngine(RolloutEngine):
         self._student = student
 
     def sync(self, model: nn.Module, weight_version: int) -> None:
-        """Remember the live module; no weight is copied."""
+        """Remember the live module; no weight is copied.
+
+        Raises:
+            ValueError: It is no transformers model.
+        """
+        if not isinstance(causal_lm(model), PreTrainedModel):
+            raise ValueError(
+                f"data.engine: HFEngine generates with transformers models, but {type(self._student).__name__} trains a"
+                f" {type(model).__name__}. Use PlainEngine, which runs any student."
+            )
         self._model = model
         self.weight_version = weight_version
 
