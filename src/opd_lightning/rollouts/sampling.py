@@ -40,6 +40,15 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[T
     return token_ids.squeeze(-1), log_probs.squeeze(-1).float()
 
 
+def not_finite(position: int, uid: str) -> FloatingPointError:
+    """What to raise when the logits of a response are not finite."""
+    return FloatingPointError(
+        f"The student's logits are not finite at response token {position} of problem {uid!r}."
+        " Check that its weights are finite (did the last steps diverge?), the learning rate, and the precision"
+        " (float16 overflows where bfloat16 does not)."
+    )
+
+
 def _cut(probabilities: Tensor, sampling: Sampling) -> Tensor:
     """Set the probabilities to 0 that top-k and top-p leave out."""
     num_kept = min(sampling.top_k or probabilities.shape[-1], probabilities.shape[-1])
