@@ -166,6 +166,35 @@ def test_a_saved_adapter_loads_on_its_base_and_trains_on(tmp_path, tiny_qwen3_fo
     }
 
 
+MIXTURES = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_default_lora_on_a_mixture_of_experts_trains_and_is_saved(tmp_path, architecture):
+    model = make_model(architecture, **MIXTURES[architecture])
+    folder = save_folder(tmp_path / "source", model, make_tokenizer())
+    student = HFStudent(str(folder), lora=LoraSettings(r=2))
+    model = student.load()
+    _, batch = make_batch()
+    student.head(model)(student.hidden_states(model, batch)).square().mean().backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("experts" in name for name in trained)
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
+    train_adapter(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    student.save(model, tmp_path / "whole")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(logits_of(whole), logits_of(model), atol=1e-3, rtol=1e-3)
+    assert (logits_of(whole) - logits_of(HFStudent(str(folder)).load())).abs().max() > 0.1
+    student.save(model, tmp_path / "adapter", merge_adapter=False)
+    again = HFStudent(str(folder), adapter_path=str(tmp_path / "adapter")).load()
+    torch.testing.assert_close(logits_of(again), logits_of(model), atol=1e-5, rtol=1e-5)
+
+
 def test_saved_dtype_generation_config_and_tokenizer(tmp_path):
     folder = save_folder(
         tmp_path / "source", make_model(tie_word_embeddings=True), make_tokenizer(), eos_token_id=END_OF_TURN
@@ -224,6 +253,31 @@ def test_description_is_plain_and_complete():
     assert description["init_args"] == settings | {
         "lora": {"r": 8, "alpha": 32.0, "dropout": 0.0, "target_modules": ["q_proj"]}
     }
+
+
+class LayeredStudent(HFStudent):
+    """A subclass with an argument of its own, as a user would write it."""
+
+    def __init__(self, path: str, num_layers: int = 1, **kwargs):
+        super().__init__(path, **kwargs)
+        self.num_layers = num_layers
+
+
+def test_a_subclass_is_described_with_its_own_arguments():
+    description = LayeredStudent("somewhere", num_layers=3, lora=LoraSettings(r=2)).describe()
+    assert description["class_path"].endswith("test_hf_student.LayeredStudent")
+    expected = HFStudent("somewhere", lora=LoraSettings(r=2)).describe()["init_args"] | {"num_layers": 3}
+    assert description["init_args"] == expected
+    description["init_args"]["lora"]["r"] = 5  # a copy
+
+
+def test_an_argument_that_a_subclass_forgets_is_named_before_the_weights_are_read():
+    class Forgetful(HFStudent):
+        def __init__(self, path: str, num_layers: int = 1):
+            super().__init__(path)
+
+    with pytest.raises(ValueError, match=r"Forgetful: its argument 'num_layers' must be kept as self\.num_layers"):
+        Forgetful("/there/is/nothing/here").load()
 
 
 def test_context_length(tiny_qwen3_folder):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import VOCAB_SIZE, make_model, make_tokenizer, save_folder
@@ -11,6 +13,8 @@ from torch import nn
 from opd_lightning.backends.hf import HFStudent, HFTeacher
 from opd_lightning.backends.hf.teacher import _VisitingWeights
 from opd_lightning.interfaces import ScoreRequest
+from opd_lightning.objectives import DivergenceObjective
+from opd_lightning.rollouts.comparison import compare
 
 
 def ready(teacher, student):
@@ -124,6 +128,51 @@ def test_with_offload_the_body_rests_on_the_cpu_and_the_head_does_not(tmp_path, 
     torch.testing.assert_close(
         teacher.score(batch, EVERYTHING).full().double(), reference(folder, rollouts), atol=1e-5, rtol=1e-5
     )
+
+
+class SharperTeacher(HFTeacher):
+    """A teacher as a user may write it."""
+
+    def score(self, batch, request):
+        self.scored = [*getattr(self, "scored", []), batch]
+        return super().score(batch, replace(request, temperature=request.temperature / 2))
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_an_overridden_score_has_effect_in_training(tiny_teacher_folder, student, offload):
+    teacher = ready(SharperTeacher(str(tiny_teacher_folder), offload=offload), student)
+    plain = ready(HFTeacher(str(tiny_teacher_folder)), student)
+    batches, _ = make_batches(3)
+    objective, model = DivergenceObjective(), student.load()
+    model.requires_grad_(False)
+    losses = [
+        torch.cat([found.losses for found in compare(student, model, batches, objective, scorer, request)])
+        for scorer, request in (
+            (teacher, objective.request()),
+            (plain, replace(objective.request(), temperature=0.5)),
+        )
+    ]
+    assert teacher.scored == batches
+    torch.testing.assert_close(*losses)
+    unchanged = torch.cat([f.losses for f in compare(student, model, batches, objective, plain, objective.request())])
+    assert (losses[0] - unchanged).abs().max() > 0.1
+
+
+def test_with_offload_the_body_visits_the_device_once_per_step(tiny_teacher_folder, student, monkeypatch):
+    teacher = ready(HFTeacher(str(tiny_teacher_folder), offload=True), student)
+    batches, _ = make_batches(3)
+    visits, go = [], _VisitingWeights.on_device
+
+    def counted(self):
+        visits.append(self)
+        return go(self)
+
+    monkeypatch.setattr(_VisitingWeights, "on_device", counted)
+    scores = list(teacher.score_all(batches, EVERYTHING))
+    assert len(visits) == 1
+    alone = teacher.score(batches[1], EVERYTHING)
+    assert len(visits) == 2
+    torch.testing.assert_close(alone.full(), scores[1].full())
 
 
 def test_a_rollout_beyond_the_teachers_context_is_refused(tmp_path, student):

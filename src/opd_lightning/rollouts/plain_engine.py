@@ -50,6 +50,7 @@ class PlainEngine(RolloutEngine):
     @override
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_rollout: Listener = None) -> list[Rollout]:
         assert self._student is not None and self._model is not None, "call setup and sync before generate"
+        stop_ids = resolve_stop_ids(self._student.tokenizer, sampling)
         check_room(prompts, sampling, self._student.context_length)
         none = torch.zeros(0)
         blank = [
@@ -60,16 +61,15 @@ class PlainEngine(RolloutEngine):
         rollouts: list[Rollout] = []
         with torch.no_grad(), evaluation_mode(self._model):
             for start in range(0, len(blank), self.max_batch_size):
-                rollouts += self._respond(blank[start : start + self.max_batch_size], sampling)
+                rollouts += self._respond(blank[start : start + self.max_batch_size], sampling, stop_ids)
         if on_rollout is not None:
             for rollout in rollouts:
                 on_rollout(rollout)
         return rollouts
 
-    def _respond(self, rollouts: list[Rollout], sampling: Sampling) -> list[Rollout]:
+    def _respond(self, rollouts: list[Rollout], sampling: Sampling, stop_ids: list[int]) -> list[Rollout]:
         assert self._student is not None and self._model is not None
         tokenizer, device = self._student.tokenizer, next(self._model.parameters()).device
-        stop_ids = resolve_stop_ids(tokenizer, sampling)
         for position in range(sampling.max_new_tokens):
             live = [i for i, rollout in enumerate(rollouts) if not rollout.finished]
             if not live:
