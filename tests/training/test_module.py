@@ -20,6 +20,7 @@ from opd_lightning.objectives import (
 )
 from opd_lightning.rollouts import comparison
 from opd_lightning.rollouts.batching import collate
+from opd_lightning.teachers import BaseModelTeacher
 from opd_lightning.training.checkpoints import build_student
 from opd_lightning.training.schedules import WarmupDecay
 
