@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from conftest import END_OF_TEXT, END_OF_TURN, VOCAB_SIZE, make_model, make_tokenizer, save_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from opd_lightning.backends.hf import HFStudent, LoraSettings
 from opd_lightning.interfaces import Problem, Rollout
@@ -79,6 +79,18 @@ def test_loaded_in_training_mode_with_all_weights_trained(tiny_qwen3_folder):
     assert all(module.training for module in model.modules())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_attention_kernel_for_gpus_loads_on_a_cpu(tiny_qwen3_folder):
+    def only_there(*_, **__):
+        raise RuntimeError("this kernel needs a GPU")
+
+    AttentionInterface.register("only_there", only_there)
+    student = HFStudent(str(tiny_qwen3_folder), attn_implementation="only_there")
+    model = student.load()
+    assert model.config._attn_implementation == "only_there"
+    with pytest.raises(RuntimeError, match="needs a GPU"):
+        student.hidden_states(model, make_batch()[1])
 
 
 def test_gradient_checkpointing_recomputes_and_changes_no_gradient(tiny_qwen3_folder):

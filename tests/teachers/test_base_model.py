@@ -63,7 +63,7 @@ def test_a_fresh_adapter_agrees_with_its_base_exactly_even_under_autocast(tiny_q
 def test_base_model_teacher_needs_an_adapter(tiny_qwen3_folder):
     student = HFStudent(str(tiny_qwen3_folder))
     with pytest.raises(ValueError, match=r"BaseModelTeacher is the student without its adapter.*Set student\.lora"):
-        BaseModelTeacher().setup(student, student.load(), CPU)
+        BaseModelTeacher().preflight(student)
 
 
 def test_whatever_may_be_asked_is_given(tiny_qwen3_folder):

@@ -31,17 +31,17 @@ class BaseModelTeacher(Teacher):
         return ScoreRequest(top_k=sys.maxsize, arbitrary_ids=True, full_vocabulary=True)
 
     @override
-    def setup(self, student: Student, model: nn.Module, device: torch.device) -> None:
-        """Remember the student's module; nothing is loaded.
-
-        Raises:
-            ValueError: It has no adapter.
-        """
-        if student.as_base(model) is None:
+    def preflight(self, student: Student) -> None:
+        if not student.has_adapter:
             raise ValueError(
                 "teacher: BaseModelTeacher is the student without its adapter, but the student has none. Set"
                 " student.lora, or choose HFTeacher."
             )
+
+    @override
+    def setup(self, student: Student, model: nn.Module, device: torch.device) -> None:
+        """Remember the student's module; nothing is loaded."""
+        self.preflight(student)
         self._student, self._model, self._device = student, model, device
 
     @override

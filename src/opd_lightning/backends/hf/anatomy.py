@@ -8,6 +8,8 @@ are the model is checked once, when it is loaded (`verify_anatomy`).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -133,12 +135,8 @@ def verify_anatomy(model: nn.Module, argument: str, *, generates: bool) -> None:
     _check_head(model, argument)
     lm = causal_lm(model)
     name = type(lm).__name__
-    implementation = lm.config._attn_implementation
-    portable = implementation in ("eager", "sdpa")
-    if not portable:  # the architecture is what is checked, and flash kernels do not run on a CPU
-        lm.set_attn_implementation("eager")
     try:
-        with torch.no_grad(), evaluation_mode(model):
+        with torch.no_grad(), evaluation_mode(model), portable_attention(lm):
             differences, tolerance = _anatomy_differences(model, generates)
     except torch.OutOfMemoryError:
         raise
@@ -147,9 +145,6 @@ def verify_anatomy(model: nn.Module, argument: str, *, generates: bool) -> None:
             f"{argument}: {name} cannot be run as decoder body and language-model head ({_first_line(error)})."
             " Use a decoder-only model with attention, such as Qwen3, Llama, Mistral or Gemma."
         ) from error
-    finally:
-        if not portable:
-            lm.set_attn_implementation(implementation)
     if math.isnan(tolerance):
         raise ValueError(f"{argument}: the logits of {name} are NaN: its weights are damaged, or its dtype overflows.")
     for what, value in differences.items():
@@ -158,6 +153,23 @@ def verify_anatomy(model: nn.Module, argument: str, *, generates: bool) -> None:
                 f"{argument}: {name} is not supported: {what} (largest difference {value:.2g}, tolerance"
                 f" {tolerance:.2g}). Use a decoder-only model with attention, such as Qwen3, Llama, Mistral or Gemma."
             )
+
+
+@contextmanager
+def portable_attention(lm: Any) -> Iterator[None]:
+    """Run attention through a kernel that works everywhere: it is the architecture that is checked.
+
+    Flash kernels do not run on a CPU.
+    """
+    implementation = lm.config._attn_implementation
+    if implementation in ("eager", "sdpa"):
+        yield
+        return
+    lm.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        lm.set_attn_implementation(implementation)
 
 
 def _anatomy_differences(model: nn.Module, generates: bool) -> tuple[dict[str, float], float]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from opd_lightning.backends.hf.anatomy import body_states
+from opd_lightning.backends.hf.anatomy import body_states, portable_attention
 
 _PROBABILITY = re.compile(r"drop|jitter")
 
@@ -41,7 +41,7 @@ def verify_no_noise(model: Any, argument: str) -> None:
     width = 7
     ids = torch.arange(width, device=device)[None] % model.config.get_text_config(decoder=True).vocab_size
     positions = torch.arange(width, device=device)[None]
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng(), portable_attention(model):
         quiet = body_states(model.eval(), ids, None, positions)
         trained = body_states(model.train(), ids, None, positions)
     if not torch.allclose(quiet, trained, rtol=1e-3, atol=1e-3, equal_nan=True):

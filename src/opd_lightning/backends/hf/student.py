@@ -90,7 +90,7 @@ class HFStudent(Student):
 
     @property
     def has_adapter(self) -> bool:
-        """Whether a LoRA adapter is trained, so that the base model is still there."""
+        """Whether a LoRA adapter is trained, so that the base model is still there (`as_base`)."""
         return self.lora is not None or self.adapter_path is not None
 
     @cached_property
