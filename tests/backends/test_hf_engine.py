@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import END_OF_TEXT, END_OF_TURN, VOCAB_SIZE, make_model, make_tokenizer, save_folder
 from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache, GenerationConfig
 
 from opd_lightning.backends.hf import HFEngine, HFStudent, LoraSettings
-from opd_lightning.interfaces import Problem, Prompt, Sampling
+from opd_lightning.interfaces import Problem, Prompt, Sampling, Task
 from opd_lightning.randomness import derive_seed
+from opd_lightning.rollouts.answering import grade
 from opd_lightning.rollouts.batching import collate
 
 NEVER = [VOCAB_SIZE - 1]  # a stop id rare enough to let responses run to the end
@@ -114,9 +116,12 @@ def test_log_probs_match_what_training_computes(student, model):
     for side in ("left", "right"):
         batch = collate(rollouts, student.tokenizer.pad_id, side=side)
         with torch.no_grad():
-            log_probs = student.logits(model, student.hidden_states(model, batch)).log_softmax(-1)
+            log_probs = student.head(model)(student.hidden_states(model, batch)).log_softmax(-1)
         torch.testing.assert_close(
-            log_probs.gather(-1, batch.response_ids[:, None]).squeeze(-1), batch.rollout_log_probs, atol=1e-5, rtol=0
+            log_probs.gather(-1, batch.tokens.ids[:, None]).squeeze(-1).float(),
+            batch.tokens.rollout_log_probs,
+            atol=1e-5,
+            rtol=0,
         )
 
 
@@ -255,8 +260,8 @@ def test_generation_between_training_steps(tiny_qwen3_folder, lora, precision):
     with autocast:
         rollouts = make_engine(student, model).generate(PROMPTS, sampling)
         batch = collate(rollouts, student.tokenizer.pad_id)
-        logits = student.logits(model, student.hidden_states(model, batch))
-        logits.log_softmax(-1).gather(-1, batch.response_ids[:, None]).mean().backward()
+        logits = student.head(model)(student.hidden_states(model, batch))
+        logits.log_softmax(-1).gather(-1, batch.tokens.ids[:, None]).mean().backward()
         assert all(parameter.grad is not None for parameter in trained)
         with torch.no_grad():
             for parameter in trained:
@@ -292,6 +297,103 @@ def test_under_autocast_weights_are_cast_once_per_call(tiny_qwen3_folder):
     assert counts == [1, 1]
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "gpt2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_under_autocast_the_cache_has_its_dtype_and_says_what_training_says(tmp_path, monkeypatch, architecture, dtype):
+    student = HFStudent(
+        str(save_folder(tmp_path, make_model(architecture, seed=3), make_tokenizer())),
+        dtype=dtype,
+        lora=LoraSettings(r=2),
+    )
+    model = student.load()
+    caches, update = [], DynamicCache.update
+
+    def seen(self, *args, **kwargs):
+        caches.append(self)
+        return update(self, *args, **kwargs)
+
+    monkeypatch.setattr(DynamicCache, "update", seen)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rollouts = make_engine(student, model).generate(PROMPTS, Sampling(max_new_tokens=16, stop_ids=NEVER))
+        batch = collate(rollouts, student.tokenizer.pad_id)
+        with torch.no_grad():
+            log_probs = student.head(model)(student.hidden_states(model, batch)).log_softmax(-1)
+    tensors = [tensor for cache in caches for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
+    mismatch = log_probs.gather(-1, batch.tokens.ids[:, None]).squeeze(-1) - batch.tokens.rollout_log_probs
+    assert mismatch.abs().mean() < 0.03
+
+
+def test_without_autocast_the_cache_has_the_dtype_of_the_weights(student, model, monkeypatch):
+    dtypes, update = set(), DynamicCache.update
+
+    def seen(self, *args, **kwargs):
+        grown = update(self, *args, **kwargs)
+        dtypes.update(tensor.dtype for tensor in grown)
+        return grown
+
+    monkeypatch.setattr(DynamicCache, "update", seen)
+    make_engine(student, model).generate(PROMPTS, Sampling(max_new_tokens=3))
+    assert dtypes == {torch.float64}
+
+
+def test_without_stop_ids_only_the_length_ends_a_response(tmp_path):
+    tokenizer = make_tokenizer(eos_token=None, pad_token=None)
+    folder = save_folder(tmp_path / "model", make_model(seed=1, eos_token_id=None), tokenizer, eos_token_id=[])
+    student = HFStudent(str(folder))
+    model = student.load()
+    engine = make_engine(student, model)
+    for rollout in engine.generate(PROMPTS, Sampling(max_new_tokens=20, stop_ids=[])):
+        assert len(rollout.response_ids) == 20
+        assert not rollout.finished
+        assert rollout.text == student.tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=False)
+    closed = engine.generate(PROMPTS, Sampling(max_new_tokens=40, stop_ids=[20, 30, 40]))
+    assert any(rollout.finished for rollout in closed)
+    with pytest.raises(
+        ValueError, match=r"sampling\.stop_ids: the student's tokenizer names no token .*, or \[\] to let"
+    ):
+        engine.generate(PROMPTS, Sampling(max_new_tokens=20))
+    student.save(model, tmp_path / "out")
+    settings = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert settings.eos_token_id is None
+    assert HFStudent(str(tmp_path / "out")).tokenizer.stop_ids == ()
+
+
+def test_graders_read_tokens_that_are_called_special(tmp_path):
+    """A tokenizer may pad with a token that answers are made of."""
+    tokenizer = make_tokenizer(pad_token="0")
+    student = HFStudent(str(save_folder(tmp_path, make_model(seed=1), tokenizer)))
+    model = student.load()
+    zero = student.tokenizer.vocabulary["0"]
+    assert student.tokenizer.pad_id == zero
+    with torch.no_grad():  # it always says 0, whatever it is asked
+        model.lm_head.weight.zero_()
+        model.lm_head.bias = torch.nn.Parameter(100.0 * torch.nn.functional.one_hot(torch.tensor(zero), VOCAB_SIZE))
+    rollouts = make_engine(student, model).generate(PROMPTS, Sampling(max_new_tokens=3))
+    assert {rollout.text for rollout in rollouts} == {"000"}
+    assert [rollout.reward for rollout in grade(ZeroTask(), rollouts)] == [1.0] * len(PROMPTS)
+
+
+class ZeroTask(Task):
+    """Say 000."""
+
+    def problems(self, split):
+        return []
+
+    def grade(self, problem, response):
+        return float(response == "000")
+
+
+def test_a_model_that_transformers_does_not_know_needs_another_engine(student):
+    engine = HFEngine()
+    engine.setup(student, torch.device("cpu"))
+    message = (
+        r"data\.engine: HFEngine generates with transformers models, but HFStudent trains a Linear\. Use PlainEngine"
+    )
+    with pytest.raises(ValueError, match=message):
+        engine.sync(torch.nn.Linear(2, 2), 0)
+
+
 def test_rollouts_carry_what_was_asked(student, model):
     prompts = [make_prompt(6, num_seeds=2), make_prompt(3, num_seeds=0), make_prompt(9, num_seeds=1)]
     engine = make_engine(student, model)
@@ -303,7 +405,8 @@ def test_rollouts_carry_what_was_asked(student, model):
         assert rollout.prompt_ids.tolist() == list(make_prompt(len(rollout.prompt_ids)).token_ids)
         assert rollout.response_ids.dtype == torch.int64
         assert rollout.log_probs.dtype == torch.float32
-        assert rollout.text == student.tokenizer.decode(rollout.response_ids.tolist())
+        written = rollout.response_ids.tolist()[: -1 if rollout.finished else None]
+        assert rollout.text == student.tokenizer.decode(written, skip_special_tokens=False)
     assert engine.generate([], Sampling(max_new_tokens=8)) == []
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from opd_lightning.backends.hf import HFStudent, HFTeacher, LoraSettings, check_compatibility
 from opd_lightning.backends.hf.loading import ModelSource
-from opd_lightning.interfaces import Student
+from opd_lightning.interfaces import Student, Tokenizer
 
 
 @pytest.fixture
@@ -207,19 +207,66 @@ def test_a_teacher_without_template_uses_the_students(tmp_path):
         teacher.preflight(student)
 
 
-def test_a_student_without_template_is_refused_before_training(tmp_path):
+def test_a_student_without_template_may_have_raw_prompts(tmp_path):
     student, teacher = make_pair(tmp_path, student_tokenizer=make_tokenizer(chat_template=None))
-    with pytest.raises(ValueError, match=r"student\.chat_template: the tokenizer has no chat template"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         teacher.preflight(student)
 
 
-def test_another_kind_of_student_is_refused(tiny_teacher_folder):
-    class Other(Student):
-        tokenizer = context_length = None
-        load = hidden_states = logits = save = describe = None
+def test_a_teacher_that_ends_its_answers_is_said_to_a_student_that_cannot(tmp_path):
+    tokenizer = make_tokenizer(eos_token=None)
+    student = HFStudent(str(save_folder(tmp_path / "own", make_model(eos_token_id=None), tokenizer, eos_token_id=[])))
+    assert student.tokenizer.stop_ids == ()
+    _, teacher = make_pair(tmp_path)
+    with pytest.warns(
+        UserWarning, match=rf"sampling\.stop_ids: .* none\. Unless you gave \[{END_OF_TEXT}, {END_OF_TURN}\]"
+    ):
+        teacher.preflight(student)
 
-    with pytest.raises(ValueError, match=r"needs an HFStudent to compare vocabularies, got Other"):
-        HFTeacher(str(tiny_teacher_folder)).preflight(Other())
+
+class LettersTokenizer(Tokenizer):
+    """No transformers in it."""
+
+    def __init__(self, vocabulary):
+        self.vocabulary = vocabulary
+        self.vocab_size = len(vocabulary)
+        self.pad_id = 0
+        self.stop_ids = (END_OF_TEXT, END_OF_TURN)
+
+    def render(self, messages):
+        return self.encode(messages[0]["content"])
+
+    def encode(self, text):
+        return [self.vocabulary[letter] for letter in text]
+
+    def decode(self, token_ids, *, skip_special_tokens=True):
+        return "".join(list(self.vocabulary)[i] for i in token_ids)
+
+
+class PlainStudent(Student):
+    """A student that is no `HFStudent`."""
+
+    context_length = 128
+    load = hidden_states = head = save = describe = None
+
+    def __init__(self, vocabulary):
+        self.own_tokenizer = LettersTokenizer(vocabulary)
+
+    @property
+    def tokenizer(self):
+        return self.own_tokenizer
+
+
+def test_any_student_may_have_a_hugging_face_teacher(tiny_teacher_folder):
+    teacher = HFTeacher(str(tiny_teacher_folder))
+    vocabulary = HFStudent(str(tiny_teacher_folder)).tokenizer.vocabulary
+    ordered = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
+    with pytest.warns(UserWarning, match="the chat templates of student and teacher differ"):
+        teacher.preflight(PlainStudent(ordered))
+    assert teacher.context_length == 128
+    with pytest.raises(ValueError, match=r"tokenizers of the student and of .* differ in 1 tokens: '~' is id 81"):
+        teacher.preflight(PlainStudent(ordered | {"~": 81}))
 
 
 def test_eos_of_the_generation_config_may_be_one_id_or_missing(copy):

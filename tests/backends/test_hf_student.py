@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from conftest import END_OF_TEXT, END_OF_TURN, VOCAB_SIZE, make_model, make_tokenizer, save_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from opd_lightning.backends.hf import HFStudent, LoraSettings
 from opd_lightning.interfaces import Problem, Rollout
@@ -55,7 +55,7 @@ def test_logits_are_those_of_each_row_alone(tmp_path, architecture, side, lora):
     loaded = student.load()
     train_adapter(loaded)
     rollouts, batch = make_batch(side=side)
-    logits = student.logits(loaded, student.hidden_states(loaded, batch))
+    logits = student.head(loaded)(student.hidden_states(loaded, batch))
     assert logits.shape == (batch.num_tokens, VOCAB_SIZE)
     assert logits.dtype == torch.float32
     expected = []
@@ -70,17 +70,27 @@ def test_logits_are_float32_under_autocast(tiny_qwen3_folder):
     model = student.load()
     _, batch = make_batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = student.logits(model, student.hidden_states(model, batch))
+        logits = student.head(model)(student.hidden_states(model, batch))
     assert logits.dtype == torch.float32
 
 
-def test_loaded_in_training_mode_with_its_own_dropout(tmp_path):
-    student = HFStudent(str(save_folder(tmp_path, make_model(attention_dropout=0.4), make_tokenizer())))
-    model = student.load()
+def test_loaded_in_training_mode_with_all_weights_trained(tiny_qwen3_folder):
+    model = HFStudent(str(tiny_qwen3_folder)).load()
     assert all(module.training for module in model.modules())
-    assert model.model.layers[0].self_attn.attention_dropout == 0.4
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_attention_kernel_for_gpus_loads_on_a_cpu(tiny_qwen3_folder):
+    def only_there(*_, **__):
+        raise RuntimeError("this kernel needs a GPU")
+
+    AttentionInterface.register("only_there", only_there)
+    student = HFStudent(str(tiny_qwen3_folder), attn_implementation="only_there")
+    model = student.load()
+    assert model.config._attn_implementation == "only_there"
+    with pytest.raises(RuntimeError, match="needs a GPU"):
+        student.hidden_states(model, make_batch()[1])
 
 
 def test_gradient_checkpointing_recomputes_and_changes_no_gradient(tiny_qwen3_folder):
@@ -91,7 +101,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(tiny_qwen3_fo
         model = student.load()
         count = [0]
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
-        student.logits(model, student.hidden_states(model, batch)).square().mean().backward()
+        student.head(model)(student.hidden_states(model, batch)).square().mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
         calls.append(count[0])
     assert calls == [1, 2]
@@ -108,7 +118,7 @@ def test_lora_trains_only_the_adapter_and_starts_at_the_base(tiny_qwen3_folder, 
     torch.testing.assert_close(logits_of(model), logits_of(base), atol=0, rtol=0)
     model.train()
     _, batch = make_batch()
-    student.logits(model, student.hidden_states(model, batch)).square().mean().backward()
+    student.head(model)(student.hidden_states(model, batch)).square().mean().backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained
     assert all("lora_" in name for name in trained)
@@ -166,6 +176,35 @@ def test_a_saved_adapter_loads_on_its_base_and_trains_on(tmp_path, tiny_qwen3_fo
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
         n for n, p in model.named_parameters() if p.requires_grad
     }
+
+
+MIXTURES = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_default_lora_on_a_mixture_of_experts_trains_and_is_saved(tmp_path, architecture):
+    model = make_model(architecture, **MIXTURES[architecture])
+    folder = save_folder(tmp_path / "source", model, make_tokenizer())
+    student = HFStudent(str(folder), lora=LoraSettings(r=2))
+    model = student.load()
+    _, batch = make_batch()
+    student.head(model)(student.hidden_states(model, batch)).square().mean().backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("experts" in name for name in trained)
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
+    train_adapter(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    student.save(model, tmp_path / "whole")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(logits_of(whole), logits_of(model), atol=1e-3, rtol=1e-3)
+    assert (logits_of(whole) - logits_of(HFStudent(str(folder)).load())).abs().max() > 0.1
+    student.save(model, tmp_path / "adapter", merge_adapter=False)
+    again = HFStudent(str(folder), adapter_path=str(tmp_path / "adapter")).load()
+    torch.testing.assert_close(logits_of(again), logits_of(model), atol=1e-5, rtol=1e-5)
 
 
 def test_saved_dtype_generation_config_and_tokenizer(tmp_path):
@@ -226,6 +265,31 @@ def test_description_is_plain_and_complete():
     assert description["init_args"] == settings | {
         "lora": {"r": 8, "alpha": 32.0, "dropout": 0.0, "target_modules": ["q_proj"]}
     }
+
+
+class LayeredStudent(HFStudent):
+    """A subclass with an argument of its own, as a user would write it."""
+
+    def __init__(self, path: str, num_layers: int = 1, **kwargs):
+        super().__init__(path, **kwargs)
+        self.num_layers = num_layers
+
+
+def test_a_subclass_is_described_with_its_own_arguments():
+    description = LayeredStudent("somewhere", num_layers=3, lora=LoraSettings(r=2)).describe()
+    assert description["class_path"].endswith("test_hf_student.LayeredStudent")
+    expected = HFStudent("somewhere", lora=LoraSettings(r=2)).describe()["init_args"] | {"num_layers": 3}
+    assert description["init_args"] == expected
+    description["init_args"]["lora"]["r"] = 5  # a copy
+
+
+def test_an_argument_that_a_subclass_forgets_is_named_before_the_weights_are_read():
+    class Forgetful(HFStudent):
+        def __init__(self, path: str, num_layers: int = 1):
+            super().__init__(path)
+
+    with pytest.raises(ValueError, match=r"Forgetful: its argument 'num_layers' must be kept as self\.num_layers"):
+        Forgetful("/there/is/nothing/here").load()
 
 
 def test_context_length(tiny_qwen3_folder):

@@ -1,51 +1,20 @@
-"""Teachers: scores against a float64 reference, nothing registered, offload, and the student's own base."""
+"""The teacher: scores against a float64 reference, nothing registered, offload, and subclasses."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import VOCAB_SIZE, make_model, make_tokenizer, save_folder
-from opd_lightning.backends.hf.hidden_scores import HiddenScores
+from scoring import CPU, EVERYTHING, check_everything, make_batches, reference
 from torch import nn
-from transformers import AutoModelForCausalLM
 
-from opd_lightning.backends.hf import BaseModelTeacher, HFStudent, HFTeacher, LoraSettings, hidden_scores
+from opd_lightning.backends.hf import HFStudent, HFTeacher
 from opd_lightning.backends.hf.teacher import _VisitingWeights
-from opd_lightning.interfaces import Problem, Rollout, ScoreRequest
-from opd_lightning.rollouts.batching import collate
-
-CPU = torch.device("cpu")
-EVERYTHING = ScoreRequest(top_k=16, arbitrary_ids=True, full_vocabulary=True)
-
-
-def make_batches(num_batches: int = 1, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    batches, rollouts = [], []
-    for _ in range(num_batches):
-        group = []
-        for num_prompt, num_response in ((3, 5), (6, 2), (1, 9)):
-            ids = torch.randint(7, VOCAB_SIZE, (num_prompt + num_response,), generator=generator)
-            problem = Problem(uid="u", messages=(), answer="")
-            group.append(
-                Rollout(problem, ids[:num_prompt], ids[num_prompt:], torch.zeros(num_response), finished=True, seed=0)
-            )
-        rollouts.append(group)
-        batches.append(collate(group, 0))
-    return batches, rollouts
-
-
-def reference(folder, rollouts, temperature: float = 1.0) -> torch.Tensor:
-    """[N, V] log-probabilities, row by row without padding, in float64."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-    rows = []
-    for rollout in rollouts:
-        ids = torch.cat([rollout.prompt_ids, rollout.response_ids])[None]
-        with torch.no_grad():
-            logits = model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1, :VOCAB_SIZE]
-        rows.append((logits / temperature).log_softmax(-1))
-    return torch.cat(rows)
+from opd_lightning.interfaces import ScoreRequest
+from opd_lightning.objectives import DivergenceObjective
+from opd_lightning.rollouts.comparison import compare
 
 
 def ready(teacher, student):
@@ -70,7 +39,7 @@ def test_scores_against_float64(tiny_teacher_folder, student, temperature, optio
     assert full.dtype == torch.float32
     torch.testing.assert_close(full.double(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(full.exp().sum(-1), torch.ones(len(full)))
-    torch.testing.assert_close(result.sampled(), full.gather(1, batch.response_ids[:, None])[:, 0])
+    torch.testing.assert_close(result.sampled(), full.gather(1, batch.tokens.ids[:, None])[:, 0])
     ids = torch.randint(0, VOCAB_SIZE, (batch.num_tokens, 4), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(result.at(ids), full.gather(1, ids))
     top_ids, top_log_probs = result.topk(7)
@@ -78,40 +47,6 @@ def test_scores_against_float64(tiny_teacher_folder, student, temperature, optio
     torch.testing.assert_close(full.gather(1, top_ids), top_log_probs)
     assert result.topk(10_000)[0].shape == (batch.num_tokens, VOCAB_SIZE)
     assert not any(tensor.requires_grad for tensor in (full, result.at(ids), top_log_probs))
-
-
-@pytest.mark.parametrize("entries", [1, 3 * VOCAB_SIZE, 2**27])
-def test_slices_and_parts_give_the_same(monkeypatch, entries):
-    monkeypatch.setattr(hidden_scores, "_ENTRIES_AT_ONCE", entries)
-    generator = torch.Generator().manual_seed(0)
-    hidden, ids = torch.randn(11, 5, generator=generator), torch.randint(0, VOCAB_SIZE, (11,), generator=generator)
-    head = torch.randn(VOCAB_SIZE, 5, generator=generator)
-    largest = []
-
-    def logits(states):
-        largest.append(len(states) * VOCAB_SIZE)
-        return states @ head.T
-
-    result = HiddenScores(hidden, ids, logits, VOCAB_SIZE, temperature=2.0)
-    expected = (hidden @ head.T / 2).log_softmax(-1)
-    torch.testing.assert_close(result.sampled(), expected.gather(1, ids[:, None])[:, 0])
-    torch.testing.assert_close(result.topk(3)[1], expected.topk(3).values)
-    assert max(largest) <= max(entries, VOCAB_SIZE)
-    part = result.slice(4, 9)
-    assert part.num_tokens == 5
-    torch.testing.assert_close(part.full(), expected[4:9])
-    torch.testing.assert_close(part.slice(1, 3).sampled(), expected[5:7].gather(1, ids[5:7, None])[:, 0])
-
-
-def test_a_slice_runs_the_head_once(tiny_teacher_folder, student):
-    teacher = ready(HFTeacher(str(tiny_teacher_folder)), student)
-    (batch,), _ = make_batches()
-    calls = []
-    teacher._head.register_forward_hook(lambda *_: calls.append(1))
-    part = teacher.score(batch, EVERYTHING).slice(2, 9)
-    assert calls == []
-    part.sampled(), part.topk(4), part.at(torch.zeros(7, 2, dtype=torch.int64)), part.full()
-    assert calls == [1]
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -141,9 +76,11 @@ def test_a_float32_head_does_not_round_logits(tmp_path, student):
     (batch,), _ = make_batches()
     coarse = ready(HFTeacher(str(folder)), student)
     fine = ready(HFTeacher(str(folder), float32_head=True), student)
-    hidden = coarse.score(batch, EVERYTHING)._hidden
-    expected = hidden.double() @ coarse._model.lm_head.weight.double()[:VOCAB_SIZE].T
-    errors = [(teacher._logits(hidden).double() - expected).abs().max() for teacher in (coarse, fine)]
+    scores = [teacher.score(batch, EVERYTHING) for teacher in (coarse, fine)]
+    hidden, _ = scores[0].hidden()
+    assert torch.equal(hidden, scores[1].hidden()[0])
+    expected = (hidden.double() @ coarse._model.lm_head.weight.double()[:VOCAB_SIZE].T).log_softmax(-1)
+    errors = [(result.full().double() - expected).abs().max() for result in scores]
     assert errors[0] > 0.1
     assert errors[1] < 1e-3
     assert coarse._model.lm_head.weight.dtype == fine._model.lm_head.weight.dtype == torch.bfloat16
@@ -193,6 +130,51 @@ def test_with_offload_the_body_rests_on_the_cpu_and_the_head_does_not(tmp_path, 
     )
 
 
+class SharperTeacher(HFTeacher):
+    """A teacher as a user may write it."""
+
+    def score(self, batch, request):
+        self.scored = [*getattr(self, "scored", []), batch]
+        return super().score(batch, replace(request, temperature=request.temperature / 2))
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_an_overridden_score_has_effect_in_training(tiny_teacher_folder, student, offload):
+    teacher = ready(SharperTeacher(str(tiny_teacher_folder), offload=offload), student)
+    plain = ready(HFTeacher(str(tiny_teacher_folder)), student)
+    batches, _ = make_batches(3)
+    objective, model = DivergenceObjective(), student.load()
+    model.requires_grad_(False)
+    losses = [
+        torch.cat([found.losses for found in compare(student, model, batches, objective, scorer, request)])
+        for scorer, request in (
+            (teacher, objective.request()),
+            (plain, replace(objective.request(), temperature=0.5)),
+        )
+    ]
+    assert teacher.scored == batches
+    torch.testing.assert_close(*losses)
+    unchanged = torch.cat([f.losses for f in compare(student, model, batches, objective, plain, objective.request())])
+    assert (losses[0] - unchanged).abs().max() > 0.1
+
+
+def test_with_offload_the_body_visits_the_device_once_per_step(tiny_teacher_folder, student, monkeypatch):
+    teacher = ready(HFTeacher(str(tiny_teacher_folder), offload=True), student)
+    batches, _ = make_batches(3)
+    visits, go = [], _VisitingWeights.on_device
+
+    def counted(self):
+        visits.append(self)
+        return go(self)
+
+    monkeypatch.setattr(_VisitingWeights, "on_device", counted)
+    scores = list(teacher.score_all(batches, EVERYTHING))
+    assert len(visits) == 1
+    alone = teacher.score(batches[1], EVERYTHING)
+    assert len(visits) == 2
+    torch.testing.assert_close(alone.full(), scores[1].full())
+
+
 def test_a_rollout_beyond_the_teachers_context_is_refused(tmp_path, student):
     folder = save_folder(tmp_path, make_model(seed=2, max_position_embeddings=8), make_tokenizer())
     teacher = HFTeacher(str(folder))
@@ -203,25 +185,8 @@ def test_a_rollout_beyond_the_teachers_context_is_refused(tmp_path, student):
         teacher.score(make_batches()[0][0], EVERYTHING)
 
 
-@pytest.mark.parametrize("own_base", [False, True], ids=["HFTeacher", "BaseModelTeacher"])
-def test_whatever_may_be_asked_is_given(tiny_qwen3_folder, tiny_teacher_folder, student, own_base):
-    if own_base:
-        spec, model = lora_student(tiny_qwen3_folder)
-        teacher = BaseModelTeacher()
-        teacher.setup(spec, model, CPU)
-    else:
-        teacher = ready(HFTeacher(str(tiny_teacher_folder)), student)
-    everything = ScoreRequest(top_k=VOCAB_SIZE, arbitrary_ids=True, full_vocabulary=True)
-    teacher.check(everything)
-    (batch,), _ = make_batches()
-    scores = teacher.score(batch, everything)
-    full = scores.full()
-    expected = full.sort(dim=-1, descending=True)
-    ids, values = scores.topk(VOCAB_SIZE)
-    torch.testing.assert_close(values, expected.values)
-    torch.testing.assert_close(full.gather(-1, ids), values)
-    torch.testing.assert_close(scores.at(ids[:, ::2]), values[:, ::2])
-    torch.testing.assert_close(scores.sampled(), full.gather(-1, batch.tokens.ids[:, None]).squeeze(-1))
+def test_whatever_may_be_asked_is_given(tiny_teacher_folder, student):
+    check_everything(ready(HFTeacher(str(tiny_teacher_folder)), student))
 
 
 @pytest.mark.parametrize(
@@ -238,59 +203,3 @@ def test_whatever_may_be_asked_is_given(tiny_qwen3_folder, tiny_teacher_folder, 
 def test_impossible_settings_are_refused_at_construction(options, message):
     with pytest.raises(ValueError, match=message):
         HFTeacher("x", **options)
-
-
-# ------------------------------------------------------------------------------------------ the student's own base
-
-
-def lora_student(folder, **options):
-    student = HFStudent(str(folder), lora=LoraSettings(r=4, dropout=0.5, **options))
-    model = student.load()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return student, model
-
-
-@pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "lm_head"]], ids=["body", "head"])
-@pytest.mark.parametrize("precision", ["float32", "autocast"])
-def test_base_model_teacher_is_the_base(tiny_qwen3_folder, target_modules, precision):
-    student, model = lora_student(tiny_qwen3_folder, target_modules=target_modules)
-    model.get_base_model().model.norm.eval()
-    teacher = BaseModelTeacher()
-    teacher.setup(student, model, CPU)
-    (batch,), (rollouts,) = make_batches()
-    modes = [module.training for module in model.modules()]
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    state = torch.get_rng_state()
-    with torch.autocast("cpu", dtype=torch.bfloat16) if precision == "autocast" else nullcontext():
-        result = teacher.score(batch, EVERYTHING)
-        assert torch.equal(torch.get_rng_state(), state)  # dropout was off
-        # scores are used lazily, between the student's forward and backward
-        logits = student.logits(model, student.hidden_states(model, batch))
-        full = result.full()
-        logits.square().mean().backward()
-    tolerance = 1e-5 if precision == "float32" else 0.3
-    torch.testing.assert_close(full.double(), reference(tiny_qwen3_folder, rollouts), atol=tolerance, rtol=tolerance)
-    assert [module.training for module in model.modules()] == modes
-    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
-    assert (logits.log_softmax(-1) - full).abs().max() > 0.1  # the adapter was off, and is on again
-
-
-def test_a_fresh_adapter_agrees_with_its_base_exactly_even_under_autocast(tiny_qwen3_folder):
-    student = HFStudent(str(tiny_qwen3_folder), lora=LoraSettings(r=4))
-    model = student.load()
-    teacher = BaseModelTeacher()
-    teacher.setup(student, model, CPU)
-    (batch,), _ = make_batches()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = student.logits(model, student.hidden_states(model, batch))
-        assert torch.equal(logits.log_softmax(-1), teacher.score(batch, EVERYTHING).full())
-
-
-def test_base_model_teacher_needs_an_adapter(student):
-    with pytest.raises(ValueError, match=r"BaseModelTeacher is the student without its adapter.*Set student\.lora"):
-        BaseModelTeacher().preflight(student)

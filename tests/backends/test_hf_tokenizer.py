@@ -70,11 +70,9 @@ def test_stop_ids_are_the_sorted_union_of_all_sources():
     assert tokenizer.stop_ids == tuple(sorted({END_OF_TEXT, END_OF_TURN, tokenizer.vocabulary["!"], 40}))
 
 
-def test_a_missing_or_impossible_stop_id_is_refused():
+def test_an_impossible_stop_id_is_refused():
     with pytest.raises(ValueError, match=r"student\.extra_stop_tokens: '<\|done\|>' is not one token"):
         HFTokenizer(make_tokenizer(), extra_stop_tokens=["<|done|>"])
-    with pytest.raises(ValueError, match=r"student\.extra_stop_tokens: neither .* no response would ever end"):
-        HFTokenizer(make_tokenizer(eos_token=None)).check()
     with pytest.raises(
         ValueError, match=rf"stop ids \[{VOCAB_SIZE}\] are outside the vocabulary of {VOCAB_SIZE} tokens"
     ):
@@ -85,6 +83,64 @@ def test_padding_id_is_the_pad_token_or_a_stop_id():
     assert HFTokenizer(make_tokenizer()).pad_id == SPECIAL_TOKENS.index("<|pad|>")
     assert HFTokenizer(make_tokenizer(pad_token=None)).pad_id == END_OF_TURN
     assert HFTokenizer(make_tokenizer(pad_token="<|im_end|>")).pad_id == END_OF_TURN
+
+
+def test_there_may_be_no_stop_token_and_no_padding():
+    tokenizer = HFTokenizer(make_tokenizer(eos_token=None, pad_token=None))
+    tokenizer.check()
+    assert tokenizer.stop_ids == ()
+    assert tokenizer.pad_id == 0
+
+
+# ------------------------------------------------------------------------------------------------------ raw prompts
+
+RAW = ({"role": "raw", "content": "1+1="},)
+
+
+def with_bos(**options):
+    """A tokenizer that puts "<|endoftext|>" in front of plain text."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer(bos_token="<|endoftext|>", **options)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", END_OF_TEXT)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", [None, CHAT_TEMPLATE], ids=["base model", "with template"])
+def test_a_raw_prompt_is_plain_text(template):
+    tokenizer = HFTokenizer(make_tokenizer(chat_template=template))
+    assert tokenizer.render(RAW) == tokenizer.encode("1+1=")
+
+
+def test_a_raw_prompt_begins_with_the_bos_that_the_tokenizer_adds():
+    tokenizer = HFTokenizer(with_bos(chat_template=None))
+    tokenizer.check()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tokenizer.render(RAW) == [END_OF_TEXT, *tokenizer.encode("1+1=")]
+        written = ({"role": "raw", "content": "<|endoftext|>1+1="},)
+        assert tokenizer.render(written) == tokenizer.render(RAW)  # one is enough
+
+
+@pytest.mark.parametrize("messages", [MESSAGES, RAW], ids=["chat", "raw"])
+def test_a_missing_bos_is_said_once(messages):
+    tokenizer = HFTokenizer(make_tokenizer(bos_token="<|endoftext|>"))
+    tokenizer.check()
+    with pytest.warns(UserWarning, match=r"student\.chat_template: .* token '<\|endoftext\|>', but prompts .* begin"):
+        tokenizer.render(messages)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer.render(messages)
+
+
+def test_a_raw_prompt_stands_alone_and_says_something():
+    tokenizer = HFTokenizer(make_tokenizer())
+    with pytest.raises(ValueError, match=r"role 'raw' is a whole prompt .* got roles \['system', 'raw'\]"):
+        tokenizer.render([MESSAGES[0], *RAW])
+    with pytest.raises(ValueError, match=r"1 messages render to nothing"):
+        tokenizer.render([{"role": "raw", "content": ""}])
 
 
 def test_vocab_size_counts_added_tokens():

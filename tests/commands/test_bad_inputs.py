@@ -407,7 +407,7 @@ CASES = [
     # tokenizers and templates
     bad(
         "another vocabulary",
-        r"tokenizers of 'sandbox:student' and .* differ in 2 tokens: '!' is id 6 .* and id 7 for the teacher",
+        r"tokenizers of the student and of .* differ in 2 tokens: '!' is id 6 .* and id 7 for the teacher",
         {f"{TEACHER}.path": model("teacher", tokenizer={"model.vocab.!": 7, 'model.vocab."': 6})},
     ),
     bad(
@@ -452,7 +452,7 @@ CASES = [
     ),
     bad(
         "nothing ends a response",
-        r"so no response would ever end. Name one here",
+        r"sampling.stop_ids: .* names no token that closes a response. Give token ids, or \[\] to let only",
         {
             f"{STUDENT}.path": model(
                 "student",

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from toys import LetterTask, adamw, make_data, make_module, make_trainer, weights_of
 
-from opd_lightning.backends.hf import BaseModelTeacher, HFEngine, HFStudent, LoraSettings
+from opd_lightning.backends.hf import HFEngine, HFStudent, LoraSettings
 from opd_lightning.interfaces import Sampling
 from opd_lightning.objectives import (
     Clipped,
@@ -20,6 +20,7 @@ from opd_lightning.objectives import (
 )
 from opd_lightning.rollouts import comparison
 from opd_lightning.rollouts.batching import collate
+from opd_lightning.teachers import BaseModelTeacher
 from opd_lightning.training.checkpoints import build_student
 from opd_lightning.training.schedules import WarmupDecay
 

@@ -61,6 +61,7 @@ ROOMS_WITH_SHORT_NAMES = (  # `HFStudent` works in YAML for the whole path, but 
     "training.schedules",
     "selection",
     "tasks",
+    "teachers",
 )
 
 

@@ -119,6 +119,11 @@ class Student(ABC):
             " engine that runs the live student, such as PlainEngine."
         )
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether only an adapter is trained, so that `as_base` gives the model without it."""
+        return False
+
     def as_base(self, model: nn.Module) -> AbstractContextManager[None] | None:
         """Where only an adapter is trained: a context in which `model` is the model without it. None otherwise."""
         return None

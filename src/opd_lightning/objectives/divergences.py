@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from opd_lightning.objectives.logprobs import close_slots
 
@@ -62,9 +63,11 @@ class ReverseKL(Divergence):
     Reward log q - log p. A token with q = 0 is charged `LOG_ZERO` nats times p, not infinity.
     """
 
+    @override
     def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return log_p.exp() * (log_p - log_q)
 
+    @override
     def reward_at(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return log_q - log_p
 
@@ -77,9 +80,11 @@ class ForwardKL(Divergence):
     `LARGEST_LOG_RATIO` before the exponential.
     """
 
+    @override
     def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return log_q.exp() * (log_q - log_p)
 
+    @override
     def reward_at(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return (log_q - log_p).clamp(max=LARGEST_LOG_RATIO).expm1()
 
@@ -108,12 +113,14 @@ class JensenShannon(Divergence):
                 f" {self.beta}."
             )
 
+    @override
     def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if (end := self._end()) is not None:
             return end.terms(log_p, log_q)
         log_m = self._log_mixture(log_p, log_q)
         return self.beta * log_q.exp() * (log_q - log_m) + (1 - self.beta) * log_p.exp() * (log_p - log_m)
 
+    @override
     def reward_at(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if (end := self._end()) is not None:
             return end.reward_at(log_p, log_q)

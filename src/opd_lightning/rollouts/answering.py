@@ -83,11 +83,16 @@ def grade(task: Task, rollouts: Sequence[Rollout]) -> list[Rollout]:
 
 
 def resolve_stop_ids(tokenizer: Tokenizer, sampling: Sampling) -> list[int]:
-    """The ids that close a response: those of the sampling, else the student's own; there may be none.
+    """The ids that close a response: those of the sampling, else the student's own.
 
     Raises:
-        ValueError: One is no token of the student's.
+        ValueError: One is no token of the student's, or neither of them says what closes a response.
     """
+    if sampling.stop_ids is None and not tokenizer.stop_ids:
+        raise ValueError(
+            "sampling.stop_ids: the student's tokenizer names no token that closes a response. Give token ids, or []"
+            " to let only max_new_tokens end one (Hugging Face students can also name it: student.extra_stop_tokens)."
+        )
     stop_ids = list(tokenizer.stop_ids if sampling.stop_ids is None else sampling.stop_ids)
     if unknown := [token_id for token_id in stop_ids if not 0 <= token_id < tokenizer.vocab_size]:
         raise ValueError(f"sampling.stop_ids: expected token ids from 0 to {tokenizer.vocab_size - 1}, got {unknown}.")

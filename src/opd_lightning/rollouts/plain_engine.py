@@ -15,7 +15,8 @@ from opd_lightning.interfaces.modes import evaluation_mode
 from opd_lightning.randomness import hashed_uniforms
 from opd_lightning.rollouts.answering import closed_text, resolve_stop_ids
 from opd_lightning.rollouts.batching import collate
-from opd_lightning.rollouts.sampling import draw_tokens
+from opd_lightning.rollouts.prompt_limits import check_room
+from opd_lightning.rollouts.sampling import draw_tokens, not_finite
 
 
 class PlainEngine(RolloutEngine):
@@ -49,6 +50,8 @@ class PlainEngine(RolloutEngine):
     @override
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_rollout: Listener = None) -> list[Rollout]:
         assert self._student is not None and self._model is not None, "call setup and sync before generate"
+        stop_ids = resolve_stop_ids(self._student.tokenizer, sampling)
+        check_room(prompts, sampling, self._student.context_length)
         none = torch.zeros(0)
         blank = [
             Rollout(prompt.problem, torch.tensor(prompt.token_ids), none.long(), none, finished=False, seed=seed)
@@ -58,15 +61,15 @@ class PlainEngine(RolloutEngine):
         rollouts: list[Rollout] = []
         with torch.no_grad(), evaluation_mode(self._model):
             for start in range(0, len(blank), self.max_batch_size):
-                rollouts += self._respond(blank[start : start + self.max_batch_size], sampling)
-        for rollout in rollouts if on_rollout is not None else ():
-            on_rollout(rollout)  # type: ignore[misc]
+                rollouts += self._respond(blank[start : start + self.max_batch_size], sampling, stop_ids)
+        if on_rollout is not None:
+            for rollout in rollouts:
+                on_rollout(rollout)
         return rollouts
 
-    def _respond(self, rollouts: list[Rollout], sampling: Sampling) -> list[Rollout]:
+    def _respond(self, rollouts: list[Rollout], sampling: Sampling, stop_ids: list[int]) -> list[Rollout]:
         assert self._student is not None and self._model is not None
         tokenizer, device = self._student.tokenizer, next(self._model.parameters()).device
-        stop_ids = resolve_stop_ids(tokenizer, sampling)
         for position in range(sampling.max_new_tokens):
             live = [i for i, rollout in enumerate(rollouts) if not rollout.finished]
             if not live:
@@ -79,11 +82,8 @@ class PlainEngine(RolloutEngine):
             seeds = torch.tensor([rollouts[i].seed for i in live], device=device)
             uniforms = hashed_uniforms(seeds, position)
             token_ids, log_probs = draw_tokens(self._student.head(self._model)(hidden), uniforms, sampling)
-            if not bool(log_probs.isfinite().all()):
-                raise FloatingPointError(
-                    f"The student's logits are not finite at response token {position}. Check that its weights are"
-                    " finite (did the last steps diverge?), the learning rate, and the precision."
-                )
+            if broken := (~log_probs.isfinite()).nonzero().flatten().tolist():
+                raise not_finite(position, rollouts[live[broken[0]]].problem.uid)
             for i, token_id, log_prob in zip(live, token_ids.tolist(), log_probs.tolist(), strict=True):
                 rollouts[i] = _with_token(rollouts[i], token_id, log_prob, token_id in stop_ids)
         return [

@@ -5,7 +5,26 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from opd_lightning.interfaces import Problem, Sampling
+from opd_lightning.interfaces import Problem, Prompt, Sampling
+
+
+def check_room(prompts: Sequence[Prompt], sampling: Sampling, context: int) -> None:
+    """Refuse prompts that are empty or leave no room for a whole response.
+
+    Raises:
+        ValueError: One is, or does not.
+    """
+    for prompt in prompts:
+        if not prompt.token_ids:
+            raise ValueError(
+                f"problem {prompt.problem.uid!r}: the prompt is empty. Check its messages and the template."
+            )
+        if len(prompt.token_ids) > context - sampling.max_new_tokens:
+            raise ValueError(
+                f"problem {prompt.problem.uid!r}: {len(prompt.token_ids)} prompt tokens and"
+                f" sampling.max_new_tokens={sampling.max_new_tokens} do not fit into the student's context of"
+                f" {context} tokens. Lower max_new_tokens or leave long prompts out."
+            )
 
 
 def check_context(subject: str, limit: int | None, longest_prompt: int, sampling: Sampling) -> None:

@@ -15,7 +15,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[T
     own row. top-k is applied before top-p, as usual; tokens tied with the last one kept are kept too.
 
     Args:
-        logits: float32 [B, V], untempered.
+        logits: float32 [B, V], untempered; float64 ones are drawn from as they are.
         uniforms: float64 [B] in (0, 1).
         sampling: Temperature and cuts; temperature 0 takes the likeliest token and needs no uniform number.
 
@@ -37,7 +37,16 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[T
         # NaN rows search past the end; they are reported through their log-probability
         token_ids = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[-1] - 1)
     log_probs = logits.gather(-1, token_ids) - log_total
-    return token_ids.squeeze(-1), log_probs.squeeze(-1)
+    return token_ids.squeeze(-1), log_probs.squeeze(-1).float()
+
+
+def not_finite(position: int, uid: str) -> FloatingPointError:
+    """What to raise when the logits of a response are not finite."""
+    return FloatingPointError(
+        f"The student's logits are not finite at response token {position} of problem {uid!r}."
+        " Check that its weights are finite (did the last steps diverge?), the learning rate, and the precision"
+        " (float16 overflows where bfloat16 does not)."
+    )
 
 
 def _cut(probabilities: Tensor, sampling: Sampling) -> Tensor:

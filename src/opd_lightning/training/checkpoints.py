@@ -1,7 +1,7 @@
 """Lightning checkpoints on disk: written whole or not at all, checked, and turned into a Hugging Face folder.
 
 Loading never unpickles foreign objects (`weights_only=True`) and imports no class that a checkpoint names unless it is
-one of ours.
+one of ours, or the user names it too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import pickle
 import shutil
 import time
 import zipfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,26 +143,34 @@ def _damaged(path: str | Path) -> str:
     )
 
 
-def build_student(description: dict[str, Any], *, trust_remote_code: bool = False) -> Student:
+def build_student(
+    description: dict[str, Any], *, student_class: str | None = None, trust_remote_code: bool = False
+) -> Student:
     """Build the student a checkpoint describes.
 
     Args:
         description: What `Student.describe` returned.
+        student_class: Where a class that is not ours lies: a checkpoint alone does not say what to import.
         trust_remote_code: Whether code that comes with the model may run; what the checkpoint says does not count.
 
     Raises:
-        ValueError: The class is not part of this package.
+        ValueError: The class is not part of this package and was not named, or is another one.
     """
     class_path: str = description["class_path"]
-    if not class_path.startswith("opd_lightning."):
-        raise ValueError(f"ckpt_path: the student's class {class_path!r} is not ours; load it with your own code.")
+    if student_class is not None:
+        _check_student_class(student_class, class_path)
+    elif not class_path.startswith("opd_lightning."):
+        raise ValueError(
+            f"ckpt_path: the student's class {class_path!r} is not ours, and a checkpoint is not trusted to say what to"
+            f" import. If it is yours, say so: --student_class {class_path}."
+        )
     arguments = dict(description["init_args"])
     if "trust_remote_code" in arguments:
         arguments["trust_remote_code"] = trust_remote_code
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Student, "student")
     try:
-        config = parser.parse_object({"student": {"class_path": class_path, "init_args": arguments}})
+        config = parser.parse_object({"student": {"class_path": student_class or class_path, "init_args": arguments}})
     except ArgumentError as error:
         raise ValueError(
             f"ckpt_path: the student that the checkpoint describes cannot be built by this version: {error}"
@@ -170,12 +179,33 @@ def build_student(description: dict[str, Any], *, trust_remote_code: bool = Fals
     return student
 
 
+def _check_student_class(student_class: str, class_path: str) -> None:
+    """Refuse a class that cannot be imported, is no student, or is not the one that was trained."""
+    module, _, name = student_class.rpartition(".")
+    try:
+        cls = getattr(import_module(module or "builtins"), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"student_class: cannot import {student_class!r} ({error}). Expected module.Class, in the current folder or"
+            " installed."
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, Student)):
+        raise ValueError(f"student_class: {student_class!r} is no subclass of opd_lightning.interfaces.Student.")
+    # a script knows its own classes as those of __main__
+    if class_path not in (student_class, f"{cls.__module__}.{cls.__qualname__}", f"__main__.{cls.__qualname__}"):
+        raise ValueError(
+            f"student_class: the checkpoint was written with {class_path!r}, got {student_class!r}. Name the class that"
+            " was trained."
+        )
+
+
 def export(
     ckpt_path: str,
     output: str,
     merge_adapter: bool = True,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     student_path: str | None = None,
+    student_class: str | None = None,
     trust_remote_code: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
@@ -188,6 +218,7 @@ def export(
         merge_adapter: Fold LoRA weights into the base model; otherwise only the adapter is written.
         dtype: Dtype of the written weights; null keeps that of training.
         student_path: Where the original student lies now, if it has moved since training.
+        student_class: Class of the student (my_package.MyStudent), if it is not one of this package.
         trust_remote_code: Whether code that comes with the student's model may run.
         push_to_hub: Also upload the folder to this repository on the Hugging Face hub, such as me/my-student.
         private: Make that repository private if it is new.
@@ -203,7 +234,9 @@ def export(
         from opd_lightning.backends.hf.hub import check_hub, push_folder
 
         check_hub(push_to_hub)
-    student, model = _load_student(checkpoint, ckpt_path, student_path, trust_remote_code)
+    student, model = _load_student(
+        checkpoint, ckpt_path, student_path, student_class=student_class, trust_remote_code=trust_remote_code
+    )
     student.save(model, folder, merge_adapter=merge_adapter, dtype=dtype)
     print(f"Wrote step {checkpoint['global_step']} of {ckpt_path} to {folder}")
     if push_to_hub is not None:
@@ -211,7 +244,12 @@ def export(
 
 
 def _load_student(
-    checkpoint: dict[str, Any], ckpt_path: str, student_path: str | None, trust_remote_code: bool
+    checkpoint: dict[str, Any],
+    ckpt_path: str,
+    student_path: str | None,
+    *,
+    student_class: str | None,
+    trust_remote_code: bool,
 ) -> tuple[Student, nn.Module]:
     """The student that a checkpoint describes, and its model with the weights of the checkpoint."""
     description = checkpoint["opd_lightning"]["student"]
@@ -219,7 +257,7 @@ def _load_student(
         description = {**description, "init_args": {**description["init_args"], "path": student_path}}
     path = description["init_args"].get("path")
     try:
-        student = build_student(description, trust_remote_code=trust_remote_code)
+        student = build_student(description, student_class=student_class, trust_remote_code=trust_remote_code)
         model = student.load()
     except ValueError as error:
         if not str(error).startswith("student.path"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class LoraSettings:
         r: Rank of the update.
         alpha: The update is scaled by alpha / r.
         dropout: Dropout before the adapter, in training only. Above 0 the trained policy is no longer quite the one
-            that generated.
+            that generated. An adapter on the head has none: the head is used as one weight.
         target_modules: Names of the linear layers to adapt, or "all-linear" for all but the head.
 
     Raises:
@@ -50,6 +51,7 @@ def add_lora(model: Any, settings: LoraSettings) -> PeftModel:
     Raises:
         ValueError: A target module does not exist.
     """
+    warn_of_dropout("student.lora.dropout", settings.dropout)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.r,
@@ -86,7 +88,18 @@ def load_adapter(model: Any, path: str) -> PeftModel:
             f" ({', '.join(wrapped.active_peft_config.modules_to_save)}), which is not supported. Merge it into its"
             " base model first."
         )
+    warn_of_dropout(f"{path}/adapter_config.json: lora_dropout", wrapped.active_peft_config.lora_dropout)
     return wrapped
+
+
+def warn_of_dropout(setting: str, probability: float) -> None:
+    """Say what dropout of an adapter costs, where there is any."""
+    if probability > 0:
+        warnings.warn(
+            f"{setting}={probability}: in training the policy is no longer quite the one that generated, so losses do"
+            " not vanish where student and teacher agree, and rollout_mismatch shows it. 0 switches it off.",
+            stacklevel=3,
+        )
 
 
 @contextmanager
@@ -106,15 +119,25 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     lm = causal_lm(model)
     adapted = {name: part for name, part in lm.named_modules() if isinstance(part, BaseTunerLayer)}
+    merged: set[str] = set()
     for name, tensor in lm.state_dict().items():
-        owner = next((prefix for prefix in _prefixes(name) if prefix in adapted), None)
+        # stacked experts have one adapter inside the other: the outermost has the module's own name
+        owner = min((prefix for prefix in _prefixes(name) if prefix in adapted), key=len, default=None)
         if owner is None:
             yield name, tensor
-        elif name == f"{owner}.base_layer.weight":
-            merged = copy.deepcopy(adapted[owner])
-            merged.merge()
-            for suffix, merged_tensor in merged.get_base_layer().state_dict().items():
+        elif owner not in merged:
+            merged.add(owner)
+            for suffix, merged_tensor in _merge(adapted[owner]).state_dict().items():
                 yield f"{owner}.{suffix}", merged_tensor
+
+
+def _merge(layer: Any) -> nn.Module:
+    """The adapted layer with all its adapters merged, as a copy."""
+    layer = copy.deepcopy(layer)
+    while isinstance(layer, BaseTunerLayer):
+        layer.merge()
+        layer = layer.base_layer
+    return layer  # type: ignore[no-any-return]
 
 
 def _prefixes(name: str) -> Iterator[str]:

@@ -8,16 +8,21 @@ are the model is checked once, when it is loaded (`verify_anatomy`).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from opd_lightning.interfaces import LinearHead
 from opd_lightning.interfaces.modes import evaluation_mode
+
+_HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -54,7 +59,10 @@ def body_states(
 
 
 def linear_head(model: nn.Module, num_rows: int) -> LinearHead:
-    """Return the layer that turns hidden states into logits, as data, with its adapter folded in if that is on.
+    """Return the layer that turns hidden states into logits, as data, with its adapter added to the weight if it is on.
+
+    The sum has the weight's own dtype: in a bfloat16 head, or under autocast, updates below about 1/256 of a weight are
+    lost there, as they are when the adapter is merged.
 
     Args:
         model: A causal language model, wrapped by peft or not.
@@ -69,22 +77,48 @@ def linear_head(model: nn.Module, num_rows: int) -> LinearHead:
     if (factor := getattr(config, "lm_head_multiplier", None)) is not None:  # Falcon-H1
         scale *= factor
     return LinearHead(
-        weight=head_weight(layer),
-        bias=getattr(layer, "bias", None),
+        weight=_head_weight(layer),
+        bias=_without_adapter(layer).bias,
         num_rows=num_rows,
         scale=scale,
         softcap=getattr(config, "final_logit_softcapping", None),  # Gemma
     )
 
 
-def head_weight(layer: Any) -> Tensor:
+def _without_adapter(layer: Any) -> Any:
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
+def _head_weight(layer: Any) -> Tensor:
     """[R, H] weight of a head, with gradient to its adapters where they are on."""
-    if not isinstance(layer, BaseTunerLayer):
-        return layer.weight  # type: ignore[no-any-return]
-    weight: Tensor = layer.get_base_layer().weight
-    for name in () if layer.disable_adapters or layer.merged else layer.active_adapters:
-        weight = weight + layer.get_delta_weight(name)
+    weight: Tensor = _without_adapter(layer).weight
+    if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters or layer.merged:
+        return weight
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            weight = weight + layer.get_delta_weight(name).to(weight.dtype)
     return weight
+
+
+def _check_head(model: nn.Module, argument: str) -> None:
+    """Refuse heads that are more than a weight and a bias."""
+    lm = causal_lm(model)
+    layer = lm.get_output_embeddings()
+    plain = _without_adapter(layer)
+    if not isinstance(plain, nn.Linear) or plain.weight.dtype not in _HEAD_DTYPES:
+        dtype = getattr(getattr(plain, "weight", None), "dtype", "no")
+        raise ValueError(
+            f"{argument}: the head of {type(lm).__name__} is a {type(plain).__name__} with {dtype} weights; expected a"
+            " linear layer that is not quantised. Leave it out of the quantization (bitsandbytes:"
+            " llm_int8_skip_modules: [lm_head]), or use a decoder-only model such as Qwen3, Llama, Mistral or Gemma."
+        )
+    if isinstance(layer, BaseTunerLayer) and (
+        not isinstance(layer, LoraLinear) or layer.lora_variant or any(layer.lora_bias.values())
+    ):
+        raise ValueError(
+            f"{argument}: the adapter on the head of {type(lm).__name__} is more than a low-rank update (DoRA, a bias,"
+            " ...), which is not supported. Leave the head out of it, or merge it into its base model first."
+        )
 
 
 def verify_anatomy(model: nn.Module, argument: str, *, generates: bool) -> None:
@@ -98,14 +132,11 @@ def verify_anatomy(model: nn.Module, argument: str, *, generates: bool) -> None:
     Raises:
         ValueError: This architecture does more than body and head, or does not take masks, positions or our cache.
     """
+    _check_head(model, argument)
     lm = causal_lm(model)
     name = type(lm).__name__
-    implementation = lm.config._attn_implementation
-    portable = implementation in ("eager", "sdpa")
-    if not portable:  # the architecture is what is checked, and flash kernels do not run on a CPU
-        lm.set_attn_implementation("eager")
     try:
-        with torch.no_grad(), evaluation_mode(model):
+        with torch.no_grad(), evaluation_mode(model), portable_attention(lm):
             differences, tolerance = _anatomy_differences(model, generates)
     except torch.OutOfMemoryError:
         raise
@@ -114,9 +145,6 @@ def verify_anatomy(model: nn.Module, argument: str, *, generates: bool) -> None:
             f"{argument}: {name} cannot be run as decoder body and language-model head ({_first_line(error)})."
             " Use a decoder-only model with attention, such as Qwen3, Llama, Mistral or Gemma."
         ) from error
-    finally:
-        if not portable:
-            lm.set_attn_implementation(implementation)
     if math.isnan(tolerance):
         raise ValueError(f"{argument}: the logits of {name} are NaN: its weights are damaged, or its dtype overflows.")
     for what, value in differences.items():
@@ -125,6 +153,23 @@ def verify_anatomy(model: nn.Module, argument: str, *, generates: bool) -> None:
                 f"{argument}: {name} is not supported: {what} (largest difference {value:.2g}, tolerance"
                 f" {tolerance:.2g}). Use a decoder-only model with attention, such as Qwen3, Llama, Mistral or Gemma."
             )
+
+
+@contextmanager
+def portable_attention(lm: Any) -> Iterator[None]:
+    """Run attention through a kernel that works everywhere: it is the architecture that is checked.
+
+    Flash kernels do not run on a CPU.
+    """
+    implementation = lm.config._attn_implementation
+    if implementation in ("eager", "sdpa"):
+        yield
+        return
+    lm.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        lm.set_attn_implementation(implementation)
 
 
 def _anatomy_differences(model: nn.Module, generates: bool) -> tuple[dict[str, float], float]:

@@ -7,11 +7,15 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from opd_lightning.backends.hf.anatomy import causal_lm
 from opd_lightning.backends.hf.decoding import NonFiniteLogits, Responses, decode
 from opd_lightning.interfaces import Listener, Problem, Prompt, Rollout, RolloutEngine, Sampling, Student
 from opd_lightning.interfaces.modes import evaluation_mode
 from opd_lightning.rollouts.answering import closed_text, resolve_stop_ids
+from opd_lightning.rollouts.prompt_limits import check_room
+from opd_lightning.rollouts.sampling import not_finite
 
 
 class HFEngine(RolloutEngine):
@@ -21,6 +25,7 @@ class HFEngine(RolloutEngine):
     that little is padded, and cut into batches. A rollout is a function of weights, prompt, sampling and its seed, up
     to the rounding of batched matrix products; the global random state is never used.
 
+    It runs the decoder body of the model itself, so a student with `hidden_states` of its own needs `PlainEngine`.
     Runs in the surrounding autocast context, so enter the one that training uses. Trained weights are cast once per
     call, but frozen float32 weights once per token: give the base of a LoRA student `dtype: bfloat16` under autocast.
 
@@ -43,7 +48,16 @@ class HFEngine(RolloutEngine):
         self._student = student
 
     def sync(self, model: nn.Module, weight_version: int) -> None:
-        """Remember the live module; no weight is copied."""
+        """Remember the live module; no weight is copied.
+
+        Raises:
+            ValueError: It is no transformers model.
+        """
+        if not isinstance(causal_lm(model), PreTrainedModel):
+            raise ValueError(
+                f"data.engine: HFEngine generates with transformers models, but {type(self._student).__name__} trains a"
+                f" {type(model).__name__}. Use PlainEngine, which runs any student."
+            )
         self._model = model
         self.weight_version = weight_version
 
@@ -57,7 +71,7 @@ class HFEngine(RolloutEngine):
         assert self._student is not None, "call setup before generate"
         assert self._model is not None, "call sync before generate"
         stop_ids = resolve_stop_ids(self._student.tokenizer, sampling)
-        _check_lengths(self._student, prompts, sampling)
+        check_room(prompts, sampling, self._student.context_length)
         requests = [(i, seed) for i, prompt in enumerate(prompts) for seed in prompt.seeds]
         by_length = sorted(range(len(requests)), key=lambda k: len(prompts[requests[k][0]].token_ids))
         rollouts: dict[int, Rollout] = {}
@@ -87,11 +101,7 @@ class HFEngine(RolloutEngine):
             responses = decode(self._student, self._model, token_ids, prompt_of_row, seeds, sampling, stop_ids).cpu()
         except NonFiniteLogits as error:
             uid = prompts[requests[error.row][0]].problem.uid
-            raise FloatingPointError(
-                f"The student's logits are not finite at response token {error.position} of problem {uid!r}."
-                " Check that its weights are finite (did the last steps diverge?), the learning rate, and the precision"
-                " (float16 overflows where bfloat16 does not)."
-            ) from error
+            raise not_finite(error.position, uid) from error
         prompt_tensors = {i: torch.tensor(prompts[i].token_ids) for i in row_of_prompt}
         return [
             self._rollout(prompts[i].problem, prompt_tensors[i], seed, responses, row)
@@ -128,18 +138,3 @@ def _cached_casts(device_type: str) -> Iterator[None]:
             yield
     finally:
         torch.clear_autocast_cache()
-
-
-def _check_lengths(student: Student, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-    limit = student.context_length - sampling.max_new_tokens
-    for prompt in prompts:
-        if not prompt.token_ids:
-            raise ValueError(
-                f"problem {prompt.problem.uid!r}: the prompt is empty. Check its messages and the template."
-            )
-        if len(prompt.token_ids) > limit:
-            raise ValueError(
-                f"problem {prompt.problem.uid!r}: {len(prompt.token_ids)} prompt tokens and"
-                f" sampling.max_new_tokens={sampling.max_new_tokens} do not fit into the student's context of"
-                f" {student.context_length} tokens. Lower max_new_tokens or leave long prompts out."
-            )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from opd_lightning.backends.hf.loading import ModelSource, load_config, load_eos_ids, load_tokenizer
-from opd_lightning.backends.hf.student import HFStudent, check_vocabulary_rows
-from opd_lightning.backends.hf.tokenizer import HFTokenizer
-from opd_lightning.interfaces import Student
+from opd_lightning.backends.hf.tokenizer import HFTokenizer, check_vocabulary_rows
+from opd_lightning.interfaces import Student, Tokenizer
 
 _PROBE = ({"role": "user", "content": "What is 1 + 1?"},)
 _NUM_NAMED = 3  # differences named in a message
@@ -36,28 +36,24 @@ def check_compatibility(student: Student, source: ModelSource) -> Compatibility:
     are fine: they are cut off.
 
     Args:
-        student: Must be an `HFStudent`, since vocabularies are compared token by token.
+        student: Any student; asked for its vocabulary, stop ids, context and for a rendered prompt.
         source: Where the teacher comes from.
 
     Raises:
         ValueError: The pair cannot be distilled; the message says what to do.
     """
-    if not isinstance(student, HFStudent):
-        raise ValueError(
-            f"teacher: a Hugging Face teacher needs an HFStudent to compare vocabularies, got {type(student).__name__}."
-        )
     config = load_config(source)
+    own = student.tokenizer
     teacher = HFTokenizer(
         load_tokenizer(source),
         load_eos_ids(source, config),
-        template_kwargs=student.template_kwargs,
+        template_kwargs=own.template_kwargs if isinstance(own, HFTokenizer) else None,
         role=source.role,
     )
-    _compare_vocabularies(student, teacher, source)
-    check_vocabulary_rows(student.source, student.config, student.tokenizer)
+    _compare_vocabularies(own, teacher, source)
     check_vocabulary_rows(source, config, teacher)
-    _compare_stop_ids(student, teacher, source)
-    _compare_rendering(student, teacher, source)
+    _compare_stop_ids(own, teacher, source)
+    _compare_rendering(own, teacher, source)
     limit: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and limit < student.context_length:
         warnings.warn(
@@ -65,11 +61,11 @@ def check_compatibility(student: Student, source: ModelSource) -> Compatibility:
             f" {student.context_length}; longer rollouts will be refused. Set student.max_context_length: {limit}.",
             stacklevel=2,
         )
-    return Compatibility(student.tokenizer.vocab_size, limit)
+    return Compatibility(own.vocab_size, limit)
 
 
-def _compare_vocabularies(student: HFStudent, teacher: HFTokenizer, source: ModelSource) -> None:
-    own, other = student.tokenizer.vocabulary, teacher.vocabulary
+def _compare_vocabularies(student: Tokenizer, teacher: HFTokenizer, source: ModelSource) -> None:
+    own, other = dict(student.vocabulary), teacher.vocabulary
     if own == other:
         return
     different = sorted(own.items() ^ other.items(), key=lambda item: (item[1], item[0]))
@@ -79,38 +75,51 @@ def _compare_vocabularies(student: HFStudent, teacher: HFTokenizer, source: Mode
         for token in tokens[:_NUM_NAMED]
     )
     raise ValueError(
-        f"{source.argument}: the tokenizers of {student.path!r} and {source.path!r} differ in {len(tokens)} tokens:"
+        f"{source.argument}: the tokenizers of the student and of {source.path!r} differ in {len(tokens)} tokens:"
         f" {named}. The teacher scores the student's own token ids, so both must have the same vocabulary: choose a"
         " teacher of the same family."
     )
 
 
-def _id(vocabulary: dict[str, int], token: str) -> str:
+def _id(vocabulary: Mapping[str, int], token: str) -> str:
     return f"id {vocabulary[token]}" if token in vocabulary else "no token"
 
 
-def _compare_stop_ids(student: HFStudent, teacher: HFTokenizer, source: ModelSource) -> None:
-    missing = [i for i in teacher.stop_ids if i not in student.tokenizer.stop_ids and i < student.tokenizer.vocab_size]
-    if missing:
-        names = [teacher.name_of(token_id) for token_id in missing]
-        raise ValueError(
-            f"student.extra_stop_tokens: the teacher {source.path!r} ends its answers with {names}, which does not"
-            " close the student's responses: it would learn to write it and run on to the length limit. Set"
-            f" student.extra_stop_tokens: {names}."
+def _compare_stop_ids(student: Tokenizer, teacher: HFTokenizer, source: ModelSource) -> None:
+    missing = [i for i in teacher.stop_ids if i not in student.stop_ids and i < student.vocab_size]
+    if not missing:
+        return
+    names = [teacher.name_of(token_id) for token_id in missing]
+    finding = (
+        f"the teacher {source.path!r} ends its answers with {names}, which does not close the student's responses: it"
+        " would learn to write it and run on to the length limit."
+    )
+    if not student.stop_ids:  # then `sampling.stop_ids` says what does, and nobody knows it here
+        warnings.warn(
+            f"sampling.stop_ids: the student's tokenizer names none. Unless you gave {missing}: {finding}",
+            stacklevel=3,
         )
+        return
+    raise ValueError(
+        f"student.extra_stop_tokens: {finding} Set student.extra_stop_tokens: {names} (a student of your own: the"
+        " stop_ids of its tokenizer)."
+    )
 
 
-def _compare_rendering(student: HFStudent, teacher: HFTokenizer, source: ModelSource) -> None:
-    rendered = student.tokenizer.render(_PROBE)
+def _compare_rendering(student: Tokenizer, teacher: HFTokenizer, source: ModelSource) -> None:
     if not teacher.has_template:
         return
-    try:
-        theirs = teacher.render(_PROBE)
-    except ValueError:  # it is not going to be used; that it differs is all that matters
-        theirs = []
-    if theirs != rendered:
+    if (rendered := _rendering(student)) is not None and rendered != _rendering(teacher):
         warnings.warn(
             f"{source.argument}: the chat templates of student and teacher differ. The student's is used for both, so"
             " the teacher sees prompts it was not tuned on. student.chat_template can be set to the teacher's.",
             stacklevel=3,
         )
+
+
+def _rendering(tokenizer: Tokenizer) -> list[int] | None:
+    """A probe as the tokenizer renders it; None without a template, or where it fails on the probe."""
+    try:
+        return tokenizer.render(_PROBE)
+    except ValueError:  # raw prompts need no template, and the real prompts are rendered before this
+        return None

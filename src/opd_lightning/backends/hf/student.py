@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,17 +12,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from opd_lightning.backends.hf.adapters import LoraSettings, add_lora, load_adapter, named_weights, without_adapter
-from opd_lightning.backends.hf.anatomy import (
-    body_states,
-    causal_lm,
-    linear_head,
-    verify_anatomy,
-)
+from opd_lightning.backends.hf.adapters import LoraSettings, add_lora, load_adapter, without_adapter
+from opd_lightning.backends.hf.anatomy import body_states, causal_lm, linear_head, verify_anatomy
+from opd_lightning.backends.hf.dropout import switch_off_dropout, verify_no_noise
 from opd_lightning.backends.hf.loading import (
-    DTYPES,
     ModelSource,
     check_dtype,
     load_config,
@@ -32,8 +24,10 @@ from opd_lightning.backends.hf.loading import (
     load_model,
     load_tokenizer,
 )
-from opd_lightning.backends.hf.tokenizer import HFTokenizer
+from opd_lightning.backends.hf.saving import plain_weights, save_configuration, save_model
+from opd_lightning.backends.hf.tokenizer import HFTokenizer, check_vocabulary_rows
 from opd_lightning.interfaces import LinearHead, MicroBatch, Student
+from opd_lightning.interfaces.arguments import constructor_arguments
 
 
 class HFStudent(Student):
@@ -96,7 +90,7 @@ class HFStudent(Student):
 
     @property
     def has_adapter(self) -> bool:
-        """Whether a LoRA adapter is trained, so that the base model is still there."""
+        """Whether a LoRA adapter is trained, so that the base model is still there (`as_base`)."""
         return self.lora is not None or self.adapter_path is not None
 
     @cached_property
@@ -112,14 +106,16 @@ class HFStudent(Student):
     @cached_property
     def tokenizer(self) -> HFTokenizer:
         """The student's tokenizer."""
+        eos_ids = load_eos_ids(self.source, self.config)
         tokenizer = HFTokenizer(
             load_tokenizer(self.source),
-            load_eos_ids(self.source, self.config),
+            eos_ids,
             self.chat_template,
             self.template_kwargs,
             self.extra_stop_tokens,
         )
         tokenizer.check()
+        check_vocabulary_rows(self.source, self.config, tokenizer)
         return tokenizer
 
     @cached_property
@@ -136,17 +132,19 @@ class HFStudent(Student):
         return min(length for length in (limit, self.max_context_length) if length is not None)
 
     def load(self) -> nn.Module:
-        """Load the weights, in training mode.
+        """Load the weights, in training mode and with the model's own dropout off.
 
         transformers leaves a loaded model in evaluation mode and Lightning keeps that, but gradient checkpointing and
-        adapter dropout only work in training mode. The dropout of the model's own configuration (0 in most language
-        models) is then active too.
+        the dropout of an adapter only work in training mode.
 
         Raises:
             ValueError: Files are missing or damaged, or the model is not one this project can train.
         """
-        check_vocabulary_rows(self.source, self.config, self.tokenizer)
+        self.describe()  # a subclass that cannot be described is to fail now and not when the first checkpoint is due
+        _ = self.tokenizer  # whether it fits the model can be said without the weights
         model = load_model(self.source, self.dtype, self.attn_implementation)
+        switch_off_dropout(model)
+        verify_no_noise(model, self.source.argument)
         if self.lora is not None:
             model = add_lora(model, self.lora)
         elif self.adapter_path is not None:
@@ -177,74 +175,32 @@ class HFStudent(Student):
 
     def named_weights(self, model: nn.Module, num_rows: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors as a plain model folder has them: adapters merged, tied tensors once, shards gathered."""
-        vocabulary_layers = set(_vocabulary_layers(causal_lm(model)))
-        taken: list[Tensor] = []
-        for name, tensor in named_weights(model):
-            whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-            if name.rpartition(".")[0] in vocabulary_layers:
-                if any(whole.data_ptr() == other.data_ptr() for other in taken):
-                    continue
-                taken.append(whole)
-                whole = whole[:num_rows]
-            yield name, whole
+        return plain_weights(model, num_rows)
 
     def write_blank(self, model: nn.Module, folder: Path, num_rows: int) -> None:
         """Write the configuration alone: enough for vLLM to build the model and wait for its weights."""
-        lm = causal_lm(model)
-        config = copy.deepcopy(lm.config)
-        config.get_text_config(decoder=True).vocab_size = num_rows
-        if any(hasattr(part, "base_layer") for part in _vocabulary_layers(lm).values()):
-            config.tie_word_embeddings = False  # an adapter on one of the two has parted them
-        config.architectures = [type(lm).__name__]
-        config.save_pretrained(str(folder))
+        save_configuration(model, folder, num_rows)
 
     def as_base(self, model: nn.Module) -> AbstractContextManager[None] | None:
         """The model with its adapter switched off; None when all weights are trained."""
         return without_adapter(model) if isinstance(model, PeftModel) else None
 
     def save(self, model: nn.Module, folder: Path, *, merge_adapter: bool = True, dtype: str | None = None) -> None:
-        """Write a folder that `from_pretrained` loads: safetensors, configuration, generation config, tokenizer.
-
-        Args:
-            model: What `load` returned, trained.
-            folder: Where to; made if it does not exist.
-            merge_adapter: Write the whole model with the adapter merged in; otherwise only the adapter, which names its
-                base model. Without an adapter it makes no difference.
-            dtype: Dtype of the written weights; None keeps theirs.
+        """Write a folder that `from_pretrained` loads (`saving.save_model`).
 
         Raises:
             ValueError: A dtype for a bare adapter, or an unknown one.
         """
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
-        folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(model, PeftModel) and not merge_adapter:
-            if dtype is not None:
-                raise ValueError(f"dtype: a bare adapter keeps its own; merge it to write {dtype}.")
-            model.save_pretrained(str(folder), save_embedding_layers=False)
-        else:
-            self._save_whole_model(model, folder, dtype)
-        self.tokenizer.save(folder)
+        save_model(model, self.tokenizer, folder, merge_adapter=merge_adapter, dtype=dtype)
 
     def describe(self) -> dict[str, Any]:
-        """Class path and constructor arguments as plain values: enough to build the same student again."""
-        arguments = {
-            "path": self.path,
-            "lora": None if self.lora is None else asdict(self.lora),
-            "dtype": self.dtype,
-            "attn_implementation": self.attn_implementation,
-            "gradient_checkpointing": self.gradient_checkpointing,
-            "trust_remote_code": self.trust_remote_code,
-            "revision": self.revision,
-            "chat_template": self.chat_template,
-            "template_kwargs": copy.deepcopy(self.template_kwargs),
-            "extra_stop_tokens": copy.copy(self.extra_stop_tokens),
-            "max_context_length": self.max_context_length,
-            "adapter_path": self.adapter_path,
-        }
+        """Class path and constructor arguments as plain values: enough to build the same student again.
+
+        A subclass keeps each argument of its own as an attribute of the same name, and needs no `describe`.
+        """
         cls = type(self)  # a subclass is found where it is defined, this class under its public name
         path = "opd_lightning.backends.hf.HFStudent" if cls is HFStudent else f"{cls.__module__}.{cls.__qualname__}"
-        return {"class_path": path, "init_args": arguments}
+        return {"class_path": path, "init_args": constructor_arguments(self)}
 
     def check_same(self, description: Mapping[str, Any]) -> None:
         """Refuse another class or another adapter; warn when the model comes from another place.
@@ -267,42 +223,6 @@ class HFStudent(Student):
                 " come from there.",
                 stacklevel=2,
             )
-
-    def _save_whole_model(self, model: nn.Module, folder: Path, dtype: str | None) -> None:
-        lm = causal_lm(model)
-        weights = {
-            name: tensor.to("cpu", DTYPES[dtype] if dtype is not None and tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in named_weights(model)
-        }
-        config = copy.deepcopy(lm.config)
-        head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
-        if isinstance(model, PeftModel) and (hasattr(head, "base_layer") or hasattr(embedding, "base_layer")):
-            config.tie_word_embeddings = False  # an adapter on one of the two has parted them
-        with torch.device("meta"):
-            blank = type(lm)(config)
-        blank.load_state_dict(weights, assign=True)
-        blank.tie_weights()
-        blank.generation_config = copy.deepcopy(lm.generation_config)
-        blank.generation_config.eos_token_id = list(self.tokenizer.stop_ids)  # what closed a response in training
-        blank.generation_config.pad_token_id = self.tokenizer.pad_id
-        blank.save_pretrained(str(folder))
-
-
-def _vocabulary_layers(lm: Any) -> dict[str, nn.Module]:
-    """Embedding and head by name."""
-    layers = (lm.get_input_embeddings(), lm.get_output_embeddings())
-    return {name: part for name, part in lm.named_modules() if part in layers}
-
-
-def check_vocabulary_rows(source: ModelSource, config: Any, tokenizer: HFTokenizer) -> None:
-    """Refuse a model with fewer rows than its tokenizer has ids."""
-    num_rows = config.get_text_config(decoder=True).vocab_size
-    if num_rows < tokenizer.vocab_size:
-        raise ValueError(
-            f"{source.argument}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model has only"
-            f" {num_rows} rows. The tokenizer belongs to another model, or tokens were added without resizing the"
-            " embeddings."
-        )
 
 
 def _enable_gradient_checkpointing(lm: Any) -> None:

@@ -1,28 +1,20 @@
-"""`HFTeacher` and `BaseModelTeacher`: frozen models that score the student's tokens in this process."""
+"""`HFTeacher`: a frozen model that scores the student's tokens in this process."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
-from opd_lightning.backends.hf.adapters import without_adapter
-from opd_lightning.backends.hf.anatomy import (
-    body_states,
-    linear_head,
-    verify_anatomy,
-)
+from opd_lightning.backends.hf.anatomy import body_states, linear_head, verify_anatomy
 from opd_lightning.backends.hf.loading import ModelSource, check_dtype, check_quantization, load_model
 from opd_lightning.backends.hf.preflight import Compatibility, check_compatibility
-from opd_lightning.backends.hf.student import HFStudent
-from opd_lightning.interfaces import LinearHead, MicroBatch, ScoreRequest, Student, Teacher
-from opd_lightning.interfaces.modes import evaluation_mode
+from opd_lightning.interfaces import LinearHead, MicroBatch, ScoreRequest, Student, Teacher, TeacherScores
 from opd_lightning.objectives import HiddenScores
 
 EVERYTHING = ScoreRequest(top_k=sys.maxsize, arbitrary_ids=True, full_vocabulary=True)
@@ -124,29 +116,9 @@ class HFTeacher(Teacher):
             head = replace(head, weight=head.weight.detach().to(device, dtype, copy=True), bias=bias)
         self._head = head
 
-    def score(self, batch: MicroBatch, request: ScoreRequest) -> HiddenScores:
+    def score(self, batch: MicroBatch, request: ScoreRequest) -> TeacherScores:
         """Score the response tokens of one micro-batch."""
-        return next(iter(self.score_all([batch], request)))
-
-    def score_all(self, batches: Sequence[MicroBatch], request: ScoreRequest) -> Iterator[HiddenScores]:
-        """Score the micro-batches of one step in order; with `offload` all of them while the body is on the device."""
-        assert self._model is not None, "call setup before score"
-        _check_temperature(request)
-        if self._visitor is None:
-            for batch in batches:
-                yield self._score(batch, request)
-            return
-        with self._visitor.on_device():
-            scores = [self._score(batch, request) for batch in batches]
-        while scores:  # let go of what has been used
-            yield scores.pop(0)
-
-    def close(self) -> None:
-        """Let go of the weights."""
-        self._model = self._head = self._visitor = None
-
-    def _score(self, batch: MicroBatch, request: ScoreRequest) -> HiddenScores:
-        assert self._compatibility is not None and self._head is not None
+        assert self._compatibility is not None and self._model is not None and self._head is not None, "call setup"
         limit, length = self._compatibility.context_length, batch.input_ids.shape[1]
         if limit is not None and length > limit:
             raise ValueError(
@@ -154,67 +126,35 @@ class HFTeacher(Teacher):
                 f" {limit} tokens. Set student.max_context_length: {limit}."
             )
         batch = batch.to(self._device)
-        with torch.no_grad(), self._own_precision():
+        own_precision = torch.autocast(self._device.type, enabled=False)
+        with torch.no_grad(), own_precision, self._body_on_device():
             states = body_states(self._model, batch.input_ids, batch.attention_mask, batch.position_ids)
             hidden = states[batch.rows, batch.columns]
         return HiddenScores(hidden, batch.tokens.ids, self._head, request.temperature)
 
-    def _own_precision(self) -> torch.autocast:
-        return torch.autocast(self._device.type, enabled=False)
-
-
-class BaseModelTeacher(Teacher):
-    """The base of a LoRA student as its teacher: the same module with the adapter switched off, loaded once.
-
-    It runs in the surrounding autocast context like the student, so that both agree exactly while the adapter is still
-    zero. Useful to pull a student back to where it came from, alone or (as one of several) as an anchor.
-    """
-
-    def __init__(self) -> None:
-        self._model: PeftModel | None = None
-        self._vocab_size = 0
-        self._device = torch.device("cpu")
-
-    @property
-    def offer(self) -> ScoreRequest:
-        """Everything can be asked."""
-        return EVERYTHING
-
-    def preflight(self, student: Student) -> None:
-        """Check that the student has a base model to fall back on."""
-        if not (isinstance(student, HFStudent) and student.has_adapter):
-            raise ValueError(
-                "teacher: BaseModelTeacher is the student without its adapter, but the student has none. Set"
-                " student.lora, or choose HFTeacher."
-            )
-
-    def setup(self, student: Student, model: nn.Module, device: torch.device) -> None:
-        """Remember the student's module; nothing is loaded."""
-        self.preflight(student)
-        assert isinstance(model, PeftModel), type(model)
-        self._model, self._device = model, device
-        self._vocab_size = student.tokenizer.vocab_size
-
-    def score(self, batch: MicroBatch, request: ScoreRequest) -> HiddenScores:
-        """Score the response tokens of one micro-batch."""
-        assert self._model is not None, "call setup before score"
-        _check_temperature(request)
-        batch = batch.to(self._device)
-        with torch.no_grad(), evaluation_mode(self._model), without_adapter(self._model):
-            states = body_states(self._model, batch.input_ids, batch.attention_mask, batch.position_ids)
-            hidden = states[batch.rows, batch.columns]
-            head = linear_head(self._model, self._vocab_size)
-        return HiddenScores(hidden, batch.tokens.ids, head, request.temperature, in_autocast=True)
+    def score_all(self, batches: Sequence[MicroBatch], request: ScoreRequest) -> Iterator[TeacherScores]:
+        """Score the micro-batches of one step in order; with `offload` all of them while the body is on the device."""
+        if self._visitor is None:
+            yield from super().score_all(batches, request)
+            return
+        with self._body_on_device():
+            scores = [self.score(batch, request) for batch in batches]
+        while scores:  # let go of what has been used
+            yield scores.pop(0)
 
     def close(self) -> None:
-        """Let go of the student's module."""
-        self._model = None
+        """Let go of the weights."""
+        self._model = self._head = self._visitor = None
+
+    def _body_on_device(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._visitor is None or self._visitor.is_there else self._visitor.on_device()
 
 
 class _VisitingWeights:
     """Frozen weights that rest in CPU memory and visit the device; the way back costs nothing, as nothing changed."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.is_there = False
         self._device = device
         self._places = [
             (part, name, tensor)
@@ -232,12 +172,9 @@ class _VisitingWeights:
                 visitor = tensor.to(self._device, non_blocking=True)
                 is_parameter = isinstance(tensor, nn.Parameter)
                 setattr(part, name, nn.Parameter(visitor, requires_grad=False) if is_parameter else visitor)
+            self.is_there = True
             yield
         finally:
+            self.is_there = False
             for part, name, tensor in self._places:
                 setattr(part, name, tensor)
-
-
-def _check_temperature(request: ScoreRequest) -> None:
-    if not request.temperature > 0:
-        raise ValueError(f"teacher temperature: expected a positive number, got {request.temperature}.")

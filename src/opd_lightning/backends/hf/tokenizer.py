@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from opd_lightning.backends.hf.loading import ModelSource
 from opd_lightning.interfaces import Message, Tokenizer
 
 
@@ -25,9 +26,11 @@ class HFTokenizer(Tokenizer):
 
     Attributes:
         vocab_size: Highest token id + 1. Models often have more rows than this; those are padding.
-        pad_id: The pad token, or else a stop token: masks say what is padding, so nothing ever looks for the id, and a
-            closing token that equals it is still trained on.
-        stop_ids: Everything that closes a response, sorted: `eos_ids`, the tokenizer's own, and the extra ones.
+        pad_id: The pad token, or else a stop token, or else 0: masks say what is padding, so nothing ever looks for the
+            id, and a closing token that equals it is still trained on.
+        stop_ids: Everything that closes a response, sorted: `eos_ids`, the tokenizer's own, and the extra ones; there
+            may be none.
+        template_kwargs: Extra variables of the template.
 
     Raises:
         ValueError: An extra stop token is not one token, or the template file is missing.
@@ -45,13 +48,15 @@ class HFTokenizer(Tokenizer):
         self._tokenizer = tokenizer
         self._role = role
         self._template = None if chat_template is None else _read_template(chat_template, role)
-        self._template_kwargs = dict(template_kwargs or {})
+        self.template_kwargs = dict(template_kwargs or {})
         self.vocabulary: dict[str, int] = tokenizer.get_vocab()
         self.vocab_size = max(self.vocabulary.values()) + 1
         extra = [self._stop_id(token) for token in extra_stop_tokens or ()]
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.stop_ids = tuple(sorted({*eos_ids, *own, *extra}))
         self.pad_id = self._choose_pad_id()
+        self._bos_id: int | None = tokenizer.bos_token_id
+        self._looks_for_bos = False
 
     @property
     def has_template(self) -> bool:
@@ -61,13 +66,37 @@ class HFTokenizer(Tokenizer):
     def render(self, messages: Sequence[Message]) -> list[int]:
         """Apply the chat template with the generation header and return token ids.
 
+        One message with role "raw" is plain text: no template, and the begin-of-sequence token in front only where the
+        tokenizer puts it there by itself.
+
         Raises:
-            ValueError: There is no template, it fails on these messages, or it renders to nothing.
+            ValueError: There is no template, it fails on these messages, they render to nothing, or a raw message has
+                company.
         """
+        is_raw = any(message.get("role") == "raw" for message in messages)
+        token_ids = self._render_raw(messages) if is_raw else self._render_chat(messages)
+        if not token_ids:
+            raise ValueError(
+                f"{self._role}.chat_template: {len(messages)} messages render to nothing. Check the template and that"
+                " the messages have content."
+            )
+        if self._looks_for_bos and self._bos_id is not None and token_ids[0] != self._bos_id:
+            self._looks_for_bos = False
+            where = "with role 'raw'" if is_raw else "of the chat template"
+            warnings.warn(
+                f"{self._role}.chat_template: the tokenizer has a begin-of-sequence token"
+                f" {self.name_of(self._bos_id)!r}, but prompts {where} do not begin with it. A model that was trained"
+                " with it is worse without: put it in front, or go on if this one does without.",
+                stacklevel=2,
+            )
+        return token_ids
+
+    def _render_chat(self, messages: Sequence[Message]) -> list[int]:
         if not self.has_template:
             raise ValueError(
                 f"{self._role}.chat_template: the tokenizer has no chat template (base models often have none)."
-                " Give one as text or as a file, for example the chat_template.jinja of the instruction-tuned model."
+                " Give one as text or as a file, for example the chat_template.jinja of the instruction-tuned model,"
+                " or ask with plain text: one message with role 'raw'."
             )
         try:
             token_ids: list[int] = self._tokenizer.apply_chat_template(
@@ -76,7 +105,7 @@ class HFTokenizer(Tokenizer):
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,
-                **self._template_kwargs,
+                **self.template_kwargs,
             )
         except (TemplateError, TypeError, ValueError) as error:
             roles = [message.get("role") for message in messages]
@@ -84,12 +113,18 @@ class HFTokenizer(Tokenizer):
                 f"{self._role}.chat_template: rendering messages with roles {roles} failed: {error}."
                 " Change the messages (some templates have no system role), template_kwargs or the template."
             ) from error
-        if not token_ids:
-            raise ValueError(
-                f"{self._role}.chat_template: {len(messages)} messages render to nothing. Check the template and that"
-                " the messages have content."
-            )
         return token_ids
+
+    def _render_raw(self, messages: Sequence[Message]) -> list[int]:
+        if len(messages) != 1:
+            roles = [message.get("role") for message in messages]
+            raise ValueError(
+                f"messages: one with role 'raw' is a whole prompt as it stands; got roles {roles}. Leave the others out"
+                " (a task's system_prompt makes one), or give all of them chat roles."
+            )
+        token_ids = self.encode(messages[0]["content"])
+        adds_bos = self._bos_id is not None and self._tokenizer.encode("a")[0] == self._bos_id
+        return [self._bos_id, *token_ids] if adds_bos and token_ids[:1] != [self._bos_id] else token_ids  # type: ignore[list-item]
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of plain text, without template and special tokens."""
@@ -109,23 +144,19 @@ class HFTokenizer(Tokenizer):
         return str(token_id) if name is None else name
 
     def check(self) -> None:
-        """Check that responses can end, and warn about template variables that do nothing.
+        """Check stop ids and warn about template variables that do nothing; warn of a missing bos when rendering.
 
         Raises:
-            ValueError: There is no stop id, or one is outside the vocabulary.
+            ValueError: A stop id is outside the vocabulary.
         """
+        self._looks_for_bos = True
         if outside := [token_id for token_id in self.stop_ids if not 0 <= token_id < self.vocab_size]:
             raise ValueError(
                 f"{self._role}.extra_stop_tokens: stop ids {outside} are outside the vocabulary of {self.vocab_size}"
                 " tokens (they may also come from eos_token_id in the model's generation_config.json)."
             )
-        if not self.stop_ids:
-            raise ValueError(
-                f"{self._role}.extra_stop_tokens: neither generation_config.json nor the tokenizer names an"
-                " end-of-sequence token, so no response would ever end. Name one here."
-            )
         template = str(self._template or self._tokenizer.chat_template or "")
-        for name in self._template_kwargs:
+        for name in self.template_kwargs:
             if name not in template:
                 warnings.warn(
                     f"{self._role}.template_kwargs: the chat template does not use {name!r}; it is ignored.",
@@ -166,3 +197,14 @@ def _read_template(chat_template: str, role: str) -> str:
             f"{role}.chat_template: {chat_template!r} is neither a template (it has no '{{{{') nor an existing file."
         )
     return file.read_text(encoding="utf-8")
+
+
+def check_vocabulary_rows(source: ModelSource, config: Any, tokenizer: HFTokenizer) -> None:
+    """Refuse a model with fewer rows than its tokenizer has ids."""
+    num_rows = config.get_text_config(decoder=True).vocab_size
+    if num_rows < tokenizer.vocab_size:
+        raise ValueError(
+            f"{source.argument}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model has only"
+            f" {num_rows} rows. The tokenizer belongs to another model, or tokens were added without resizing the"
+            " embeddings."
+        )
