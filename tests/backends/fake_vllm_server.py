@@ -30,6 +30,8 @@ class FakeVLLM:
         failures: Status codes to answer the next requests with, instead of an answer; 0 drops the connection.
         aborts: Numbers of tokens after which the next responses are called off, as by a shutdown.
         delay: Seconds that every completion takes.
+        gate: Completions wait while it is cleared.
+        has_begun: Set when one waits.
         requests: Paths and bodies seen.
         authorizations: Their headers of this name.
         max_in_flight: Most completions that were under way at once.
@@ -46,6 +48,8 @@ class FakeVLLM:
         self.weight_transfer = weight_transfer
         self.failures, self.delay, self.requests, self.authorizations = [], 0.0, [], []
         self.aborts = []
+        self.gate, self.has_begun = threading.Event(), threading.Event()
+        self.gate.set()
         self.num_in_flight = self.max_in_flight = 0
         self.weight_version, self.update = "default", None
         self.is_paused = False
@@ -87,6 +91,9 @@ class FakeVLLM:
             self.max_in_flight = max(self.max_in_flight, self.num_in_flight)
         try:
             time.sleep(self.delay)
+            if not self.gate.is_set():
+                self.has_begun.set()
+                assert self.gate.wait(100), "nobody opened the gate"
             return self._complete(body)
         finally:
             with self.lock:
