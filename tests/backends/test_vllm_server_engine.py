@@ -1,5 +1,6 @@
 """`VLLMServerEngine` against a fake server that computes with a tiny model."""
 
+import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
@@ -294,14 +295,13 @@ def test_an_interrupt_calls_off_what_a_server_is_still_generating(student, folde
         engine = make_engine(url)
         engine.setup(student, CPU)
         engine.sync(student.load(), 0)
-        fake.gate.clear()
+        fake.gate = threading.Event()
         with ThreadPoolExecutor(1) as thread:
             future = thread.submit(engine.generate, make_prompts(student), WARM)
             assert fake.has_begun.wait(100)
             engine.interrupt()
             with pytest.raises((ConnectionError, CancelledError)):
                 future.result(100)  # the server has not answered yet
-        fake.gate.set()
         engine.close()
 
 

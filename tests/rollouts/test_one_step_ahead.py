@@ -237,6 +237,24 @@ def test_a_step_that_failed_is_rescued_with_its_rollouts(tmp_path, folders, at_s
     assert all(batch.staleness == 1 for batch in recorder.batches)
 
 
+def test_a_resumed_run_that_stops_before_its_first_step_keeps_the_rollouts(tmp_path, folders):
+    class BreakAtStart(Callback):
+        def on_train_start(self, trainer, pl_module):
+            raise RuntimeError("no disk")
+
+    whole = make_run(folders)
+    fit(tmp_path, whole, 3)
+    _, trainer = fit(tmp_path, make_run(folders), 2)
+    trainer.save_checkpoint(tmp_path / "stop.ckpt")
+    with pytest.raises(RuntimeError, match="no disk"), pytest.warns(UserWarning, match="resume with"):
+        callbacks = [BreakAtStart(), RescueCheckpoint()]
+        fit(tmp_path, make_run(folders), 3, callbacks=callbacks, ckpt_path=tmp_path / "stop.ckpt")
+    resumed = make_run(folders)
+    recorder, _ = fit(tmp_path, resumed, 3, ckpt_path=next(tmp_path.rglob("rescue.ckpt")))
+    assert [batch.staleness for batch in recorder.batches] == [1]
+    assert_same_weights(resumed[0], whole[0])
+
+
 def test_a_generation_that_fails_stops_the_run_at_the_step_that_needs_it(tmp_path, folders):
     engine = CopyEngine()
     engine.failures = [None, None, ConnectionError("no answer from http://localhost:1")]

@@ -98,6 +98,8 @@ class OneStepAhead(RolloutSource):
 
         Empty where there are none. Where they failed, it is said: a resumed run then generates that step's anew.
         """
+        if self._saved is not None:  # a resumed run stops before its first step
+            return dict(self._saved)
         untrained, error = self._taken, self._error
         if untrained is None and self._coming is not None:
             step, future = self._coming

@@ -110,6 +110,8 @@ class Server:
             FailedAttempt: No answer, or one that says "later".
             ValueError: The server refuses the request.
         """
+        if self._is_closed:
+            raise FailedAttempt(self.url, "the connection was closed")
         try:
             response = self._http.request(
                 method or ("GET" if body is None else "POST"), path, json=body, extensions={"trace": self._note_socket}
@@ -178,8 +180,15 @@ class ServerPool:
         )
 
     def submit(self, path: str, body: Any, use: Callable[[Any], Answer]) -> Future[Answer]:
-        """Post to any server in the background; the future holds what `use` makes of the answer."""
-        return self._threads.submit(lambda: use(self.post(path, body)))
+        """Post to any server in the background; the future holds what `use` makes of the answer.
+
+        Raises:
+            ServerUnreachable: The pool is closed.
+        """
+        with self._lock:
+            if self._closed.is_set():
+                raise ServerUnreachable(f"{self.role}: the connections were closed; the run is over.")
+            return self._threads.submit(lambda: use(self.post(path, body)))
 
     def post(self, path: str, body: Any) -> Any:
         """Post to any server and wait for the answer.
@@ -221,8 +230,9 @@ class ServerPool:
 
     def close(self) -> None:
         """Call off what is waiting or under way and close the connections."""
-        self._closed.set()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            self._closed.set()
+            self._threads.shutdown(wait=False, cancel_futures=True)
         for server in self.servers:
             server.close()
 
