@@ -1,6 +1,6 @@
 """`VLLMColocatedEngine`: rollouts from a vLLM that lives in the training process, or in a child of it.
 
-vLLM is imported by `sync`, not before.
+vLLM is imported by `preflight`, not before.
 """
 
 from __future__ import annotations
@@ -107,8 +107,7 @@ class VLLMColocatedEngine(RolloutEngine):
         self._device = torch.device("cpu")
         self._llm: Any = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._asleep = False
-        self._is_checked = False
+        self._asleep = self._is_checked = False
         self._owns_process_group = False
         self._has_warned = False
         self._interrupted = threading.Event()

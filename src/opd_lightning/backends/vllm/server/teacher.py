@@ -32,8 +32,8 @@ class VLLMServerTeacher(Teacher):
     The served model normalises over all rows of its head. Rows beyond the vocabulary get next to nothing from a trained
     model; where one is among the top k, the run stops.
 
-    Before step 1 the served model is checked: its name, its context, that it decodes a spread of token ids as the
-    student does, and that it grants `max_top_k`. Start it with, for example,
+    Before any weight is loaded the served model is checked: its name, its context, that it decodes a spread of token
+    ids as the student does, and that it grants `max_top_k`. Start it with, for example,
     ``vllm serve Qwen/Qwen3-4B --max-logprobs 20 --port 8001``.
 
     Args:
