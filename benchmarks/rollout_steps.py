@@ -31,8 +31,10 @@ from rollout_workloads import (
 from opd_lightning.backends.hf import HFEngine, HFStudent, HFTeacher
 from opd_lightning.backends.vllm.colocated import VLLMColocatedEngine
 from opd_lightning.backends.vllm.server import Connection, VLLMServerEngine, VLLMServerTeacher
-from opd_lightning.interfaces import RolloutEngine, Sampling, Teacher
+from opd_lightning.interfaces import RolloutEngine, RolloutSource, Sampling, Teacher
 from opd_lightning.objectives import DivergenceObjective, TeacherTopK
+from opd_lightning.rollouts.on_policy import OnPolicy
+from opd_lightning.rollouts.one_step_ahead import OneStepAhead
 from opd_lightning.sandbox import resolve
 from opd_lightning.tasks import ArithmeticTask
 from opd_lightning.training.datamodule import OPDDataModule
@@ -117,8 +119,8 @@ def measure_ahead(folder: Path, repeats: int) -> dict:
         make_engine = partial(VLLMServerEngine, Connection(urls[:1]))
         make_teacher = partial(VLLMServerTeacher, Connection(urls[1:]), max_top_k=16)
         cases = {
-            name: Case(student, partial(counting_data, generate_ahead=ahead), make_engine, make_teacher, 5, repeats)
-            for name, ahead in (("on-policy", False), ("one step ahead", True))
+            name: Case(student, partial(counting_data, source=source), make_engine, make_teacher, 5, repeats)
+            for name, source in (("on-policy", OnPolicy), ("one step ahead", OneStepAhead))
         }
         steps: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
         for _ in range(repeats):
@@ -135,10 +137,10 @@ def sandbox_data(engine: RolloutEngine) -> OPDDataModule:
     return OPDDataModule(ArithmeticTask(), engine, sampling=Sampling(max_new_tokens=72))
 
 
-def counting_data(engine: RolloutEngine, *, generate_ahead: bool = False) -> OPDDataModule:
+def counting_data(engine: RolloutEngine, *, source: Callable[[], RolloutSource] = OnPolicy) -> OPDDataModule:
     """The same number of longer rollouts."""
     sampling = Sampling(max_new_tokens=256, stop_ids=[ZERO])
-    return OPDDataModule(CountingTask(), engine, sampling=sampling, generate_ahead=generate_ahead)
+    return OPDDataModule(CountingTask(), engine, source(), sampling=sampling)
 
 
 def fit(case: Case, folder: Path) -> list[dict[str, float]]:

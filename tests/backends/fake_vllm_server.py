@@ -30,6 +30,8 @@ class FakeVLLM:
         failures: Status codes to answer the next requests with, instead of an answer; 0 drops the connection.
         aborts: Numbers of tokens after which the next responses are called off, as by a shutdown.
         delay: Seconds that every completion takes.
+        gate: What completions wait for: an event or a barrier; None for nothing.
+        has_begun: Set when one waits.
         requests: Paths and bodies seen.
         authorizations: Their headers of this name.
         max_in_flight: Most completions that were under way at once.
@@ -46,10 +48,12 @@ class FakeVLLM:
         self.weight_transfer = weight_transfer
         self.failures, self.delay, self.requests, self.authorizations = [], 0.0, [], []
         self.aborts = []
+        self.gate, self.has_begun = None, threading.Event()
         self.num_in_flight = self.max_in_flight = 0
         self.weight_version, self.update = "default", None
         self.is_paused = False
         self.lock = threading.Lock()
+        self.has_finished = threading.Condition(self.lock)
 
     # ------------------------------------------------------------------------------------------------------ endpoints
 
@@ -87,10 +91,22 @@ class FakeVLLM:
             self.max_in_flight = max(self.max_in_flight, self.num_in_flight)
         try:
             time.sleep(self.delay)
+            if (gate := self.gate) is not None:
+                self.has_begun.set()
+                assert gate.wait(100) is not False, "nobody opened the gate"
             return self._complete(body)
         finally:
-            with self.lock:
+            with self.has_finished:
                 self.num_in_flight -= 1
+                self.has_finished.notify_all()
+
+    def finish(self):
+        """Let every completion that is under way end, whether somebody still wants it or not."""
+        gate, self.gate = self.gate, None
+        if isinstance(gate, threading.Event):
+            gate.set()
+        with self.has_finished:
+            assert self.has_finished.wait_for(lambda: self.num_in_flight == 0, 100)
 
     def pause(self, is_paused):
         self.is_paused = is_paused
@@ -268,6 +284,7 @@ def serve(fake, port=0):
         server.has_stopped = True
         server.shutdown()
         server.server_close()
+        fake.finish()  # an interpreter that ends under a computing thread aborts
 
 
 def recorded_answers():

@@ -1,6 +1,7 @@
 """What the vLLM engines are asked, what they refuse, and what becomes of answers; no vLLM needed."""
 
 import os
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -20,11 +21,11 @@ from opd_lightning.backends.vllm.requests import (
     CalledOff,
     check_prompts,
     make_rollout,
-    resolve_stop_ids,
     run_to_the_end,
     sampling_fields,
 )
 from opd_lightning.interfaces import Problem, Prompt, Sampling
+from opd_lightning.rollouts.answering import resolve_stop_ids
 
 PROBLEM = Problem(uid="letters/1", messages=({"role": "user", "content": "say a"},), answer="a")
 
@@ -71,10 +72,18 @@ def test_the_context_is_the_students_unless_said_otherwise(student, monkeypatch)
 
 
 def test_stop_ids_are_the_samplings_or_the_students(student):
-    assert resolve_stop_ids(student, Sampling()) == list(student.tokenizer.stop_ids)
-    assert resolve_stop_ids(student, Sampling(stop_ids=[5])) == [5]
-    with pytest.raises(ValueError, match=r"sampling\.stop_ids: expected token ids between 0 and \d+, got \[100000\]"):
-        resolve_stop_ids(student, Sampling(stop_ids=[5, 100000]))
+    tokenizer = student.tokenizer
+    assert resolve_stop_ids(tokenizer, Sampling()) == list(tokenizer.stop_ids)
+    assert resolve_stop_ids(tokenizer, Sampling(stop_ids=[5])) == [5]
+    assert resolve_stop_ids(tokenizer, Sampling(stop_ids=[])) == []
+    with pytest.raises(ValueError, match=r"sampling\.stop_ids: expected token ids from 0 to \d+, got \[100000\]"):
+        resolve_stop_ids(tokenizer, Sampling(stop_ids=[5, 100000]))
+
+
+def test_without_stop_ids_only_the_length_ends_a_response(student):
+    sampling = Sampling(max_new_tokens=2, stop_ids=[])
+    rollout = make_rollout(student, Prompt(PROBLEM, (9,), (0,)), 0, [20, 3], [-1.0, -0.5], sampling, [])
+    assert not rollout.finished and rollout.text == student.tokenizer.decode([20, 3], skip_special_tokens=False)
 
 
 def test_prompts_must_leave_room_for_a_whole_response():
@@ -141,7 +150,7 @@ class Stepper:
 
 def test_what_an_error_leaves_unanswered_is_called_off():
     engine, answers = Stepper(), {}
-    run_to_the_end(engine, 3, answers.__setitem__)
+    run_to_the_end(engine, 3, answers.__setitem__, threading.Event())
     assert answers == {0: "0", 1: "1", 2: "2"} and not engine.aborted
 
     def read(i, answer):
@@ -150,8 +159,20 @@ def test_what_an_error_leaves_unanswered_is_called_off():
 
     engine = Stepper()
     with pytest.raises(FloatingPointError):
-        run_to_the_end(engine, 3, read)
+        run_to_the_end(engine, 3, read, threading.Event())
     assert engine.aborted == ["1", "2"] and not engine.has_unfinished_requests()
+
+
+def test_an_interrupt_calls_the_rest_off():
+    engine, interrupted, answers = Stepper(), threading.Event(), []
+
+    def read(i, answer):
+        answers.append(answer)
+        interrupted.set()
+
+    with pytest.raises(CalledOff, match="the run was stopped while 2 responses were under way"):
+        run_to_the_end(engine, 3, read, interrupted)
+    assert answers == ["0"] and engine.aborted == ["1", "2"]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(top_p=0.9), Sampling(top_k=5)])

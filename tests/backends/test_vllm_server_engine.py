@@ -1,5 +1,8 @@
 """`VLLMServerEngine` against a fake server that computes with a tiny model."""
 
+import threading
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import VOCAB_SIZE, make_model, make_tokenizer, save_folder
@@ -204,11 +207,9 @@ def test_untempered_log_probs_are_refused(student, folder):
 
 
 def test_weights_that_went_astray_are_noticed(student, folder, monkeypatch):
-    from opd_lightning.backends.vllm.server import engine as room
-
-    honest = room.folder_weights
+    honest = HFStudent.named_weights
     monkeypatch.setattr(
-        room, "folder_weights", lambda *a: (pair for pair in honest(*a) if "layers.1.mlp" not in pair[0])
+        HFStudent, "named_weights", lambda *a: (pair for pair in honest(*a) if "layers.1.mlp" not in pair[0])
     )
     with serve(FakeVLLM(folder)) as url:
         engine = make_engine(url)
@@ -271,21 +272,42 @@ def test_servers_that_never_finish_are_given_up(student, folder):
 
 
 def test_a_server_that_was_refused_is_checked_again(student, folder, monkeypatch):
-    from opd_lightning.backends.vllm.server import engine as room
-
-    honest = room.folder_weights
+    honest = HFStudent.named_weights
     model = student.load()
     perturb(model, 1)
     with serve(FakeVLLM(folder)) as url:
         engine = make_engine(url)
         engine.setup(student, CPU)
-        monkeypatch.setattr(room, "folder_weights", lambda *a: (w for w in honest(*a) if "layers.1.mlp" not in w[0]))
+        monkeypatch.setattr(
+            HFStudent, "named_weights", lambda *a: (pair for pair in honest(*a) if "layers.1.mlp" not in pair[0])
+        )
         for _ in range(2):
             with pytest.raises(ValueError, match="disagree"):
                 engine.sync(model, 0)
-        monkeypatch.setattr(room, "folder_weights", honest)
+        monkeypatch.setattr(HFStudent, "named_weights", honest)
         engine.sync(model, 0)
         engine.close()
+
+
+def test_an_interrupt_calls_off_what_a_server_is_still_generating(student, folder):
+    fake = FakeVLLM(folder)
+    with serve(fake) as url:
+        engine = make_engine(url)
+        engine.setup(student, CPU)
+        engine.sync(student.load(), 0)
+        fake.gate = threading.Event()
+        with ThreadPoolExecutor(1) as thread:
+            future = thread.submit(engine.generate, make_prompts(student), WARM)
+            assert fake.has_begun.wait(100)
+            engine.interrupt()
+            with pytest.raises((ConnectionError, CancelledError)):
+                future.result(100)  # the server has not answered yet
+        engine.close()
+
+
+@pytest.mark.parametrize(("sampling", "known"), [(WARM, True), (GREEDY, True), (Sampling(top_p=0.9), False)])
+def test_it_says_whether_log_probs_will_be_known(sampling, known):
+    assert make_engine("http://localhost:1").knows_log_probs(sampling) == known
 
 
 def test_set_up_may_be_tried_again(student, folder):

@@ -1,8 +1,8 @@
 """`VLLMServerTeacher` against a fake server that computes with a tiny model, and the real one's recorded answers."""
 
 import threading
-import time
 from concurrent.futures import wait
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,7 +72,8 @@ def test_scores_are_those_of_the_same_model_in_this_process(student, fake, teach
             make_batches(side=side), remote.score_all(make_batches(side=side), request), strict=True
         ):
             expected = local.score(batch, request)
-            assert scores.num_tokens == batch.num_tokens
+            assert scores.num_tokens == batch.num_tokens and torch.equal(scores.response_ids, batch.tokens.ids)
+            assert torch.equal(scores.slice(2, 5).response_ids, batch.tokens.ids[2:5])
             torch.testing.assert_close(scores.sampled(), expected.sampled(), rtol=0, atol=1e-4)
             ids, log_probs = expected.topk(4)
             assert torch.equal(scores.topk(4)[0], ids)
@@ -80,6 +81,26 @@ def test_scores_are_those_of_the_same_model_in_this_process(student, fake, teach
             assert torch.equal(scores.slice(2, 5).topk(2)[0], ids[2:5, :2])
             assert torch.equal(scores.slice(2, 5).sampled(), scores.sampled()[2:5])
         remote.close()
+
+
+def test_of_a_response_of_several_turns_the_students_own_tokens_are_scored(student, fake, teacher_folder):
+    rollouts = make_rollouts(3)
+    wrote = torch.arange(len(rollouts[1].response_ids)) % 3 != 1
+    rollouts[1] = replace(rollouts[1], student_wrote=wrote)
+    batch, request = collate(rollouts, 0), ScoreRequest(top_k=2)
+    assert batch.num_tokens == sum(len(rollout.response_ids) for rollout in rollouts) - int((~wrote).sum())
+    local = HFTeacher(str(teacher_folder), dtype="float32")
+    local.setup(student, torch.nn.Module(), CPU)
+    expected = local.score(batch, request)
+    with serve(fake) as url:
+        remote = set_up(student, url)
+        fake.requests.clear()
+        remote.prefetch(rollouts[1], request, 0)
+        scores = remote.score(batch, request)
+        assert len(fake.requests) == 3
+        remote.close()
+    torch.testing.assert_close(scores.sampled(), expected.sampled(), rtol=0, atol=1e-4)
+    assert torch.equal(scores.topk(2)[0], expected.topk(2)[0])
 
 
 def test_only_what_is_asked_for_travels(student, fake):
@@ -94,7 +115,7 @@ def test_only_what_is_asked_for_travels(student, fake):
 
 def test_a_likeliest_token_is_found_whatever_the_order_and_number_of_entries():
     entry = {"7": {"logprob": -3.0}, "2": {"logprob": -0.5}, "9": {"logprob": -1.5}}
-    sampled, ids, log_probs = read_scores([None, entry, entry], [1, 7, 9], 1, 2)
+    sampled, ids, log_probs = read_scores([None, entry, entry], [1, 7, 9], [1, 2], 2)
     assert sampled.tolist() == [-3.0, -1.5]
     assert ids.tolist() == [[2, 9], [2, 9]] and log_probs.tolist() == [[-0.5, -1.5]] * 2
 
@@ -102,11 +123,12 @@ def test_a_likeliest_token_is_found_whatever_the_order_and_number_of_entries():
 @pytest.mark.parametrize("entries", [[None], [None, None], [None, {"8": {"logprob": -1.0}}]])
 def test_an_answer_that_does_not_fit_is_refused(entries):
     with pytest.raises(ValueError, match=r"teacher: the server (scored|gave no scores)"):
-        read_scores(entries, [1, 7], 1, 1)
+        read_scores(entries, [1, 7], [1], 1)
 
 
 def test_what_is_not_offered_is_our_mistake():
-    scores = ListedScores(torch.zeros(2), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3))
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    scores = ListedScores(ids[:, 0], torch.zeros(2), ids, torch.zeros(2, 3))
     for question in (lambda: scores.at(torch.zeros(2, 1)), scores.full, lambda: scores.topk(4)):
         with pytest.raises(AssertionError):
             question()
@@ -195,10 +217,12 @@ def test_servers_must_serve_the_same(student, teacher_folder):
         set_up(student, first, second)
 
 
-def test_a_short_context_is_warned_about_and_then_refused(student, teacher_folder):
-    with serve(FakeVLLM(teacher_folder, max_model_len=13)) as url:
-        with pytest.warns(UserWarning, match=r"takes 13 tokens, .*student\.max_context_length: 12"):
-            teacher = set_up(student, url)
+def test_a_short_context_is_told_and_longer_rollouts_are_refused(student, teacher_folder):
+    assert VLLMServerTeacher(patient("http://localhost:1")).context_length is None
+    with serve(FakeVLLM(teacher_folder, max_model_len=13)) as url, serve(FakeVLLM(teacher_folder)) as longer:
+        teacher = VLLMServerTeacher(patient(longer, url), model=str(teacher_folder))
+        teacher.preflight(student)
+        assert teacher.context_length == 12
         with pytest.raises(ValueError, match=r"a rollout of 13 tokens does not fit into the server's 13"):
             list(teacher.score_all(make_batches(), ScoreRequest()))
         teacher.close()
@@ -222,13 +246,12 @@ def test_all_micro_batches_are_under_way_before_the_first_is_used(student, fake)
     with serve(fake) as url:
         teacher = set_up(student, url)
         fake.requests.clear()
-        fake.delay = 0.3
+        fake.gate = threading.Barrier(5)  # none is answered before all are asked
         scores = teacher.score_all(make_batches(), ScoreRequest())
         next(scores)
         assert len(fake.requests) == 5 and fake.max_in_flight == 5
-        started = time.perf_counter()
         next(scores)
-        assert time.perf_counter() - started < 0.2
+        assert len(fake.requests) == 5
         teacher.close()
 
 
@@ -287,6 +310,27 @@ def test_patience_begins_with_the_first_failure(student, fake):
         teacher.close()
 
 
+def test_after_closing_nothing_is_asked_any_more(student, fake):
+    with serve(fake) as url:
+        teacher = set_up(student, url)
+        teacher.close()
+        fake.requests.clear()
+        teacher.prefetch(make_rollouts()[0], ScoreRequest(), 0)  # a generation was still under way
+        assert fake.requests == [] and not teacher._early
+
+
+def test_closing_hangs_up_on_an_answer_that_does_not_come(student, fake):
+    with serve(fake) as url:
+        teacher = set_up(student, url)
+        fake.gate = threading.Event()
+        teacher.prefetch(make_rollouts()[0], ScoreRequest(), 0)
+        (future,) = teacher._early[0].values()
+        assert fake.has_begun.wait(100)
+        teacher.close()
+        with pytest.raises(ServerUnreachable):
+            future.result(100)  # the server has not answered yet
+
+
 def test_a_score_that_failed_early_is_asked_for_again(student, fake):
     with serve(fake) as url:
         teacher = VLLMServerTeacher(Connection([url], patience=0.1))
@@ -303,9 +347,10 @@ def test_servers_share_the_work(student, teacher_folder):
     fakes = [FakeVLLM(teacher_folder), FakeVLLM(teacher_folder)]
     with serve(fakes[0]) as first, serve(fakes[1]) as second:
         teacher = set_up(student, first, second)
+        all_asked = threading.Barrier(5)
         for fake in fakes:
             fake.requests.clear()
-            fake.delay = 0.1
+            fake.gate = all_asked
         list(teacher.score_all(make_batches(), ScoreRequest()))
         assert sorted(len(fake.requests) for fake in fakes) == [2, 3]
         teacher.close()
@@ -359,7 +404,7 @@ def test_a_server_that_hangs_is_given_up(student, fake):
     with serve(fake) as url:
         teacher = VLLMServerTeacher(patient(url, timeout=0.2, patience=0.3))
         teacher.setup(student, torch.nn.Module(), CPU)
-        fake.delay = 1.0
+        fake.gate = threading.Event()
         with pytest.raises(ServerUnreachable, match="ReadTimeout"):
             list(teacher.score_all(make_batches(), ScoreRequest()))
         teacher.close()
@@ -418,7 +463,7 @@ def test_the_fake_answers_in_the_shape_of_the_real_one(fake, name):
 def test_recorded_scores_are_read(name, k):
     recorded = recorded_answers()[name]
     entries, prompt = recorded["answer"]["choices"][0]["prompt_logprobs"], recorded["body"]["prompt"]
-    sampled, ids, log_probs = read_scores(entries, prompt, 1, k)
+    sampled, ids, log_probs = read_scores(entries, prompt, [1, 2, 3], k)
     assert sampled.tolist() == pytest.approx([entries[i][str(prompt[i])]["logprob"] for i in (1, 2, 3)])
     assert ids.shape == log_probs.shape == (3, k)
     for entry, row in zip(entries[1:], ids.tolist(), strict=True):

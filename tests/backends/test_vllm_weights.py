@@ -8,7 +8,7 @@ from conftest import VOCAB_SIZE, make_model, make_tokenizer, save_folder
 from safetensors.torch import load_file
 
 from opd_lightning.backends.hf import HFStudent, LoraSettings
-from opd_lightning.backends.vllm.weights import folder_weights, write_blank_model, write_weights
+from opd_lightning.backends.vllm.weights import write_weights
 
 
 def load_student(tmp_path, *, tied, lora_targets=None):
@@ -30,7 +30,7 @@ def test_the_weights_are_those_of_the_exported_folder(tmp_path, tied, lora_targe
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     student.save(model, tmp_path / "exported")
     exported = load_file(tmp_path / "exported" / "model.safetensors")
-    weights = dict(folder_weights(student, model, VOCAB_SIZE))
+    weights = dict(student.named_weights(model, VOCAB_SIZE))
     assert weights.keys() == exported.keys()
     for name, tensor in weights.items():
         rows = VOCAB_SIZE if "embed_tokens" in name or "lm_head" in name else len(exported[name])
@@ -42,16 +42,16 @@ def test_the_weights_are_those_of_the_exported_folder(tmp_path, tied, lora_targe
 
 def test_an_adapter_on_a_tied_head_parts_it_from_the_embedding(tmp_path):
     student, model = load_student(tmp_path / "source", tied=True, lora_targets=["lm_head"])
-    weights = dict(folder_weights(student, model, VOCAB_SIZE))
+    weights = dict(student.named_weights(model, VOCAB_SIZE))
     assert not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
-    write_blank_model(model, VOCAB_SIZE, tmp_path)
+    student.write_blank(model, tmp_path, VOCAB_SIZE)
     assert not json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"]
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_blank_model_has_the_tokenizers_rows(tmp_path, tied):
-    _, model = load_student(tmp_path / "source", tied=tied, lora_targets=["q_proj"])
-    write_blank_model(model, VOCAB_SIZE, tmp_path)
+    student, model = load_student(tmp_path / "source", tied=tied, lora_targets=["q_proj"])
+    student.write_blank(model, tmp_path, VOCAB_SIZE)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["vocab_size"] == VOCAB_SIZE and config["tie_word_embeddings"] == tied
     assert config["architectures"] == ["Qwen3ForCausalLM"]
@@ -61,7 +61,7 @@ def test_the_blank_model_has_the_tokenizers_rows(tmp_path, tied):
 
 def test_without_a_vocabulary_size_padding_rows_stay(tmp_path):
     student, model = load_student(tmp_path, tied=True)
-    assert len(dict(folder_weights(student, model))["model.embed_tokens.weight"]) == VOCAB_SIZE + 14
+    assert len(dict(student.named_weights(model))["model.embed_tokens.weight"]) == VOCAB_SIZE + 14
 
 
 def test_weights_go_through_a_file(tmp_path):

@@ -386,8 +386,8 @@ CASES = [
     ),
     bad(
         "generating ahead with the live student",
-        r"data.generate_ahead: this HFEngine shares weights .*Use VLLMServerEngine",
-        {"data.generate_ahead": True},
+        r"data.source: OneStepAhead needs .* this HFEngine shares weights .*Use VLLMServerEngine",
+        {"data.source": "OneStepAhead"},
     ),
     bad(
         "selector keeps nothing",

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from toys import CopyEngine, LetterTask, make_data, make_module, make_trainer, weights_of
 
+from opd_lightning.rollouts.one_step_ahead import OneStepAhead
 from opd_lightning.selection import DifficultyPool
 
 
@@ -47,7 +48,7 @@ def run_ahead(num_processes, student, teacher, output):
     for name, steps, checkpoint in (("whole", 4, None), ("first", 2, None), ("resumed", 4, output / "first.ckpt")):
         trainer = make_trainer(output, steps, devices=num_processes, strategy=make_strategy(num_processes))
         module = make_module(student, teacher, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
-        trainer.fit(module, make_data(engine=CopyEngine(), generate_ahead=True), ckpt_path=checkpoint)
+        trainer.fit(module, make_data(engine=CopyEngine(), source=OneStepAhead()), ckpt_path=checkpoint)
         trainer.save_checkpoint(output / f"{name}.ckpt")
         torch.save(weights_of(module), output / f"ahead_{name}_rank{trainer.global_rank}.pt")
 

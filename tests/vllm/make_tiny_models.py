@@ -54,5 +54,5 @@ def student_log_probs(student, model, rollouts, temperature: float) -> torch.Ten
 
     batch = collate(rollouts, student.tokenizer.pad_id)
     with torch.no_grad():
-        logits = student.logits(model, student.hidden_states(model, batch)) / temperature
-    return logits.log_softmax(-1).gather(-1, batch.response_ids[:, None]).squeeze(-1)
+        logits = student.head(model)(student.hidden_states(model, batch)) / temperature
+    return logits.log_softmax(-1).gather(-1, batch.tokens.ids[:, None]).squeeze(-1)

@@ -110,14 +110,12 @@ def test_an_engine_can_be_closed_and_is_checked_when_used_again(tied_pair, monke
 
 
 def test_weights_that_went_astray_are_noticed(tmp_path, monkeypatch):
-    from opd_lightning.backends.vllm import colocated as vllm_colocated
-
-    honest = vllm_colocated.folder_weights
+    honest = HFStudent.named_weights
 
     def without_a_layer(*arguments):
         return (pair for pair in honest(*arguments) if "layers.1.mlp" not in pair[0])
 
-    monkeypatch.setattr(vllm_colocated, "folder_weights", without_a_layer)
+    monkeypatch.setattr(HFStudent, "named_weights", without_a_layer)
     with pytest.raises(ValueError, match=r"engine: vLLM and the student disagree about the same tokens"):
         Pair(make_folder(tmp_path))
 

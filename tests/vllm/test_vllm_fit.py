@@ -15,6 +15,7 @@ from opd_lightning.backends.hf import HFEngine, LoraSettings
 from opd_lightning.backends.vllm.colocated import VLLMColocatedEngine
 from opd_lightning.backends.vllm.placement import environment
 from opd_lightning.interfaces import Sampling
+from opd_lightning.rollouts.one_step_ahead import OneStepAhead
 from opd_lightning.training.checkpoints import export
 
 pytestmark = pytest.mark.vllm
@@ -36,7 +37,7 @@ class Notes(Callback):
         self.versions.append(batch.weight_version)
 
 
-def fit(folders, folder, max_steps, *, ckpt_path=None, callbacks=(), lora=None, generate_ahead=False):
+def fit(folders, folder, max_steps, *, ckpt_path=None, callbacks=(), lora=None, ahead=False):
     notes = Notes()
     module = make_module(
         *folders,
@@ -44,9 +45,9 @@ def fit(folders, folder, max_steps, *, ckpt_path=None, callbacks=(), lora=None, 
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=5e-3),
     )
     engine_args = {"enforce_eager": True, "kv_cache_memory_bytes": 2**28, "block_size": 32}
-    engine = VLLMColocatedEngine(engine_args, own_process=generate_ahead)
+    engine = VLLMColocatedEngine(engine_args, own_process=ahead)
     sampling = Sampling(max_new_tokens=12, temperature=1.0)
-    data = make_data(engine=engine, sampling=sampling, generate_ahead=generate_ahead)
+    data = make_data(engine=engine, sampling=sampling, source=OneStepAhead() if ahead else None)
     checkpoints = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
     options = {"enable_checkpointing": True, "callbacks": [notes, checkpoints, *callbacks]}
     trainer = make_trainer(folder, max_steps, **options)
@@ -74,12 +75,10 @@ def test_rollouts_after_an_effopd_move_come_from_the_moved_weights(folders, tmp_
 
 
 def test_a_run_that_generates_one_step_ahead_is_resumed_exactly(folders, tmp_path):
-    whole, notes = fit(folders, tmp_path / "whole", 4, generate_ahead=True)
+    whole, notes = fit(folders, tmp_path / "whole", 4, ahead=True)
     assert notes.versions == [0, 0, 1, 2]
     assert notes.mismatch[0] < 1e-4 < min(notes.mismatch[1:])  # the difference of one step, and no more
-    resumed, later = fit(
-        folders, tmp_path / "resumed", 4, ckpt_path=tmp_path / "whole" / "step=2.ckpt", generate_ahead=True
-    )
+    resumed, later = fit(folders, tmp_path / "resumed", 4, ckpt_path=tmp_path / "whole" / "step=2.ckpt", ahead=True)
     assert later.rollouts == notes.rollouts[2:]
     for name, weight in weights_of(resumed).items():
         assert torch.equal(weight, weights_of(whole)[name]), name

@@ -30,7 +30,8 @@ def test_two_training_processes_have_an_engine_each(tmp_path):
     folder = make_folder(tmp_path / "student", tied=True)
     here = Path(__file__).parent
     command = [sys.executable, str(here / "two_ranks.py"), str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(here.parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    paths = [str(here.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert done.stdout.count("greedy is the same") == 2

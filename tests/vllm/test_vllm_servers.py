@@ -57,7 +57,7 @@ class RealServer:
             command, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT, start_new_session=True
         )
 
-    def wait(self, seconds=240):
+    def wait(self, seconds=900):  # a busy machine takes minutes; one that dies is noticed at once
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             try:
@@ -108,7 +108,7 @@ def student(folder):
 
 @pytest.fixture
 def engine(server, student):
-    engine = VLLMServerEngine(Connection([server.url], patience=240.0))
+    engine = VLLMServerEngine(Connection([server.url], patience=900.0))
     engine.setup(student, CPU)
     yield engine
     engine.close()

@@ -140,7 +140,7 @@ class TeacherKLOnFixedRollouts(_MeanOverProcesses):
     """Negative reverse KL to the teacher, per token in nats, on rollouts of the step just trained. Generates nothing.
 
     The cheapest score: one teacher and one student pass per candidate. The rollouts come from the weights before the
-    step (one step earlier still with `data.generate_ahead`), so it does not see where a candidate would go that leaves
+    step (one step earlier still with `OneStepAhead`), so it does not see where a candidate would go that leaves
     their states.
 
     Args:

@@ -226,7 +226,10 @@ class Teacher(ABC):
             yield self.score(batch, request)
 
     def prefetch(self, rollout: Rollout, request: ScoreRequest, step: int) -> None:  # noqa: B027 - most cannot
-        """Begin to score a rollout whose step is not complete yet; `score_all` will ask for it soon."""
+        """Begin to score a rollout whose step is not complete yet; `score_all` will ask for it soon.
+
+        Comes from any thread, after a failure even after `close`: then it must do nothing.
+        """
 
     def close(self) -> None:  # noqa: B027 - most have nothing to release
         """Release what `setup` took."""

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
+from itertools import islice
 from typing import Any
 
 from typing_extensions import override
@@ -36,8 +37,8 @@ class OneStepAhead(RolloutSource):
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="opd-lightning-ahead")
-        self._future: Future[RolloutBatch] | None = None
-        self._taken: RolloutBatch | None = None
+        self._coming: tuple[StepPrompts, Future[RolloutBatch]] | None = None  # under way or done, not asked for yet
+        self._taken: tuple[StepPrompts, RolloutBatch] | None = None  # asked for, its step not trained yet
         self._saved: Mapping[str, Any] | None = None
         self._error: BaseException | None = None  # of the generation asked for last
 
@@ -68,17 +69,18 @@ class OneStepAhead(RolloutSource):
             now = OnPolicy()
             now.setup(self.engine)
             batch = now.rollouts(step, sampling, student)
-        self._taken = batch
+        self._taken = step, batch
         return batch
 
     @override
     def prepare(self, draw: Callable[[], StepPrompts], sampling: Sampling, student: LiveStudent) -> dict[str, float]:
-        assert self._future is None, "one generation at a time"
+        assert self._coming is None, "one generation at a time"
         following = draw()
         started = time.perf_counter()
         self.engine.sync(student.model, student.weight_version)
         seconds = {"sync": time.perf_counter() - started}
-        self._future = self._thread.submit(generate, self.engine, following, sampling, student.announce, staleness=1)
+        future = self._thread.submit(generate, self.engine, following, sampling, student.announce, staleness=1)
+        self._coming = following, future
         return seconds
 
     @override
@@ -87,8 +89,8 @@ class OneStepAhead(RolloutSource):
 
     @override
     def wait(self) -> None:
-        if self._future is not None:
-            wait([self._future])
+        if self._coming is not None:
+            wait([self._coming[1]])
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -96,19 +98,24 @@ class OneStepAhead(RolloutSource):
 
         Empty where there are none. Where they failed, it is said: a resumed run then generates that step's anew.
         """
-        batch, error = self._taken, self._error
-        if batch is None and self._future is not None:
-            error = self._future.exception()
-            batch = self._future.result() if error is None else None
-        if batch is None and error is not None:
+        if self._saved is not None:  # a resumed run stops before its first step
+            return dict(self._saved)
+        untrained, error = self._taken, self._error
+        if untrained is None and self._coming is not None:
+            step, future = self._coming
+            self.wait()
+            error = future.exception()
+            untrained = (step, future.result()) if error is None else None
+        if untrained is None and error is not None:
             warnings.warn(
                 f"The rollouts of the next step were not generated ({error}), so they are not in this checkpoint: a"
                 " resumed run generates them with the weights it has, one step newer than this run would have used.",
                 stacklevel=2,
             )
-        shares = gather_objects(None if batch is None else _groups(batch))
-        if batch is None or any(share is None for share in shares):
+        shares = gather_objects(None if untrained is None else _groups(*untrained))
+        if untrained is None or any(share is None for share in shares):
             return {}
+        batch = untrained[1]
         return {
             "step": batch.step,
             "weight_version": batch.weight_version,
@@ -121,7 +128,7 @@ class OneStepAhead(RolloutSource):
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.wait()
-        self._future = self._taken = self._error = None
+        self._coming = self._taken = self._error = None
         self._saved = state or None
 
     @override
@@ -132,16 +139,16 @@ class OneStepAhead(RolloutSource):
     def _take(self, step: StepPrompts, sampling: Sampling) -> RolloutBatch | None:
         started = time.perf_counter()
         self.wait()  # interrupted here, it stays
-        future, self._future = self._future, None
+        coming, self._coming = self._coming, None
         saved, self._saved = self._saved, None
-        self._error = None if future is None else future.exception()
-        if self._taken is not None and self._taken.step == step.step:  # the step failed and is done again
-            return self._taken
+        self._error = None if coming is None else coming[1].exception()
+        if self._taken is not None and self._taken[0].step == step.step:  # the step failed and is done again
+            return self._taken[1]
         try:
             if saved is not None and saved["step"] == step.step:
                 batch = _restore(saved, step, sampling)
-            elif future is not None:
-                batch = future.result()
+            elif coming is not None:
+                batch = coming[1].result()
             else:
                 return None
         except WeightsLost as error:
@@ -153,14 +160,10 @@ class OneStepAhead(RolloutSource):
         return replace(batch, seconds=batch.seconds | {"wait": time.perf_counter() - started})
 
 
-def _groups(batch: RolloutBatch) -> list[list[dict[str, Any]]]:
-    """The rollouts as plain values, those of a prompt together."""
-    groups: list[list[dict[str, Any]]] = []
-    for i, rollout in enumerate(batch.rollouts):
-        if i == 0 or rollout.problem is not batch.rollouts[i - 1].problem:
-            groups.append([])
-        groups[-1].append(to_record(rollout))
-    return groups
+def _groups(step: StepPrompts, batch: RolloutBatch) -> list[list[dict[str, Any]]]:
+    """The rollouts as plain values, those of a prompt together (two prompts of a step may ask the same)."""
+    rollouts = iter(batch.rollouts)
+    return [[to_record(rollout) for rollout in islice(rollouts, len(prompt.seeds))] for prompt in step.prompts]
 
 
 def _restore(state: Mapping[str, Any], step: StepPrompts, sampling: Sampling) -> RolloutBatch:

@@ -44,7 +44,7 @@ def check_context(subject: str, limit: int | None, longest_prompt: int, sampling
         raise ValueError(
             f"{subject} at most {limit} tokens, but the longest prompt has {longest_prompt} and sampling.max_new_tokens"
             f" is {sampling.max_new_tokens}. Set data.max_prompt_tokens and sampling.max_new_tokens so that both fit"
-            f" (a server: start it with --max-model-len {longest})."
+            f" (a server: start it with --max-model-len {longest + 1} or more)."
         )
 
 

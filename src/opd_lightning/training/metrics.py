@@ -154,7 +154,8 @@ def comparison_statistics(compared: Comparison) -> tuple[dict[str, SumAndCount],
     mismatch = compared.facts.get("rollout_mismatch")
     if mismatch is None:
         return sums, {}
-    return sums, {"rollout_mismatch_max": torch.cat([mismatch.new_zeros(1), mismatch.nan_to_num(0.0)]).max()}
+    nothing = mismatch.new_full((1,), -torch.inf)  # where it is not known there is no maximum
+    return sums, {"rollout_mismatch_max": torch.cat([nothing, mismatch.nan_to_num(-torch.inf, torch.inf)]).max()}
 
 
 def fact_statistics(facts: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, SumAndCount]:

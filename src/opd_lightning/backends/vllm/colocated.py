@@ -1,6 +1,6 @@
 """`VLLMColocatedEngine`: rollouts from a vLLM that lives in the training process, or in a child of it.
 
-vLLM is imported by `sync`, not before.
+vLLM is imported by `preflight`, not before.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,7 +34,7 @@ from opd_lightning.backends.vllm.requests import (
     sampling_fields,
     warn_about_cut,
 )
-from opd_lightning.backends.vllm.weights import shared_memory_folder, write_weights
+from opd_lightning.backends.vllm.weights import hand_over
 from opd_lightning.interfaces import Listener, Prompt, Rollout, RolloutEngine, Sampling, Student
 from opd_lightning.rollouts.answering import resolve_stop_ids
 
@@ -106,10 +107,10 @@ class VLLMColocatedEngine(RolloutEngine):
         self._device = torch.device("cpu")
         self._llm: Any = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._asleep = False
-        self._is_checked = False
+        self._asleep = self._is_checked = False
         self._owns_process_group = False
         self._has_warned = False
+        self._interrupted = threading.Event()
 
     @property
     def context_length(self) -> int | None:
@@ -144,6 +145,7 @@ class VLLMColocatedEngine(RolloutEngine):
         """Remember the student; vLLM starts with the first `sync`, which has its configuration."""
         self.preflight(student)
         self._student, self._device = student, device
+        self._interrupted.clear()
 
     def sync(self, model: nn.Module, weight_version: int) -> None:
         """Hand the student's weights to vLLM, unless it has this version.
@@ -173,7 +175,7 @@ class VLLMColocatedEngine(RolloutEngine):
             ValueError: A prompt is empty or too long, or a stop id is no token.
             FloatingPointError: The model gives logits that are not finite.
         """
-        assert self._llm is not None and self._student is not None, "call setup and sync before generate"
+        assert self._llm and self._student, "call setup and sync before generate"
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
 
@@ -204,11 +206,15 @@ class VLLMColocatedEngine(RolloutEngine):
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
                 engine.add_request(str(i), TokensPrompt(prompt_token_ids=list(prompt.token_ids)), params)
-            run_to_the_end(engine, len(requests), read)
+            run_to_the_end(engine, len(requests), read, self._interrupted)
             if self.sleep:
                 self._llm.sleep(level=1)
                 self._asleep = True
         return [rollouts[i] for i in range(len(requests))]
+
+    def interrupt(self) -> None:
+        """Call off what is being generated, within one step of vLLM's."""
+        self._interrupted.set()
 
     def close(self) -> None:
         """Shut vLLM down and give its memory back."""
@@ -263,21 +269,7 @@ class VLLMColocatedEngine(RolloutEngine):
     def _transfer(self, model: nn.Module, weight_version: int) -> None:
         assert self._student is not None
         weights = self._student.named_weights(model, self._student.tokenizer.vocab_size)
-        path: Path | None = None
-        try:
-            if self.own_process:
-                path = write_weights(weights, shared_memory_folder(), self._dtype)
-            update = {"path": str(path)} if path is not None else {"weights": weights}
-            self._llm.start_weight_update()
-            self._llm.update_weights({"update_info": update})
-            self._llm.finish_weight_update(str(weight_version))
-        finally:
-            if path is not None:
-                path.unlink()
-        if not self._llm.reset_prefix_cache():  # keys and values of the old weights would be reused without a word
-            raise RuntimeError(
-                "vLLM could not clear its prefix cache after a weight sync: requests were still running."
-            )
+        hand_over(self._llm, weights, weight_version, file_dtype=self._dtype if self.own_process else None)
 
     def _wake(self) -> None:
         if self._asleep:

@@ -7,6 +7,7 @@ config of a model folder adds anything.
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -116,17 +117,25 @@ def make_rollout(
     )
 
 
-def run_to_the_end(engine: Any, num_requests: int, read: Callable[[int, Any], None]) -> None:
+def run_to_the_end(
+    engine: Any, num_requests: int, read: Callable[[int, Any], None], interrupted: threading.Event
+) -> None:
     """Step an engine of this process until its requests "0", "1", ... are answered; what an error leaves is called off.
 
     Args:
         engine: vLLM's `LLMEngine`.
         num_requests: How many it was given.
         read: Takes a request's number and its answer.
+        interrupted: Set by another thread when the answers are wanted no more.
+
+    Raises:
+        CalledOff: It was.
     """
     waiting = {str(i) for i in range(num_requests)}
     try:
         while engine.has_unfinished_requests():
+            if interrupted.is_set():
+                raise CalledOff(f"engine: the run was stopped while {len(waiting)} responses were under way.")
             for output in engine.step():
                 read(int(output.request_id), output.outputs[0])
                 waiting.discard(output.request_id)

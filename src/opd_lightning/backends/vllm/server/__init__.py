@@ -1,4 +1,4 @@
-"""Models behind vLLM servers, over HTTP: the only room that speaks it. Imports no vLLM.
+"""Models behind vLLM servers, over HTTP: the only room that speaks it. Imports vLLM for `NCCLTransfer` alone.
 
 `VLLMServerTeacher` (scores), `VLLMServerEngine` (rollouts; `FileTransfer` and `NCCLTransfer` bring the weights there),
 `Connection` (where the servers are).

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import httpx2
 from tenacity import (
@@ -21,6 +24,7 @@ from tenacity import (
 
 Answer = TypeVar("Answer")
 
+_CONNECTED = ("connection.connect_tcp.complete", "connection.start_tls.complete")
 _BUSY = (429, 500, 502, 503, 504)  # worth another try; everything else the server has refused for good
 
 
@@ -95,6 +99,9 @@ class Server:
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=connection.max_in_flight),
             trust_env=False,  # a proxy for the internet is not meant for these
         )
+        self._sockets: WeakSet[socket.socket] = WeakSet()
+        self._is_closed = False
+        self._lock = threading.Lock()
 
     def ask(self, path: str, body: Any = None, *, method: str | None = None) -> Any:
         """Make one attempt: POST the body (or GET without one) and return the JSON of the answer.
@@ -103,8 +110,12 @@ class Server:
             FailedAttempt: No answer, or one that says "later".
             ValueError: The server refuses the request.
         """
+        if self._is_closed:
+            raise FailedAttempt(self.url, "the connection was closed")
         try:
-            response = self._http.request(method or ("GET" if body is None else "POST"), path, json=body)
+            response = self._http.request(
+                method or ("GET" if body is None else "POST"), path, json=body, extensions={"trace": self._note_socket}
+            )
         except httpx2.TransportError as error:
             raise FailedAttempt(self.url, f"{type(error).__name__}: {error}") from error
         if response.status_code in _BUSY:
@@ -114,8 +125,27 @@ class Server:
         return response.json() if response.content else None
 
     def close(self) -> None:
-        """Close the connections."""
+        """Hang up, also on threads that are waiting for an answer."""
+        with self._lock:
+            self._is_closed = True
+            sockets = list(self._sockets)
+        for connected in sockets:
+            _hang_up(connected)
         self._http.close()
+
+    def _note_socket(self, event: str, info: Mapping[str, Any]) -> None:
+        if event in _CONNECTED:
+            connected = info["return_value"].get_extra_info("socket")
+            with self._lock:
+                self._sockets.add(connected)
+                is_closed = self._is_closed
+            if is_closed:
+                _hang_up(connected)
+
+
+def _hang_up(connected: socket.socket) -> None:
+    with suppress(OSError):  # the other side was faster
+        connected.shutdown(socket.SHUT_RDWR)  # closing it alone would not wake who is reading from it
 
 
 class ServerRefusal(ValueError):
@@ -150,8 +180,15 @@ class ServerPool:
         )
 
     def submit(self, path: str, body: Any, use: Callable[[Any], Answer]) -> Future[Answer]:
-        """Post to any server in the background; the future holds what `use` makes of the answer."""
-        return self._threads.submit(lambda: use(self.post(path, body)))
+        """Post to any server in the background; the future holds what `use` makes of the answer.
+
+        Raises:
+            ServerUnreachable: The pool is closed.
+        """
+        with self._lock:
+            if self._closed.is_set():
+                raise ServerUnreachable(f"{self.role}: the connections were closed; the run is over.")
+            return self._threads.submit(lambda: use(self.post(path, body)))
 
     def post(self, path: str, body: Any) -> Any:
         """Post to any server and wait for the answer.
@@ -192,9 +229,10 @@ class ServerPool:
         return wait_for([self._threads.submit(ask, server) for server in self.servers])
 
     def close(self) -> None:
-        """Call off what is waiting and close the connections."""
-        self._closed.set()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Call off what is waiting or under way and close the connections."""
+        with self._lock:
+            self._closed.set()
+            self._threads.shutdown(wait=False, cancel_futures=True)
         for server in self.servers:
             server.close()
 

@@ -15,23 +15,20 @@ class ListedScores(TeacherScores):
     """Log-probabilities of the sampled tokens, and the teacher's likeliest tokens with theirs.
 
     Args:
-        sampled: float32 [N], nats.
+        response_ids: int64 [N], the sampled tokens.
+        sampled: float32 [N], their log-probabilities in nats.
         ids: int64 [N, K], likeliest first.
         log_probs: float32 [N, K], nats.
     """
 
-    def __init__(self, sampled: Tensor, ids: Tensor, log_probs: Tensor) -> None:
-        assert sampled.dim() == 1 and ids.shape == log_probs.shape and len(ids) == len(sampled)
-        self._sampled, self._ids, self._log_probs = sampled, ids, log_probs
-
-    @property
-    def num_tokens(self) -> int:
-        """N."""
-        return len(self._sampled)
+    def __init__(self, response_ids: Tensor, sampled: Tensor, ids: Tensor, log_probs: Tensor) -> None:
+        assert sampled.dim() == 1 and ids.shape == log_probs.shape and len(ids) == len(sampled) == len(response_ids)
+        self.response_ids, self._sampled, self._ids, self._log_probs = response_ids, sampled, ids, log_probs
 
     def slice(self, start: int, stop: int) -> ListedScores:
         """Scores of the response tokens start..stop-1."""
-        return ListedScores(self._sampled[start:stop], self._ids[start:stop], self._log_probs[start:stop])
+        columns = (self.response_ids, self._sampled, self._ids, self._log_probs)
+        return ListedScores(*(column[start:stop] for column in columns))
 
     def sampled(self) -> Tensor:
         """[N] log-probabilities of the sampled tokens."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -33,8 +32,8 @@ class VLLMServerTeacher(Teacher):
     The served model normalises over all rows of its head. Rows beyond the vocabulary get next to nothing from a trained
     model; where one is among the top k, the run stops.
 
-    Before step 1 the served model is checked: its name, its context, that it decodes a spread of token ids as the
-    student does, and that it grants `max_top_k`. Start it with, for example,
+    Before any weight is loaded the served model is checked: its name, its context, that it decodes a spread of token
+    ids as the student does, and that it grants `max_top_k`. Start it with, for example,
     ``vllm serve Qwen/Qwen3-4B --max-logprobs 20 --port 8001``.
 
     Args:
@@ -65,6 +64,11 @@ class VLLMServerTeacher(Teacher):
         """The sampled token and the top `max_top_k`."""
         return ScoreRequest(top_k=self.max_top_k)
 
+    @property
+    def context_length(self) -> int | None:
+        """A token less than the servers' shortest --max-model-len, as they generate one; None before `preflight`."""
+        return None if self._served is None else self._served.max_model_len - 1
+
     def check(self, request: ScoreRequest) -> None:
         """Refuse what goes beyond the offer, and any temperature but 1.
 
@@ -88,13 +92,6 @@ class VLLMServerTeacher(Teacher):
         pool = self._open()
         self._served = check_served_model(pool, self.model, student.tokenizer, self.max_top_k)
         self._vocab_size = student.tokenizer.vocab_size
-        if self._served.max_model_len < student.context_length:
-            warnings.warn(
-                f"teacher: the server takes {self._served.max_model_len} tokens, one of which it needs for itself; the"
-                f" student's context is {student.context_length}. Longer rollouts will be refused: set"
-                f" student.max_context_length: {self._served.max_model_len - 1}.",
-                stacklevel=2,
-            )
 
     def setup(self, student: Student, model: nn.Module, device: torch.device) -> None:
         """Check the servers, if that has not been done, and remember where scores are wanted."""
@@ -111,6 +108,8 @@ class VLLMServerTeacher(Teacher):
         """Request the scores of a rollout of this step now, and forget what steps before the last have not used."""
         question = _ask(rollout, request.top_k)
         with self._lock:
+            if self._pool is None:  # closed, while the engine was still finishing a step that nobody will train
+                return
             for old in [other for other in self._early if other < step - 1]:
                 for future in self._early.pop(old).values():
                     future.cancel()
@@ -126,20 +125,21 @@ class VLLMServerTeacher(Teacher):
             ServerUnreachable: No answer.
         """
         self.check(request)
-        pending = [self._request(batch, request.top_k) for batch in batches]
+        pending = [(batch.tokens.ids, self._request(batch, request.top_k)) for batch in batches]
         try:
             while pending:  # let go of what has been used
-                yield self._gather(pending.pop(0))
+                yield self._gather(*pending.pop(0))
         finally:
-            for future in itertools.chain.from_iterable(pending):
+            for future in itertools.chain.from_iterable(futures for _, futures in pending):
                 future.cancel()
 
     def close(self) -> None:
         """Close the connections."""
-        self._early = {}
-        if self._pool is not None:
-            self._pool.close()
-        self._pool = self._served = None
+        with self._lock:
+            pool, self._pool, self._served = self._pool, None, None
+            self._early = {}
+        if pool is not None:
+            pool.close()
 
     def _open(self) -> ServerPool:
         if self._pool is None:
@@ -175,7 +175,7 @@ class VLLMServerTeacher(Teacher):
         }
         return self._pool.submit("/v1/completions", body, question.read)
 
-    def _gather(self, futures: list[Future[_Parts]]) -> ListedScores:
+    def _gather(self, response_ids: Tensor, futures: list[Future[_Parts]]) -> ListedScores:
         parts = wait_for(futures)
         sampled, ids, log_probs = (torch.cat(list(column)) for column in zip(*parts, strict=True))
         if ids.numel() and int(ids.max()) >= self._vocab_size:
@@ -184,7 +184,8 @@ class VLLMServerTeacher(Teacher):
                 f" {self._vocab_size} tokens. Its head has padding rows that were never trained down, or tokens of its"
                 " own; use HFTeacher, which cuts them off."
             )
-        return ListedScores(*(column.to(self._device, non_blocking=True) for column in (sampled, ids, log_probs)))
+        columns = (response_ids, sampled, ids, log_probs)
+        return ListedScores(*(column.to(self._device, non_blocking=True) for column in columns))
 
 
 @dataclass(frozen=True)
