@@ -133,7 +133,7 @@ def folder(name):
 
 
 def objective(**options):
-    return {"model.objective": {"class_path": "Objective", "init_args": options}}
+    return {"model.objective": {"class_path": "DivergenceObjective", "init_args": options}}
 
 
 def of_class(class_path, **options):
@@ -274,8 +274,8 @@ CASES = [
     bad("words for a number", r"data.prompts_per_step: expected int, got many", {"data.prompts_per_step": "many"}),
     bad(
         "unknown support",
-        r"support: expected one of 'sampled_token', .*, got everything",
-        objective(support="everything"),
+        r"support: there is no class Everything here; expected one of FullVocabulary, Intersection, ",
+        objective(support="Everything"),
     ),
     bad("seed that is no number", r"seed_everything: expected an integer", {"seed_everything": True}),
     bad("no student", r"required: model.student$", {"model.student": ABSENT}),
@@ -551,15 +551,28 @@ CASES = [
     # settings that contradict each other
     bad(
         "k=1 renormalised",
-        r"objective.k: .* has no gradient. Use k of at least 2, or normalization='tail'.$",
-        objective(support="student_top_k", k=1),
+        r"support.k: .* has no gradient. Use k of at least 2, or normalization: tail.$",
+        objective(support=of_class("StudentTopK", k=1)),
     ),
-    bad("sampled token, direct", r"objective.estimator: .* no usable gradient", objective(support="sampled_token")),
-    bad("tail of everything", r"objective.normalization: 'tail' adds a bucket", objective(normalization="tail")),
+    bad(
+        "un-normalised, differentiated",
+        r"support.normalization: differentiating the un-normalised divergence on StudentTopK moves the student",
+        objective(support=of_class("StudentTopK", normalization="none")),
+    ),
+    bad(
+        "sampled token among candidates",
+        r"objective.estimator: CandidateScore weights candidates, .* Use SampledTokenObjective",
+        objective(support="SampledToken", estimator="CandidateScore"),
+    ),
+    bad(
+        "tail of everything",
+        r"FullVocabulary has no argument normalization",
+        objective(support=of_class("FullVocabulary", normalization="tail")),
+    ),
     bad(
         "ratio without a sample",
-        r"objective.importance: with support='student_top_k'",
-        objective(support="student_top_k", estimator="score_function", importance="ppo"),
+        r"DivergenceObjective has no argument importance",
+        objective(support="StudentTopK", importance="Clipped"),
     ),
     bad(
         "two temperatures",
