@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from opd_lightning.rollouts.plain_engine import PlainEngine as PlainEngine
     from opd_lightning.tasks import ArithmeticTask as ArithmeticTask
     from opd_lightning.tasks import MathTask as MathTask
+    from opd_lightning.teachers import BaseModelTeacher as BaseModelTeacher
     from opd_lightning.training.datamodule import OPDDataModule as OPDDataModule
     from opd_lightning.training.module import OPDModule as OPDModule
     from opd_lightning.training.schedules import WarmupDecay as WarmupDecay
@@ -54,6 +55,7 @@ _HOMES = {
     "OnPolicy": "rollouts.on_policy",
     "PlainEngine": "rollouts.plain_engine",
     "ArithmeticTask": "tasks",
+    "BaseModelTeacher": "teachers",
     "MathTask": "tasks",
     "OPDDataModule": "training.datamodule",
     "OPDModule": "training.module",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opd_lightning.interfaces.arguments import constructor_arguments
 from opd_lightning.interfaces.tokens import LinearHead, MicroBatch, ScoreRequest
 from opd_lightning.interfaces.words import Message, Rollout
 
@@ -62,10 +63,6 @@ class Student(ABC):
         """The head as it is now; V = `tokenizer.vocab_size`, padding rows are cut off."""
 
     @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Class path and constructor arguments as plain values: enough to build the same student again."""
-
-    @abstractmethod
     def save(self, model: nn.Module, folder: Path, *, merge_adapter: bool = True, dtype: str | None = None) -> None:
         """Write the trained model as a folder that others load (for Hugging Face models: `from_pretrained`).
 
@@ -75,6 +72,17 @@ class Student(ABC):
             merge_adapter: Fold adapters into the model's own weights, where there are any.
             dtype: Dtype of the written weights; None keeps theirs.
         """
+
+    def describe(self) -> dict[str, Any]:
+        """Class path and constructor arguments as plain values: enough to build the same student again.
+
+        Each argument is looked up as an attribute of the same name.
+
+        Raises:
+            ValueError: One was not kept.
+        """
+        cls = type(self)
+        return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": constructor_arguments(self)}
 
     def check_same(self, description: Mapping[str, Any]) -> None:
         """Refuse the weights of another student, and say what has changed.

@@ -32,9 +32,6 @@ class FreshStudent(Student):
     def head(self, model):
         return LinearHead(model["embedding"].weight, None, num_rows=self.tokenizer.vocab_size)
 
-    def describe(self):
-        return {"class_path": "fresh_student.FreshStudent", "init_args": {"width": self.width, "seed": self.seed}}
-
     def save(self, model, folder, *, merge_adapter=True, dtype=None):
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), folder / "weights.pt")

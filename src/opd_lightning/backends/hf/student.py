@@ -27,7 +27,6 @@ from opd_lightning.backends.hf.loading import (
 from opd_lightning.backends.hf.saving import plain_weights, save_configuration, save_model
 from opd_lightning.backends.hf.tokenizer import HFTokenizer, check_vocabulary_rows
 from opd_lightning.interfaces import LinearHead, MicroBatch, Student
-from opd_lightning.interfaces.arguments import constructor_arguments
 
 
 class HFStudent(Student):
@@ -194,13 +193,13 @@ class HFStudent(Student):
         save_model(model, self.tokenizer, folder, merge_adapter=merge_adapter, dtype=dtype)
 
     def describe(self) -> dict[str, Any]:
-        """Class path and constructor arguments as plain values: enough to build the same student again.
-
-        A subclass keeps each argument of its own as an attribute of the same name, and needs no `describe`.
-        """
-        cls = type(self)  # a subclass is found where it is defined, this class under its public name
-        path = "opd_lightning.backends.hf.HFStudent" if cls is HFStudent else f"{cls.__module__}.{cls.__qualname__}"
-        return {"class_path": path, "init_args": constructor_arguments(self)}
+        """Class path and constructor arguments as plain values; this class under its public name."""
+        description = super().describe()
+        return (
+            description | {"class_path": "opd_lightning.backends.hf.HFStudent"}
+            if type(self) is HFStudent
+            else description
+        )
 
     def check_same(self, description: Mapping[str, Any]) -> None:
         """Refuse another class or another adapter; warn when the model comes from another place.
