@@ -301,7 +301,7 @@ def test_an_interrupt_calls_off_what_a_server_is_still_generating(student, folde
             assert fake.has_begun.wait(100)
             engine.interrupt()
             with pytest.raises((ConnectionError, CancelledError)):
-                future.result(100)  # the server has not answered yet
+                future.result(50)  # the server has not answered yet
         engine.close()
 
 

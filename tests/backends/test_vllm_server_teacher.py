@@ -328,7 +328,7 @@ def test_closing_hangs_up_on_an_answer_that_does_not_come(student, fake):
         assert fake.has_begun.wait(100)
         teacher.close()
         with pytest.raises(ServerUnreachable):
-            future.result(100)  # the server has not answered yet
+            future.result(50)  # the server has not answered yet
 
 
 def test_a_score_that_failed_early_is_asked_for_again(student, fake):
