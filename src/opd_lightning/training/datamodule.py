@@ -227,7 +227,8 @@ class OPDDataModule(LightningDataModule):
             ValueError: The engine does not fit the student, or takes fewer tokens than rollouts may have.
         """
         self.engine.setup(student.spec, device)
-        check_context("data.engine: it takes", self.engine.context_length, self.longest_prompt, self.sampling)
+        if self.longest_prompt:  # of training; held-out prompts are cut to what the engine takes
+            check_context("data.engine: it takes", self.engine.context_length, self.longest_prompt, self.sampling)
 
     def invalidate(self) -> None:
         """The student's weights may have changed behind its version (averaged ones are swapped in, say)."""

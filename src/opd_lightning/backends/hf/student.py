@@ -194,12 +194,8 @@ class HFStudent(Student):
 
     def describe(self) -> dict[str, Any]:
         """Class path and constructor arguments as plain values; this class under its public name."""
-        description = super().describe()
-        return (
-            description | {"class_path": "opd_lightning.backends.hf.HFStudent"}
-            if type(self) is HFStudent
-            else description
-        )
+        public = {"class_path": "opd_lightning.backends.hf.HFStudent"} if type(self) is HFStudent else {}
+        return super().describe() | public
 
     def check_same(self, description: Mapping[str, Any]) -> None:
         """Refuse another class or another adapter; warn when the model comes from another place.
