@@ -19,7 +19,8 @@ def command_of(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_opens_with_purpose_hardware_and_command(path):
     labels = re.findall(r"^# (\w+): ", path.read_text(), flags=re.MULTILINE)
-    assert labels == ["Purpose", "Hardware", "Command"]
+    assert [label for label in labels if label != "Disk"] == ["Purpose", "Hardware", "Command"]
+    assert "Disk" in labels or path.stem.startswith("vllm")  # overlays write what their base writes
     assert command_of(path)[-2:] == ["--config", f"@{path.stem}"]
 
 

@@ -2,7 +2,7 @@
 
 import yaml
 from lightning.pytorch.loggers.logger import Logger
-from test_resuming import elsewhere, run  # noqa: F401
+from test_ckpt_path import elsewhere, run  # noqa: F401
 
 from opd_lightning.commands.run_records import flat
 
