@@ -69,5 +69,5 @@ def test_generated_ahead_and_resumed_on_two_processes_equals_the_whole_run(runs)
         for name, weight in torch.load(runs[1] / "ahead_whole_rank0.pt").items():
             assert torch.equal(resumed[name], whole[name]), name
             torch.testing.assert_close(whole[name], weight, rtol=1e-4, atol=1e-5, msg=name)
-    groups = torch.load(runs[2] / "first.ckpt", weights_only=True)["OPDDataModule"]["ahead"]["groups"]
+    groups = torch.load(runs[2] / "first.ckpt", weights_only=True)["OPDDataModule"]["source"]["groups"]
     assert [len(group) for group in groups] == [2] * 4

@@ -155,16 +155,16 @@ class OPDCLI(LightningCLI):
         plugins = _as_list(config.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, WholeCheckpoints()]
-        kwargs["callbacks"] = with_progress_bar(config.get("callbacks"), is_wanted=config.get("enable_progress_bar"))
         if config.get("logger") is None:
             root = config.get("default_root_dir") or os.getcwd()
             tensorboard = TensorBoardLogger(root)
             kwargs["logger"] = [tensorboard, CSVLogger(root, version=tensorboard.version, flush_logs_every_n_steps=1)]
-        callbacks = _as_list(config.get("callbacks"))
+        callbacks = with_progress_bar(config.get("callbacks"), is_wanted=config.get("enable_progress_bar"))
         if config.get("enable_model_summary") is not False and not config.get("barebones"):
             if not any(isinstance(callback, ModelSummary) for callback in callbacks):
-                kwargs["callbacks"] = [*callbacks, StudentSummary()]
+                callbacks.append(StudentSummary())
             kwargs["enable_model_summary"] = False  # Lightning's own
+        kwargs["callbacks"] = callbacks
         try:
             return super().instantiate_trainer(**kwargs)
         except TypeError as error:  # settings of the right type for the signature only
