@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from toys import LetterTask, make_data, make_module, make_trainer
 
 from opd_lightning.callbacks.samples import COLUMNS, PrintSamples, coloured_response, divergence_colours, log_samples
+from opd_lightning.interfaces import Task
 
 
 def test_colour_grows_with_the_divergence():
@@ -42,6 +43,20 @@ def test_samples_show_prompt_answer_reward_and_loss(tmp_path, tiny_qwen3_folder,
     assert "step 3  train/" in text
     assert "say" in text
     assert "loss/token" in text
+
+
+class Questions(Task):
+    def problems(self, split):
+        return LetterTask().problems(split)
+
+
+def test_a_task_without_answers_has_no_reward_to_show(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, capsys):
+    logger = TensorBoardLogger(tmp_path)
+    trainer = make_trainer(tmp_path, 1, callbacks=[PrintSamples(num_samples=1)], logger=logger)
+    trainer.fit(make_module(tiny_qwen3_folder, tiny_teacher_folder), make_data(task=Questions()))
+    assert "step 1  train/" in (text := capsys.readouterr().out) and "reward" not in text
+    found = EventAccumulator(logger.log_dir).Reload().Tensors("samples/text_summary")
+    assert b"response: " in (logged := found[0].tensor_proto.string_val[0]) and b"reward" not in logged
 
 
 def test_every_token_is_shown_with_its_own_colour(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):

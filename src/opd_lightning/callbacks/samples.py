@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -95,11 +96,13 @@ class PrintSamples(Callback):
             losses, step = by_seed[rollout.seed], batch.step + 1
             prompt = printable(str(rollout.problem.messages[-1]["content"]).strip())
             uid, loss = printable(rollout.problem.uid), float(losses.mean())
-            header = Text(f"step {step}  {uid}  reward {rollout.reward:.2f}", style="bold")
+            reward = None if math.isnan(rollout.reward) else rollout.reward  # a task without answers gives none
+            marked = "" if reward is None else f"  reward {reward:.2f}"
+            header = Text(f"step {step}  {uid}{marked}", style="bold")
             header.append(f"  loss/token {loss:.4f}  tokens {len(losses)}", style="not bold")
             response = coloured_response(tokenizer, rollout, losses) if is_divergence else Text(printable(rollout.text))
             say(trainer, header, Text(prompt, style="dim"), response)
-            rows.append([step, uid, prompt, response.plain, rollout.reward, loss, len(losses)])
+            rows.append([step, uid, prompt, response.plain, reward, loss, len(losses)])
         for logger in trainer.loggers:
             log_samples(logger, rows, step=trainer.global_step)
 
@@ -117,4 +120,7 @@ def log_samples(logger: Any, rows: list[list[Any]], step: int) -> None:
 
 
 def _as_text(rows: list[list[Any]]) -> str:
-    return "\n\n".join("\n".join(f"{name}: {value}" for name, value in zip(COLUMNS, row, strict=True)) for row in rows)
+    known = [
+        [f"{name}: {value}" for name, value in zip(COLUMNS, row, strict=True) if value is not None] for row in rows
+    ]
+    return "\n\n".join("\n".join(lines) for lines in known)
