@@ -150,6 +150,7 @@ def test_a_saved_whole_model_loads_and_says_the_same(tmp_path, tied, lora):
     assert all(torch.equal(before[name], after[name]) for name in before)  # merged out of place
     assert model.training
     assert not (tmp_path / "out" / "adapter_config.json").exists()
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1  # a server may be another user
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -166,6 +167,7 @@ def test_a_saved_adapter_loads_on_its_base_and_trains_on(tmp_path, tiny_qwen3_fo
     train_adapter(model)
     student.save(model, tmp_path / "adapter", merge_adapter=False)
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    assert len({path.stat().st_mode for path in (tmp_path / "adapter").iterdir()}) == 1
     through_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(logits_of(through_transformers), logits_of(model), atol=1e-5, rtol=1e-5)
     AutoTokenizer.from_pretrained(tmp_path / "adapter")

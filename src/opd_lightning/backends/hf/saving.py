@@ -44,6 +44,8 @@ def save_model(
     else:
         _save_whole_model(model, tokenizer, folder, dtype)
     tokenizer.save(folder)
+    for weights in folder.glob("*.safetensors"):  # safetensors writes for the owner alone; a server may be another user
+        weights.chmod((folder / "tokenizer_config.json").stat().st_mode)
 
 
 def save_configuration(model: nn.Module, folder: Path, num_rows: int) -> None:
