@@ -230,6 +230,12 @@ CASES = [
         "--data.prompts",
         "3",
     ),
+    bad(
+        "letters swapped in a flag",
+        r"no option --modle.student.path. Did you mean --model.student\?",
+        {},
+        "--modle.student.path=x",
+    ),
     bad("optimiser at the top", r"no option --optimizer. Did you mean --model.optimizer\?", {}, "--optimizer", "SGD"),
     bad(
         "unknown command",

@@ -103,6 +103,18 @@ def test_another_class_takes_none_of_the_defaults_arguments(capsys):
     assert data["engine"]["init_args"] == {"max_batch_size": 3}
 
 
+def test_engines_teachers_and_alarms_of_vllm_have_short_names_too(capsys):
+    server = ["--data.engine", "VLLMServerEngine", "--data.engine.connection.urls", "[http://127.0.0.1:1]"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", *MINIMAL, *server, "--trainer.callbacks", "MismatchAlarm", "--print_config"])
+    with pytest.raises(SystemExit, match="0"):
+        main(
+            ["fit", *MINIMAL, "--data.engine", "VLLMColocatedEngine", "--data.engine.devices", "[1]", "--print_config"]
+        )
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("VLLMServerEngine", "MismatchAlarm", "VLLMColocatedEngine"))
+
+
 def test_the_version(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])

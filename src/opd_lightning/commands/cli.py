@@ -51,10 +51,13 @@ DESCRIPTION = f"On-policy distillation of language models. Commands without a tr
 MISTAKES_AS_RUNTIME_ERRORS = ("Early stopping conditioned on metric",)  # how Lightning says that there is none
 ROOMS_WITH_SHORT_NAMES = (  # `HFStudent` works in YAML for the whole path, but only once its room was imported
     "backends.hf",
+    "backends.vllm.colocated",
+    "backends.vllm.server",
     "callbacks.effopd",
     "callbacks.effopd_scores",
     "callbacks.samples",
     "callbacks.held_out_loss",
+    "callbacks.mismatch",
     "objectives",
     "rollouts.one_step_ahead",
     "rollouts.plain_engine",

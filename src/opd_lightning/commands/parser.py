@@ -161,7 +161,8 @@ def short_names(seam: type) -> list[str]:
 
 def _about_options(words: str, options: Iterable[str]) -> str:
     unknown = [word.partition("=")[0] for word in words.split() if word.startswith("--")]
-    return " ".join(f"there is no option {name}.{nearest(name, options)}" for name in unknown)
+    settings = [option for option in options if not option.endswith(".help")]  # --model.student.help sets nothing
+    return " ".join(f"there is no option {name}.{nearest(name, settings)}" for name in unknown)
 
 
 def _about_setting(name: str, options: Iterable[str]) -> str:
