@@ -12,8 +12,10 @@ from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from opd_lightning.interfaces import Objective, ScoreRequest, Student, Teacher, TokenWeighting
-from opd_lightning.objectives import SampledTokenObjective, known_facts
+from opd_lightning.objectives import NLL, SampledTokenObjective, known_facts
 from opd_lightning.objectives.token_weights import known_divisor
+from opd_lightning.rollouts.on_policy import OnPolicy
+from opd_lightning.rollouts.one_step_ahead import OneStepAhead
 from opd_lightning.rollouts.prompt_limits import check_context
 from opd_lightning.training.datamodule import OPDDataModule
 
@@ -44,14 +46,7 @@ def check_fit(
             "trainer.limit_train_batches: the prompt stream goes on where it stopped, so passes would differ in length"
             " and validations be lost. Set trainer.max_steps and trainer.val_check_interval instead."
         )
-    stale = f"model.updates_per_batch={updates_per_batch}" if updates_per_batch > 1 else ""
-    stale = stale or (f"data.source: {type(data.source).__name__}" if data.source.staleness else "")
-    if stale and isinstance(objective, SampledTokenObjective) and objective.importance is None:
-        warnings.warn(
-            f"{stale}: some rollouts come from older weights, and this objective does not correct for that. Set"
-            " objective.importance, for example Truncated.",
-            stacklevel=2,
-        )
+    _warn_about_weak_signals(objective, data, updates_per_batch)
     if objective.needs_rollout_log_probs and not data.source.knows_log_probs(data.sampling):
         raise ValueError(
             f"model.objective: {type(objective).__name__} needs the log-probabilities that rollouts were drawn with,"
@@ -88,6 +83,24 @@ def check_fit(
         raise ValueError(
             f"trainer.val_check_interval={interval}: one pass over the data has only {len(data.stream)} steps. Set"
             " trainer.check_val_every_n_epoch: null, which counts steps across passes."
+        )
+
+
+def _warn_about_weak_signals(objective: Objective, data: OPDDataModule, updates_per_batch: int) -> None:
+    """Say what can be trained and is hardly meant."""
+    stale = f"model.updates_per_batch={updates_per_batch}" if updates_per_batch > 1 else ""
+    stale = stale or (f"data.source: {type(data.source).__name__}" if data.source.staleness else "")
+    if stale and isinstance(objective, SampledTokenObjective) and objective.importance is None:
+        warnings.warn(
+            f"{stale}: some rollouts come from older weights, and this objective does not correct for that. Set"
+            " objective.importance, for example Truncated.",
+            stacklevel=2,
+        )
+    if isinstance(objective, NLL) and isinstance(data.source, OnPolicy | OneStepAhead):
+        warnings.warn(
+            "model.objective: NLL imitates the student's own answers here, which teaches nothing: its expected gradient"
+            " is 0. Set data.source to one of answers that others wrote (docs/your_own_method.md has one).",
+            stacklevel=2,
         )
 
 
