@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "docs"))
-from draw_imports import PACKAGE, ROOMS, imports_of, module_of, room_imports, room_of
+from draw_imports import PACKAGE, ROOMS, draw, imports_of, module_of, room_imports, room_of
 
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 LAZY = {("training", "backends"), ("__init__", "callbacks"), ("__init__", "training")}
@@ -40,6 +40,11 @@ def test_rooms_import_from_below_only():
             assert is_lazy or importer == "__init__"
         elif importer not in ("__init__", "__main__") and imported in RANK:
             assert RANK[imported] < RANK[importer], f"{importer} must not import {imported}"
+
+
+def test_the_picture_is_that_of_the_code(tmp_path):
+    draw(tmp_path / "imports.svg")
+    assert (tmp_path / "imports.svg").read_text() == (PACKAGE.parents[1] / "docs" / "imports.svg").read_text()
 
 
 def test_no_module_is_imported_in_a_circle():
