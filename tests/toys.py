@@ -1,7 +1,6 @@
 """A toy task and short runs for tests that need the whole trainer on tiny real models."""
 
 import copy
-import time
 from pathlib import Path
 
 import torch
@@ -19,9 +18,9 @@ class CopyEngine(HFEngine):
 
     generates_apart = True
 
-    def __init__(self, delay=0.0):
+    def __init__(self):
         super().__init__()
-        self.delay, self.versions, self.failures = delay, [], []
+        self.versions, self.failures = [], []
 
     def sync(self, model, weight_version):
         if weight_version != self.weight_version:
@@ -33,7 +32,6 @@ class CopyEngine(HFEngine):
         self.weight_version = -1
 
     def generate(self, prompts, sampling, on_rollout=None):
-        time.sleep(self.delay)
         if self.failures and (error := self.failures.pop(0)):
             raise error
         rollouts = super().generate(prompts, sampling)
