@@ -132,5 +132,5 @@ class PairModule(StudentModule):
     def log_answers(self, stage: str) -> None:
         super().log_answers(stage)
         for name, value in self.held_out_facts.compute().items() if self.measures_held_out else ():
-            self.log(f"{stage}/{name}", value, prog_bar=name == "reverse_kl", batch_size=1)
+            self.log(f"{stage}/{name}", value, prog_bar=name == "reverse_kl", batch_size=1, sync_dist=True)
         self.held_out_facts.reset()
