@@ -81,6 +81,19 @@ def test_modules_of_a_room_import_from_earlier_ones_only(room):
                 assert order.index(parts[2]) < place, f"{room}/{stem} must not import {parts[2]}"
 
 
+APART = (("backends.hf", "backends.vllm"), ("backends.vllm", "backends.hf"), ("backends.vllm.", "backends.vllm.server"))
+
+
+@pytest.mark.parametrize(("importer", "imported"), APART)
+def test_rooms_inside_a_room_stay_apart(importer, imported):
+    """Backends know nothing of each other, and vLLM in this process nothing of servers."""
+    for path in FILES:
+        name = module_of(path).removeprefix("opd_lightning.") + "."
+        if name.startswith(importer) and not name.startswith(imported):
+            for other, _ in imports_of(path):
+                assert not f"{other}.".startswith(f"opd_lightning.{imported}."), f"{name} must not import {imported}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_heavy_packages_have_one_home(path):
     place = str(path.relative_to(PACKAGE))

@@ -47,3 +47,12 @@ def test_validation_measures_the_divergence_in_fit_and_by_itself(tmp_path, folde
     again = make_trainer(tmp_path, 1, limit_val_batches=1.0).validate(make_module(*folders), data, verbose=False)[0]
     assert again["val/reverse_kl"] > 0
     assert not any("avg_at" in name for name in again)
+
+
+def test_a_process_without_answers_of_its_own_keeps_the_names_of_the_others(tmp_path, folders):
+    module, data = make_module(*folders), make_data(task=Questions())
+    make_trainer(tmp_path, 1, limit_val_batches=1.0).validate(module, data, verbose=False)
+    names = module.held_out_facts.names
+    module.study_answers([])
+    assert "reverse_kl" in names and len(module.held_out_facts.totals) == len(names)
+    assert module.held_out_facts.compute() == {}

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from opd_lightning.interfaces import MicroBatch, Objective, Rollout, ScoreRequest, Student, Teacher
 from opd_lightning.interfaces.arguments import check_at_least
+from opd_lightning.objectives import known_facts
 from opd_lightning.rollouts.comparison import Comparison, compare, make_micro_batches
 from opd_lightning.training.checks import check_teacher
 from opd_lightning.training.metrics import Means, add_metrics, fact_statistics
@@ -123,7 +124,11 @@ class PairModule(StudentModule):
     @override
     def study_answers(self, rollouts: Sequence[Rollout]) -> None:
         """Compare held-out answers with the teacher, where they are not marked."""
-        if self.measures_held_out and rollouts:
+        if not self.measures_held_out:
+            return
+        known = [name for name in HELD_OUT_FACTS if name in known_facts(self.score_request, self.facts_k)]
+        self.held_out_facts.update({name: (0.0, 0) for name in known})  # a process may have no answers of its own
+        if rollouts:
             batches = self.make_micro_batches(rollouts)
             for compared in self.compare(batches, self.objective, self.score_request, facts_k=self.facts_k):
                 self.held_out_facts.update(fact_statistics(compared.facts, HELD_OUT_FACTS))
