@@ -127,7 +127,7 @@ class PairModule(StudentModule):
         if not self.measures_held_out:
             return
         known = [name for name in HELD_OUT_FACTS if name in known_facts(self.score_request, self.facts_k)]
-        self.held_out_facts.update({name: (0.0, 0) for name in known})  # a process may have no answers of its own
+        self.held_out_facts.update(dict.fromkeys(known, (0.0, 0)))  # a process may have no answers of its own
         if rollouts:
             batches = self.make_micro_batches(rollouts)
             for compared in self.compare(batches, self.objective, self.score_request, facts_k=self.facts_k):
