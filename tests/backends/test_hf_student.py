@@ -302,8 +302,14 @@ def test_context_length(tiny_qwen3_folder):
         _ = HFStudent(path, max_context_length=129).context_length
 
 
+def test_training_all_weights_in_float16_is_refused(tiny_qwen3_folder):
+    with pytest.raises(ValueError, match=r"student\.dtype: all weights would be trained in float16.*Use float32"):
+        HFStudent(str(tiny_qwen3_folder), dtype="float16").load()
+    HFStudent(str(tiny_qwen3_folder), dtype="float16", lora=LoraSettings(r=2)).load()  # a frozen base may be
+
+
 def test_training_all_weights_in_bfloat16_is_warned_about(tiny_qwen3_folder):
-    with pytest.warns(UserWarning, match=r"student\.dtype: all weights are trained in torch\.bfloat16.*float32"):
+    with pytest.warns(UserWarning, match=r"student\.dtype: all weights are trained in bfloat16.*float32"):
         HFStudent(str(tiny_qwen3_folder), dtype="bfloat16").load()
 
 

@@ -751,7 +751,7 @@ CASES = [
     ),
     resume(
         "other data",
-        r"number of training problems\): the checkpoint was written with 8, this run has 12",
+        r"data.task \(training problems\): the checkpoint was written with 8 problems with .*, this run has 12 problems",
         the_checkpoint,
         {f"{TASK}.num_train": 12},
         loaded=("HFStudent",),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from opd_lightning.interfaces import Problem, Sampling, Split, Task, Tokenizer
+from opd_lightning.randomness import derive_seed
 from opd_lightning.rollouts.answering import resolve_stop_ids
 from opd_lightning.rollouts.prompt_limits import keep_fitting
 from opd_lightning.rollouts.task_checks import check_problems
@@ -50,6 +51,12 @@ def read_problems(
         max_prompt_tokens=max_prompt_tokens,
         drop=drop,
     )
+
+
+def describe_problems(problems: Sequence[Problem]) -> str:
+    """How many, and a digest of what they ask in which order: another data set of the same size is noticed."""
+    digest = derive_seed(*(part for problem in problems for part in (problem.uid, repr(problem.messages))))
+    return f"{len(problems)} problems with digest {digest:016x}"
 
 
 def draw_problems(problems: Sequence[Problem], num_problems: int, seed: int) -> list[Problem]:

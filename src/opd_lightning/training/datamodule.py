@@ -38,7 +38,7 @@ from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.randomness import derive_seed
 from opd_lightning.rollouts.answering import Answers, answer, check_rollouts, grade, render_prompts
 from opd_lightning.rollouts.on_policy import OnPolicy
-from opd_lightning.rollouts.problem_sets import draw_problems, read_problems, without_reserved
+from opd_lightning.rollouts.problem_sets import describe_problems, draw_problems, read_problems, without_reserved
 from opd_lightning.rollouts.prompt_limits import check_context
 from opd_lightning.rollouts.prompt_stream import HeldOutBatches, PromptStream, held_out_batches, join_shares
 from opd_lightning.tasks.overlap import report_overlap
@@ -128,7 +128,7 @@ class OPDDataModule(LightningDataModule):
             "data.prompts_per_step": self.prompts_per_step,
             "data.source": type(self.source).__name__,
             "data.selector": type(self.selector).__name__,
-            "data.task (number of training problems)": len(self.stream.problems),
+            "data.task (training problems)": describe_problems(self.stream.problems),
         }
 
     @property

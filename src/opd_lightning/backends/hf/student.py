@@ -148,10 +148,15 @@ class HFStudent(Student):
             model = add_lora(model, self.lora)
         elif self.adapter_path is not None:
             model = load_adapter(model, self.adapter_path)
-        elif causal_lm(model).dtype in (torch.bfloat16, torch.float16):
+        elif causal_lm(model).dtype == torch.float16:
+            raise ValueError(
+                "student.dtype: all weights would be trained in float16, whose gradients overflow and vanish without the"
+                " loss scaling that would hide skipped steps. Use float32 with trainer.precision=bf16-mixed, or lora."
+            )
+        elif causal_lm(model).dtype == torch.bfloat16:
             warnings.warn(
-                f"student.dtype: all weights are trained in {causal_lm(model).dtype}, where steps smaller than about"
-                " 1/256 of a weight are lost. Use float32 with trainer.precision=bf16-mixed, or lora.",
+                "student.dtype: all weights are trained in bfloat16, where steps smaller than about 1/256 of a weight are"
+                " lost. Use float32 with trainer.precision=bf16-mixed, or lora.",
                 stacklevel=2,
             )
         if self.gradient_checkpointing:
