@@ -751,7 +751,7 @@ CASES = [
     ),
     resume(
         "other data",
-        r"data.task \(training problems\): the checkpoint was written with 8 problems with .*, this run has 12 problems",
+        r"data.task \(training problems\): the checkpoint was written with 8 problems .*, this run has 12 problems",
         the_checkpoint,
         {f"{TASK}.num_train": 12},
         loaded=("HFStudent",),

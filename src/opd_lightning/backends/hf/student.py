@@ -150,12 +150,12 @@ class HFStudent(Student):
             model = load_adapter(model, self.adapter_path)
         elif causal_lm(model).dtype == torch.float16:
             raise ValueError(
-                "student.dtype: all weights would be trained in float16, whose gradients overflow and vanish without the"
+                "student.dtype: all weights would be trained in float16, whose gradients overflow without the"
                 " loss scaling that would hide skipped steps. Use float32 with trainer.precision=bf16-mixed, or lora."
             )
         elif causal_lm(model).dtype == torch.bfloat16:
             warnings.warn(
-                "student.dtype: all weights are trained in bfloat16, where steps smaller than about 1/256 of a weight are"
+                "student.dtype: all weights are trained in bfloat16, where steps below about 1/256 of a weight are"
                 " lost. Use float32 with trainer.precision=bf16-mixed, or lora.",
                 stacklevel=2,
             )
