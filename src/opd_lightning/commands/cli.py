@@ -35,6 +35,7 @@ from opd_lightning.commands.resuming import WORDS, check_checkpoint, find_checkp
 from opd_lightning.commands.run_records import RunRecords, keep_logs_in_root
 from opd_lightning.commands.suggestions import nearest
 from opd_lightning.commands.trainer_settings import check_trainer
+from opd_lightning.training.checkpoint_files import is_remote, without_scheme
 from opd_lightning.training.checkpoints import WholeCheckpoints, export
 from opd_lightning.training.datamodule import OPDDataModule
 from opd_lightning.training.module import OPDModule
@@ -149,8 +150,13 @@ class OPDCLI(LightningCLI):
         if wanted in WORDS:
             settings.ckpt_path = str(find_checkpoint(wanted, settings.trainer, to_train=is_fit))
             rank_zero_only(print)(f"--ckpt_path {wanted} is {settings.ckpt_path}", file=sys.stderr)
-        elif wanted and "://" not in wanted:
-            check_checkpoint(wanted, to_train=is_fit)
+        elif wanted:
+            settings.ckpt_path = without_scheme(wanted)
+            if not is_remote(settings.ckpt_path):  # others are fetched once, by WholeCheckpoints
+                check_checkpoint(settings.ckpt_path, to_train=is_fit)
+        if settings.weights_only is False:
+            raise ValueError("weights_only: false would run what a checkpoint says. Leave it out.")
+        settings.weights_only = True  # for strategies and plugins that read checkpoints themselves
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
