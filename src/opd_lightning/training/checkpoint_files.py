@@ -32,6 +32,7 @@ _DAMAGE = (  # what zipfile says of archives in which any bit may be wrong
     RuntimeError,
     ValueError,
 )
+_FOLDER = 0x10  # the bit of a part's attributes that says so
 _SILENCE = 60.0  # seconds in which a server may send nothing
 
 
@@ -156,10 +157,11 @@ def find_damage(path: Path) -> str | None:
                 return "cut short or not a checkpoint"
             with zipfile.ZipFile(file) as archive:
                 parts = archive.infolist()
-                # torch believes the sizes, which no checksum guards, and reads beyond a part that is said to be longer
+                # No checksum guards these, and torch believes them: it reads beyond a part that is said to be longer,
+                # and leaves memory as it is for one that is said to be a folder.
                 if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
                     return "damaged or not a checkpoint: torch compresses nothing"
-                if any(part.file_size != part.compress_size for part in parts):
+                if any(part.file_size != part.compress_size or part.external_attr & _FOLDER for part in parts):
                     return "damaged: its table of contents makes no sense"
                 wrong = archive.testzip()
         except _DAMAGE:

@@ -130,7 +130,11 @@ def check_resumable(checkpoint: dict[str, Any]) -> None:
 
 
 def build_student(
-    description: dict[str, Any], *, student_class: str | None = None, trust_remote_code: bool = False
+    description: dict[str, Any],
+    *,
+    student_class: str | None = None,
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
 ) -> Student:
     """Build the student a checkpoint describes.
 
@@ -138,9 +142,11 @@ def build_student(
         description: What `Student.describe` returned.
         student_class: Where a class that is not ours lies: a checkpoint alone does not say what to import.
         trust_remote_code: Whether code that comes with the model may run; what the checkpoint says does not count.
+        chat_template: Text or file that takes the place of the template of training.
 
     Raises:
-        ValueError: The class is not part of this package and was not named, or is another one.
+        ValueError: The class is not part of this package and was not named, or is another one; or the checkpoint names
+            a file as chat template.
     """
     class_path: str = description["class_path"]
     if student_class is not None:
@@ -153,8 +159,15 @@ def build_student(
     arguments = dict(description["init_args"])
     if "trust_remote_code" in arguments:
         arguments["trust_remote_code"] = trust_remote_code
+    if chat_template is not None:
+        arguments["chat_template"] = chat_template
+    elif "{" not in (named := arguments.get("chat_template") or "{"):
+        raise ValueError(
+            f"ckpt_path: the checkpoint names the file {named!r} as chat template, and a checkpoint is not trusted to"
+            " say which files are read. If it is the right one, say so: --chat_template and the file."
+        )
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Student, "student")
+    parser.add_argument("--student", type=Student)  # unlike add_subclass_arguments, takes no file names for settings
     try:
         config = parser.parse_object({"student": {"class_path": student_class or class_path, "init_args": arguments}})
     except ArgumentError as error:
@@ -192,6 +205,7 @@ def export(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     student_path: str | None = None,
     student_class: str | None = None,
+    chat_template: str | None = None,
     trust_remote_code: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
@@ -205,6 +219,7 @@ def export(
         dtype: Dtype of the written weights; null keeps that of training.
         student_path: Where the original student lies now, if it has moved since training.
         student_class: Class of the student (my_package.MyStudent), if it is not one of this package.
+        chat_template: Template to write, as text or as a file; null writes that of training.
         trust_remote_code: Whether code that comes with the student's model may run.
         push_to_hub: Also upload the folder to this repository on the Hugging Face hub, such as me/my-student.
         private: Make that repository private if it is new.
@@ -221,7 +236,12 @@ def export(
 
         check_hub(push_to_hub)
     student, model = _load_student(
-        checkpoint, ckpt_path, student_path, student_class=student_class, trust_remote_code=trust_remote_code
+        checkpoint,
+        ckpt_path,
+        student_path,
+        student_class=student_class,
+        chat_template=chat_template,
+        trust_remote_code=trust_remote_code,
     )
     student.save(model, folder, merge_adapter=merge_adapter, dtype=dtype)
     print(f"Wrote step {checkpoint['global_step']} of {ckpt_path} to {folder}")
@@ -233,9 +253,7 @@ def _load_student(
     checkpoint: dict[str, Any],
     ckpt_path: str,
     student_path: str | None,
-    *,
-    student_class: str | None,
-    trust_remote_code: bool,
+    **options: Any,
 ) -> tuple[Student, nn.Module]:
     """The student that a checkpoint describes, and its model with the weights of the checkpoint."""
     description = checkpoint["opd_lightning"]["student"]
@@ -243,7 +261,7 @@ def _load_student(
         description = {**description, "init_args": {**description["init_args"], "path": student_path}}
     path = description["init_args"].get("path")
     try:
-        student = build_student(description, student_class=student_class, trust_remote_code=trust_remote_code)
+        student = build_student(description, **options)
         model = student.load()
     except ValueError as error:
         if not str(error).startswith("student.path"):
