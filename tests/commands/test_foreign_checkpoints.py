@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resuming import run
+from test_ckpt_path import run
 
 from opd_lightning.commands.cli import main
 from opd_lightning.training.checkpoints import read_checkpoint

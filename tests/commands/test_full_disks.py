@@ -1,10 +1,11 @@
 """A disk that is full or can only be read ends a run in one line that says where; what was written stays."""
 
+import csv
 import os
 import subprocess
 
 import pytest
-from test_resuming import run
+from test_ckpt_path import run
 
 from opd_lightning.training.checkpoints import read_checkpoint
 
@@ -47,5 +48,9 @@ def test_a_full_disk_under_a_logger_is_named_and_nothing_else_is_lost(logger, sm
     assert "Traceback" not in shown.err
     assert f"No space left on device while writing to '{small_disk}/lightning_logs/version_0'" in line
     assert "0.0 GiB free" in line and "resume with --ckpt_path" in line
-    rescued = read_checkpoint(saved / "rescue.ckpt")
-    assert rescued["global_step"] > 0
+    step = read_checkpoint(saved / "rescue.ckpt")["global_step"]
+    assert step > 0
+    if logger == CSV:
+        with (small_disk / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["step"]) for row in rows[: step - 1]] == list(range(step - 1))
