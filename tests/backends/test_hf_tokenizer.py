@@ -35,6 +35,9 @@ def test_a_template_may_be_given_as_text_or_file(tmp_path):
         assert tokenizer.decode(tokenizer.render(MESSAGES)) == "be brief!what is 1+1?!"
     with pytest.raises(ValueError, match=r"student\.chat_template: 'nowhere\.jinja' is neither a template .* nor an"):
         HFTokenizer(make_tokenizer(), chat_template="nowhere.jinja")
+    file.write_text("no template")
+    with pytest.raises(ValueError, match=r"student\.chat_template: '.*' holds no template"):
+        HFTokenizer(make_tokenizer(), chat_template=str(file))
 
 
 @pytest.mark.parametrize(

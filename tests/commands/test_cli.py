@@ -56,16 +56,16 @@ MINIMAL = ["--model.student", "HFStudent", "--model.student.path", "sandbox:stud
 
 
 def test_the_working_folder_shadows_no_installed_package(tmp_path):
-    """Under the console script, whose own folder is first on the path."""
-    (tmp_path / "pyarrow.py").write_text("raise SystemExit('shadowed')")
+    """Under the console script, whose own folder is first on the path, and as a module, where the folder is."""
+    for name in ("pyarrow", "torch", "lightning"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')")
+    (tmp_path / "my_own.py").write_text("raise SystemExit('found')")
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "script.py").write_text(
-        "from opd_lightning.commands.cli import main; import sys; main(['configs']); import pyarrow; print(pyarrow)"
-    )
-    command = [sys.executable, str(tmp_path / "bin" / "script.py")]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-500:]
-    assert "site-packages" in result.stdout.splitlines()[-1]
+    (tmp_path / "bin" / "script.py").write_text("from opd_lightning.commands.cli import main; main()")
+    for command in ([str(tmp_path / "bin" / "script.py")], ["-m", "opd_lightning"]):
+        words = [sys.executable, *command, "fit", *MINIMAL, "--model.teacher", "my_own.Teacher"]
+        result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert result.stderr.splitlines()[-1] == "found"  # after all installed ones
 
 
 def test_the_defaults_are_printed(capsys):

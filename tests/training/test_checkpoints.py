@@ -1,5 +1,7 @@
+import errno
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,3 +195,60 @@ def test_without_a_login_nothing_is_written(tmp_path, trained, monkeypatch):
     with pytest.raises(ValueError, match=r"push_to_hub: nobody is logged in here. Run `hf auth login`"):
         export(str(path), str(tmp_path / "model"), push_to_hub="me/student")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_checkpoint_does_not_say_which_files_are_read(tmp_path, trained):
+    _, path = trained()
+    content = torch.load(path, weights_only=True)
+    arguments = content["opd_lightning"]["student"]["init_args"]
+    (tmp_path / "secret").write_text("the secret")
+    (tmp_path / "settings.yaml").write_text("r: 3")
+    for name, file in (("chat_template", "secret"), ("chat_template", "/etc/hostname"), ("lora", "settings.yaml")):
+        description = {"class_path": "opd_lightning.backends.hf.HFStudent"}
+        description["init_args"] = arguments | {name: str(tmp_path / file)}
+        content["opd_lightning"]["student"] = description
+        torch.save(content, tmp_path / "edited.ckpt")
+        with pytest.raises(ValueError, match=r"names the file '.*' as chat template|lora") as refused:
+            export(str(tmp_path / "edited.ckpt"), str(tmp_path / "model"))
+        assert "the secret" not in str(refused.value)
+        assert not (tmp_path / "model").exists()
+
+
+def test_the_template_in_a_checkpoint_is_its_text_and_the_user_may_name_another(
+    tmp_path, tiny_qwen3_folder, tiny_teacher_folder
+):
+    text = "{% for message in messages %}{{ '<|im_start|>' + message['content'] }}{% endfor %}"
+    (tmp_path / "own.jinja").write_text(text)
+    (tmp_path / "another.jinja").write_text(f"{text}!")
+    options = {"chat_template": str(tmp_path / "own.jinja")}
+    trainer = make_trainer(tmp_path, 1)
+    trainer.fit(make_module(tiny_qwen3_folder, tiny_teacher_folder, student_options=options), make_data())
+    (tmp_path / "own.jinja").unlink()  # no matter: it was read once
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    for name, expected in ((None, text), (str(tmp_path / "another.jinja"), f"{text}!")):
+        folder = tmp_path / f"model {name is None}"
+        export(str(tmp_path / "x.ckpt"), str(folder), chat_template=name)
+        assert (folder / "chat_template.jinja").read_text() == expected
+
+
+def refuse_to_write(monkeypatch, folder):
+    """The folder's disk can only be read from now on."""
+    for name in ("open", "unlink", "mkdir"):
+        call = getattr(Path, name)
+
+        def refuse(self, *arguments, call=call, name=name, **options):
+            is_write = name != "open" or "w" in (*arguments, options.get("mode"))
+            if is_write and self.is_relative_to(folder):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+            return call(self, *arguments, **options)
+
+        monkeypatch.setattr(Path, name, refuse)
+
+
+@pytest.mark.parametrize("place", ["x.ckpt", "new folder/x.ckpt"])
+def test_a_read_only_disk_does_not_lose_the_message(place, tmp_path, monkeypatch):
+    (tmp_path / "a.ckpt.part").write_text("half")
+    os.utime(tmp_path / "a.ckpt.part", (0, 0))
+    refuse_to_write(monkeypatch, tmp_path)
+    with pytest.raises(OSError, match=r"x.ckpt' cannot be saved: Read-only file system \(.* GiB free\). Earlier check"):
+        WholeCheckpoints().save_checkpoint({"x": 1}, tmp_path / place)

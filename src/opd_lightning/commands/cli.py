@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import sys
@@ -32,12 +33,14 @@ from opd_lightning.commands.completion import PrintAndExit, completion_script
 from opd_lightning.commands.parser import PROGRAM, OneLineParser, explain, options_of
 from opd_lightning.commands.quiet import be_quiet
 from opd_lightning.commands.resuming import WORDS, check_checkpoint, find_checkpoint
-from opd_lightning.commands.run_records import RunRecords, keep_logs_in_root
+from opd_lightning.commands.run_records import RunRecords, keep_logs_in_root, run_folder
 from opd_lightning.commands.suggestions import nearest
 from opd_lightning.commands.trainer_settings import check_trainer
+from opd_lightning.training.checkpoint_files import is_remote, without_scheme
 from opd_lightning.training.checkpoints import WholeCheckpoints, export
 from opd_lightning.training.datamodule import OPDDataModule
 from opd_lightning.training.module import OPDModule
+from opd_lightning.training.output_paths import free_space
 
 DEFAULT_CLASSES = {  # what the constructors take for None, spelt out so that --print_config and config.yaml say it
     "model.objective": "opd_lightning.objectives.DivergenceObjective",
@@ -48,6 +51,7 @@ DEFAULT_CLASSES = {  # what the constructors take for None, spelt out so that --
 PLAIN_COMMANDS: dict[str, Callable[..., None]] = {"export": export, "configs": shipped_configs.show_configs}
 COMMANDS = ("fit", "validate", "test", "predict", *PLAIN_COMMANDS)
 DESCRIPTION = f"On-policy distillation of language models. Commands without a trainer: {', '.join(PLAIN_COMMANDS)}."
+DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 MISTAKES_AS_RUNTIME_ERRORS = ("Early stopping conditioned on metric",)  # how Lightning says that there is none
 ROOMS_WITH_SHORT_NAMES = (  # `HFStudent` works in YAML for the whole path, but only once its room was imported
     "backends.hf",
@@ -149,8 +153,13 @@ class OPDCLI(LightningCLI):
         if wanted in WORDS:
             settings.ckpt_path = str(find_checkpoint(wanted, settings.trainer, to_train=is_fit))
             rank_zero_only(print)(f"--ckpt_path {wanted} is {settings.ckpt_path}", file=sys.stderr)
-        elif wanted and "://" not in wanted:
-            check_checkpoint(wanted, to_train=is_fit)
+        elif wanted:
+            settings.ckpt_path = without_scheme(wanted)
+            if not is_remote(settings.ckpt_path):  # others are fetched once, by WholeCheckpoints
+                check_checkpoint(settings.ckpt_path, to_train=is_fit)
+        if settings.weights_only is False:
+            raise ValueError("weights_only: false would run what a checkpoint says. Leave it out.")
+        settings.weights_only = True  # for strategies and plugins that read checkpoints themselves
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -172,6 +181,19 @@ class OPDCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         except TypeError as error:  # settings of the right type for the signature only
             raise ValueError(f"trainer: {error}") from error
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except OSError as error:
+            if error.errno not in DISK_FAILURES or error.filename is not None:
+                raise
+            folder = run_folder(self.trainer)  # it is the loggers who say nothing
+            raise OSError(
+                f"{error.strerror} while writing to {str(folder)!r}, logs included ({free_space(folder)}). What is"
+                " there stays: make room or mend the disk, and resume with --ckpt_path and the last checkpoint."
+            ) from error
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -7,10 +7,8 @@ one of ours, or the user names it too.
 from __future__ import annotations
 
 import os
-import pickle
-import shutil
 import time
-import zipfile
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +20,8 @@ from torch import nn
 from typing_extensions import override
 
 from opd_lightning.interfaces import Student
-from opd_lightning.training.output_paths import check_folder
+from opd_lightning.training.checkpoint_files import check_checkpoint_file, fetched, is_remote, load_plain
+from opd_lightning.training.output_paths import check_folder, free_space
 
 _PART = ".part"
 _ABANDONED_AFTER = 600.0  # seconds without a write; a checkpoint that is being written grows all the time
@@ -33,8 +32,22 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     Lightning's own way builds the file in memory, twice, and moves it through the system's temporary folder. That one
     may be small, or on another disk, where moving is copying and can stop half-way. What a killed run left half-written
-    is removed by the next save into the folder. Local files only; others are left to Lightning.
+    is removed by the next save into the folder. Files elsewhere (``s3://...``) are left to Lightning. Loading runs
+    nothing that a checkpoint brings, and believes no damaged one, wherever it lies.
     """
+
+    @override
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint from a file or an address; tensors and plain values only, whatever `weights_only` says.
+
+        Raises:
+            ValueError: It is absent, damaged, or holds other objects too.
+        """
+        with fetched(path) as file:
+            check_checkpoint_file(file, path)
+            return load_plain(file, path, map_location=map_location)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -43,14 +56,14 @@ class WholeCheckpoints(TorchCheckpointIO):
         Raises:
             OSError: The disk is full, or the folder cannot be written to.
         """
-        if "://" in str(path):
+        if is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
         part = target.with_name(f"{target.name}{_PART}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target.parent)
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(target.parent)
             with part.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
@@ -59,21 +72,23 @@ class WholeCheckpoints(TorchCheckpointIO):
             _flush_folder(target.parent)
         except (OSError, RuntimeError) as error:
             reason = error if isinstance(error, OSError) else error.__context__  # torch puts its own error in front
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that can only be read refuses this too, and its reason must not be lost
+                part.unlink(missing_ok=True)
             if not isinstance(reason, OSError):
                 raise
-            free = shutil.disk_usage(target.parent).free / 2**30
             raise OSError(
-                f"the checkpoint {str(target)!r} cannot be saved: {reason.strerror} ({free:.1f} GiB free). Earlier"
-                " checkpoints are as they were: make room, and resume with --ckpt_path and the last of them."
+                f"the checkpoint {str(target)!r} cannot be saved: {reason.strerror} ({free_space(target.parent)})."
+                " Earlier checkpoints are as they were: make room or mend the disk, and resume with --ckpt_path and the"
+                " last of them."
             ) from error
 
 
 def _sweep(folder: Path) -> None:
     """Remove what earlier runs began to write and did not finish."""
     for part in folder.glob(f"*.ckpt{_PART}"):
-        if time.time() - part.stat().st_mtime > _ABANDONED_AFTER:
-            part.unlink(missing_ok=True)
+        with suppress(OSError):  # somebody else's, or just swept by another process
+            if time.time() - part.stat().st_mtime > _ABANDONED_AFTER:
+                part.unlink(missing_ok=True)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -84,21 +99,6 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def check_checkpoint_file(path: str | Path) -> None:
-    """Raise a ValueError when the file is absent, not a checkpoint or cut short; costs no more than reading its end."""
-    path = Path(path)
-    if not path.exists():
-        siblings = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-        hint = f" Checkpoints there: {', '.join(siblings)}." if siblings else ""
-        raise ValueError(f"ckpt_path: no file {str(path)!r}.{hint}")
-    if (path / "config.json").exists():
-        raise ValueError(
-            f"ckpt_path: {str(path)!r} is a model folder, not a checkpoint. Set student.path to it instead."
-        )
-    if path.is_file() and not zipfile.is_zipfile(path):
-        raise ValueError(_damaged(path))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -115,16 +115,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def open_checkpoint(path: str | Path) -> dict[str, Any]:
     """`read_checkpoint` for checkpoints of any module."""
-    check_checkpoint_file(path)
-    if Path(path).is_dir():
-        raise ValueError(f"ckpt_path: {str(path)!r} is a folder; expected one file, such as last.ckpt.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:  # the second one: members of the archive are missing
-        raise ValueError(_damaged(path)) from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"ckpt_path: {str(path)!r} is not a checkpoint; it holds a {type(checkpoint).__name__}.")
-    return checkpoint
+    with fetched(path) as file:
+        check_checkpoint_file(file, path)
+        return load_plain(file, path, mmap=not is_remote(path))
 
 
 def check_resumable(checkpoint: dict[str, Any]) -> None:
@@ -136,15 +129,12 @@ def check_resumable(checkpoint: dict[str, Any]) -> None:
         )
 
 
-def _damaged(path: str | Path) -> str:
-    return (
-        f"ckpt_path: {str(path)!r} ({Path(path).stat().st_size} bytes) is cut short or not a checkpoint."
-        " Use an earlier one; the run that wrote it probably died while saving."
-    )
-
-
 def build_student(
-    description: dict[str, Any], *, student_class: str | None = None, trust_remote_code: bool = False
+    description: dict[str, Any],
+    *,
+    student_class: str | None = None,
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
 ) -> Student:
     """Build the student a checkpoint describes.
 
@@ -152,9 +142,11 @@ def build_student(
         description: What `Student.describe` returned.
         student_class: Where a class that is not ours lies: a checkpoint alone does not say what to import.
         trust_remote_code: Whether code that comes with the model may run; what the checkpoint says does not count.
+        chat_template: Text or file that takes the place of the template of training.
 
     Raises:
-        ValueError: The class is not part of this package and was not named, or is another one.
+        ValueError: The class is not part of this package and was not named, or is another one; or the checkpoint names
+            a file as chat template.
     """
     class_path: str = description["class_path"]
     if student_class is not None:
@@ -167,8 +159,15 @@ def build_student(
     arguments = dict(description["init_args"])
     if "trust_remote_code" in arguments:
         arguments["trust_remote_code"] = trust_remote_code
+    if chat_template is not None:
+        arguments["chat_template"] = chat_template
+    elif "{" not in (named := arguments.get("chat_template") or "{"):
+        raise ValueError(
+            f"ckpt_path: the checkpoint names the file {named!r} as chat template, and a checkpoint is not trusted to"
+            " say which files are read. If it is the right one, say so: --chat_template and the file."
+        )
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Student, "student")
+    parser.add_argument("--student", type=Student)  # unlike add_subclass_arguments, takes no file names for settings
     try:
         config = parser.parse_object({"student": {"class_path": student_class or class_path, "init_args": arguments}})
     except ArgumentError as error:
@@ -206,6 +205,7 @@ def export(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     student_path: str | None = None,
     student_class: str | None = None,
+    chat_template: str | None = None,
     trust_remote_code: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
@@ -219,6 +219,7 @@ def export(
         dtype: Dtype of the written weights; null keeps that of training.
         student_path: Where the original student lies now, if it has moved since training.
         student_class: Class of the student (my_package.MyStudent), if it is not one of this package.
+        chat_template: Template to write, as text or as a file; null writes that of training.
         trust_remote_code: Whether code that comes with the student's model may run.
         push_to_hub: Also upload the folder to this repository on the Hugging Face hub, such as me/my-student.
         private: Make that repository private if it is new.
@@ -235,7 +236,12 @@ def export(
 
         check_hub(push_to_hub)
     student, model = _load_student(
-        checkpoint, ckpt_path, student_path, student_class=student_class, trust_remote_code=trust_remote_code
+        checkpoint,
+        ckpt_path,
+        student_path,
+        student_class=student_class,
+        chat_template=chat_template,
+        trust_remote_code=trust_remote_code,
     )
     student.save(model, folder, merge_adapter=merge_adapter, dtype=dtype)
     print(f"Wrote step {checkpoint['global_step']} of {ckpt_path} to {folder}")
@@ -247,9 +253,7 @@ def _load_student(
     checkpoint: dict[str, Any],
     ckpt_path: str,
     student_path: str | None,
-    *,
-    student_class: str | None,
-    trust_remote_code: bool,
+    **options: Any,
 ) -> tuple[Student, nn.Module]:
     """The student that a checkpoint describes, and its model with the weights of the checkpoint."""
     description = checkpoint["opd_lightning"]["student"]
@@ -257,7 +261,7 @@ def _load_student(
         description = {**description, "init_args": {**description["init_args"], "path": student_path}}
     path = description["init_args"].get("path")
     try:
-        student = build_student(description, student_class=student_class, trust_remote_code=trust_remote_code)
+        student = build_student(description, **options)
         model = student.load()
     except ValueError as error:
         if not str(error).startswith("student.path"):

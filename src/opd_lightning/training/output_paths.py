@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -15,9 +16,7 @@ def check_folder(name: str, path: str | Path) -> None:
     """
     if "://" in str(path):  # not on this machine's file system
         return
-    place = Path(path).absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = _existing(Path(path))
     if not place.is_dir():
         raise ValueError(
             f"{name}: {str(path)!r} cannot be a folder, since {str(place)!r} is a file. Choose another one."
@@ -42,3 +41,16 @@ def check_file(name: str, path: str | Path) -> None:
     if Path(path).is_dir():
         raise ValueError(f"{name}: expected a file to write, but {str(path)!r} is a folder. Add a file name.")
     check_folder(name, Path(path).absolute().parent)
+
+
+def free_space(path: str | Path) -> str:
+    """How much room there is in a folder, or where it would be made."""
+    return f"{shutil.disk_usage(_existing(Path(path))).free / 2**30:.1f} GiB free"
+
+
+def _existing(path: Path) -> Path:
+    """The innermost part of the path that is there."""
+    place = path.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place

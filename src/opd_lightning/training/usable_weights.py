@@ -55,7 +55,7 @@ def last_usable_checkpoint(trainer: Trainer) -> Path | None:
     for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             checkpoint = open_checkpoint(path)
-        except ValueError:  # cut short: an earlier one is looked for
+        except ValueError:  # cut short or damaged: an earlier one is looked for
             continue
         is_earlier = checkpoint["global_step"] < trainer.global_step
         if is_earlier and unusable_weight(checkpoint["state_dict"].items()) is None:

@@ -25,7 +25,7 @@ from opd_lightning.backends.hf.loading import (
     load_tokenizer,
 )
 from opd_lightning.backends.hf.saving import plain_weights, save_configuration, save_model
-from opd_lightning.backends.hf.tokenizer import HFTokenizer, check_vocabulary_rows
+from opd_lightning.backends.hf.tokenizer import HFTokenizer, check_vocabulary_rows, read_template
 from opd_lightning.interfaces import LinearHead, MicroBatch, Student
 
 
@@ -103,13 +103,18 @@ class HFStudent(Student):
         return load_config(self.source)
 
     @cached_property
+    def template(self) -> str | None:
+        """Text of the chat template that replaces the tokenizer's own."""
+        return None if self.chat_template is None else read_template(self.chat_template, self.source.role)
+
+    @cached_property
     def tokenizer(self) -> HFTokenizer:
         """The student's tokenizer."""
         eos_ids = load_eos_ids(self.source, self.config)
         tokenizer = HFTokenizer(
             load_tokenizer(self.source),
             eos_ids,
-            self.chat_template,
+            self.template,
             self.template_kwargs,
             self.extra_stop_tokens,
         )
@@ -198,9 +203,15 @@ class HFStudent(Student):
         save_model(model, self.tokenizer, folder, merge_adapter=merge_adapter, dtype=dtype)
 
     def describe(self) -> dict[str, Any]:
-        """Class path and constructor arguments as plain values; this class under its public name."""
+        """Class path and constructor arguments as plain values; this class under its public name.
+
+        The chat template is its text: a file may have changed since, and no checkpoint is to name files to be read.
+        """
         public = {"class_path": "opd_lightning.backends.hf.HFStudent"} if type(self) is HFStudent else {}
-        return super().describe() | public
+        description = super().describe() | public
+        if "chat_template" in description["init_args"]:
+            description["init_args"]["chat_template"] = self.template
+        return description
 
     def check_same(self, description: Mapping[str, Any]) -> None:
         """Refuse another class or another adapter; warn when the model comes from another place.

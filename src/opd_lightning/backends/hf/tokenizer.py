@@ -47,7 +47,7 @@ class HFTokenizer(Tokenizer):
     ) -> None:
         self._tokenizer = tokenizer
         self._role = role
-        self._template = None if chat_template is None else _read_template(chat_template, role)
+        self._template = None if chat_template is None else read_template(chat_template, role)
         self.template_kwargs = dict(template_kwargs or {})
         self.vocabulary: dict[str, int] = tokenizer.get_vocab()
         self.vocab_size = max(self.vocabulary.values()) + 1
@@ -187,8 +187,12 @@ class HFTokenizer(Tokenizer):
         return self.stop_ids[0] if self.stop_ids else 0
 
 
-def _read_template(chat_template: str, role: str) -> str:
-    """A template is text when it has a Jinja bracket in it, and a file otherwise."""
+def read_template(chat_template: str, role: str) -> str:
+    """A template is text when it has a Jinja bracket in it, and a file otherwise.
+
+    Raises:
+        ValueError: It is neither.
+    """
     if "{" in chat_template:
         return chat_template
     file = Path(chat_template).expanduser()
@@ -196,7 +200,10 @@ def _read_template(chat_template: str, role: str) -> str:
         raise ValueError(
             f"{role}.chat_template: {chat_template!r} is neither a template (it has no '{{{{') nor an existing file."
         )
-    return file.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8")
+    if "{" not in text:
+        raise ValueError(f"{role}.chat_template: {chat_template!r} holds no template (it has no '{{{{').")
+    return text
 
 
 def check_vocabulary_rows(source: ModelSource, config: Any, tokenizer: HFTokenizer) -> None:
