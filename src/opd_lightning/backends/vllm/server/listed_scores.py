@@ -22,6 +22,8 @@ class ListedScores(TeacherScores):
         log_probs: float32 [N, K], nats.
     """
 
+    knows_full = False
+
     def __init__(self, response_ids: Tensor, sampled: Tensor, ids: Tensor, log_probs: Tensor) -> None:
         assert sampled.dim() == 1 and ids.shape == log_probs.shape and len(ids) == len(sampled) == len(response_ids)
         self.response_ids, self._sampled, self._ids, self._log_probs = response_ids, sampled, ids, log_probs
