@@ -27,6 +27,8 @@ class FakeVLLM:
     """What the server does; its attributes are the ways it can misbehave.
 
     Attributes:
+        raw: What is sent down the wire to every request instead of an answer: chunks of bytes; None for answers.
+        tamper: Takes a path and an answer and returns what is sent as JSON in its stead.
         failures: Status codes to answer the next requests with, instead of an answer; 0 drops the connection.
         aborts: Numbers of tokens after which the next responses are called off, as by a shutdown.
         delay: Seconds that every completion takes.
@@ -48,6 +50,7 @@ class FakeVLLM:
         self.weight_transfer = weight_transfer
         self.failures, self.delay, self.requests, self.authorizations = [], 0.0, [], []
         self.aborts = []
+        self.raw, self.tamper = None, lambda path, answer: answer
         self.gate, self.has_begun = None, threading.Event()
         self.num_in_flight = self.max_in_flight = 0
         self.weight_version, self.update = "default", None
@@ -242,11 +245,16 @@ def _make_handler(fake):
                 self.close_connection = True
                 self.connection.close()
                 return
+            if fake.raw is not None:
+                self.close_connection = True
+                for chunk in fake.raw:
+                    self.wfile.write(chunk)
+                return
             if failure is not None:
                 self._send(failure, {"error": {"message": "come back later"}})
                 return
             try:
-                self._send(200, fake.answer(method, self.path, body))
+                self._send(200, fake.tamper(self.path, fake.answer(method, self.path, body)))
             except Refusal as refusal:
                 self._send(refusal.status, refusal.body)
 

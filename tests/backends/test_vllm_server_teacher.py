@@ -120,12 +120,6 @@ def test_a_likeliest_token_is_found_whatever_the_order_and_number_of_entries():
     assert ids.tolist() == [[2, 9], [2, 9]] and log_probs.tolist() == [[-0.5, -1.5]] * 2
 
 
-@pytest.mark.parametrize("entries", [[None], [None, None], [None, {"8": {"logprob": -1.0}}]])
-def test_an_answer_that_does_not_fit_is_refused(entries):
-    with pytest.raises(ValueError, match=r"teacher: the server (scored|gave no scores)"):
-        read_scores(entries, [1, 7], [1], 1)
-
-
 def test_what_is_not_offered_is_our_mistake():
     ids = torch.zeros(2, 3, dtype=torch.int64)
     scores = ListedScores(ids[:, 0], torch.zeros(2), ids, torch.zeros(2, 3))
@@ -405,7 +399,7 @@ def test_a_server_that_hangs_is_given_up(student, fake):
         teacher = VLLMServerTeacher(patient(url, timeout=0.2, patience=0.3))
         teacher.setup(student, torch.nn.Module(), CPU)
         fake.gate = threading.Event()
-        with pytest.raises(ServerUnreachable, match="ReadTimeout"):
+        with pytest.raises(ServerUnreachable, match=r"no whole answer within 0\.2 s"):
             list(teacher.score_all(make_batches(), ScoreRequest()))
         teacher.close()
 

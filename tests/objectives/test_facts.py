@@ -112,6 +112,8 @@ def test_an_agreeing_student_has_no_divergence_and_full_overlap():
 class OnlyTopK(DenseScores):
     """A teacher that gives the sampled token and its own k likeliest."""
 
+    knows_full = False
+
     def at(self, token_ids):
         assert token_ids.shape[-1] == 1, "asked for ids that this teacher was not asked to score"
         return self._log_probs.gather(-1, token_ids)

@@ -7,13 +7,8 @@ from hypothesis import strategies as st
 from objective_cases import TOP_K, make_case, make_support, on_support, support_sets
 
 from opd_lightning.interfaces import ScoreRequest
-from opd_lightning.objectives.supports import (
-    log1mexp,
-    look_up,
-    normalize,
-    same_tokens,
-    with_tail_slot,
-)
+from opd_lightning.objectives.normalization import log1mexp, normalize, with_tail_slot
+from opd_lightning.objectives.supports import look_up, same_tokens
 
 seeds = st.integers(0, 10_000)
 

@@ -140,10 +140,15 @@ class Student(ABC):
 class TeacherScores(ABC):
     """Tempered teacher log-probabilities (float32, nats) for N response tokens, whatever backend they came from.
 
-    `full` is enough where it is at hand; a backend that cannot give it overrides the three before it.
+    `full` is enough where it is at hand; a backend that cannot give it overrides `sampled`, `at` and `topk`.
+
+    Attributes:
+        response_ids: int64 [N], the sampled tokens.
+        knows_full: Whether `full` may be called whatever was asked for.
     """
 
-    response_ids: Tensor  # int64 [N], the sampled tokens
+    response_ids: Tensor
+    knows_full: bool = True
 
     @abstractmethod
     def slice(self, start: int, stop: int) -> TeacherScores:

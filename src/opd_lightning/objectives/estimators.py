@@ -67,7 +67,11 @@ class Direct(Estimator):
     def losses(
         self, student_log_probs: Tensor, teacher_log_probs: Tensor, mask: Tensor | None, divergence: Divergence
     ) -> Tensor:
-        return divergence.value(student_log_probs, teacher_log_probs, mask)
+        value = divergence.value(student_log_probs, teacher_log_probs, mask)
+        # Where both agree to the last bit there is nothing to learn, but probabilities do not sum to 1 to the last bit,
+        # and an optimiser that normalises its steps (Adam) would make whole steps of the gradient of that rounding.
+        agrees = close_slots(student_log_probs.detach(), mask) == close_slots(teacher_log_probs, mask)
+        return torch.where(agrees.all(-1), value.detach(), value)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor
 from opd_lightning.interfaces import ResponseTokens, ScoreRequest, TeacherScores
 from opd_lightning.objectives.divergences import ReverseKL
 from opd_lightning.objectives.logprobs import close_slots, entropy
-from opd_lightning.objectives.supports import look_up, normalize
+from opd_lightning.objectives.normalization import normalize
+from opd_lightning.objectives.supports import look_up
 
 STUDENT_FACTS = ("student_top_mass", "student_entropy", "rollout_mismatch", "rollout_kl")
 SAMPLED_FACTS = ("sampled_log_ratio",)

@@ -12,7 +12,13 @@ from opd_lightning.objectives.arguments import check_factor, check_temperatures,
 from opd_lightning.objectives.divergences import Divergence, ReverseKL
 from opd_lightning.objectives.estimators import Direct, Estimator
 from opd_lightning.objectives.logprobs import full_log_probs, log_probs_at
-from opd_lightning.objectives.supports import FullVocabulary, Support, normalize, with_tail_slot
+from opd_lightning.objectives.normalization import (
+    log_mass_outside,
+    normalize,
+    settle_unknown_tails,
+    with_tail_slot,
+)
+from opd_lightning.objectives.supports import Candidates, FullVocabulary, Support
 
 
 class DivergenceObjective(Objective):
@@ -95,11 +101,28 @@ class DivergenceObjective(Objective):
         with torch.no_grad():
             candidates = self.support.select(student_logits, teacher, tokens.ids)
         mask, normalization = candidates.mask, self.support.normalization
+        if normalization == "tail":
+            student, scores = self._with_tails(student_logits, teacher, candidates)
+            return self.estimator.losses(student, scores, with_tail_slot(mask), self.divergence)
         if candidates.ids is None:
             student = full_log_probs(student_logits, self.student_temperature)
         else:
             student = log_probs_at(student_logits, candidates.ids, self.student_temperature)
         scores = candidates.teacher_log_probs.to(student)
         student, scores = normalize(student, mask, normalization), normalize(scores, mask, normalization)
-        mask = with_tail_slot(mask) if normalization == "tail" else mask
         return self.estimator.losses(student, scores, mask, self.divergence)
+
+    def _with_tails(
+        self, student_logits: Tensor, teacher: TeacherScores, candidates: Candidates
+    ) -> tuple[Tensor, Tensor]:
+        """Both with the tail bucket, whose mass is summed over its tokens where they are at hand."""
+        ids, mask = candidates.ids, candidates.mask
+        assert ids is not None, "the whole vocabulary has no tail"
+        whole = full_log_probs(student_logits, self.student_temperature)
+        student = normalize(whole.gather(-1, ids), mask, "tail", log_mass_outside(whole, ids, mask))
+        scores = candidates.teacher_log_probs.to(student)
+        if not teacher.knows_full:
+            return student, settle_unknown_tails(normalize(scores, mask, "tail"), student)
+        with torch.no_grad():
+            teacher_tail = log_mass_outside(teacher.full().to(student), ids, mask)
+        return student, normalize(scores, mask, "tail", teacher_tail)

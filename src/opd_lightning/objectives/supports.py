@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from typing_extensions import override
 from opd_lightning.interfaces import ScoreRequest, TeacherScores
 from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.objectives.arguments import check_one_of
-from opd_lightning.objectives.logprobs import LOG_ZERO
-
-Normalization = Literal["renormalize", "tail", "none"]
+from opd_lightning.objectives.normalization import Normalization
 
 DEFAULT_K = 16
 
@@ -237,48 +235,3 @@ def look_up(ids: Tensor, listed_ids: Tensor, listed_log_probs: Tensor) -> tuple[
     same = same_tokens(ids, listed_ids)
     log_probs = listed_log_probs[:, None, :].expand_as(same).masked_fill(~same, -math.inf).amax(-1)
     return log_probs, same.any(2)
-
-
-def normalize(log_probs: Tensor, mask: Tensor | None, normalization: Normalization) -> Tensor:
-    """Normalise one model's log-probabilities on the candidates, differentiably.
-
-    Args:
-        log_probs: [n, K], normalised over the whole vocabulary.
-        mask: bool [n, K], True where a slot counts; None when all do.
-        normalization: "renormalize" divides by the mass of the candidates; "tail" appends one bucket with the mass of
-            all other tokens; "none" leaves them as they are.
-
-    Returns:
-        [n, K], or [n, K + 1] with the bucket last. Masked slots are finite and meaningless. Of an empty row, "tail"
-        leaves the bucket with mass 1.
-    """
-    if normalization == "none":
-        return log_probs
-    # Masked slots must be far below LOG_ZERO, or they would take part where a model gives nothing to the open ones.
-    open_slots = log_probs.clamp(min=LOG_ZERO)
-    if mask is not None:
-        open_slots = open_slots.masked_fill(~mask, 10 * LOG_ZERO)
-    log_mass = open_slots.logsumexp(-1, keepdim=True)
-    if normalization == "renormalize":
-        return open_slots - log_mass
-    return torch.cat([open_slots, log1mexp(log_mass)], dim=-1)
-
-
-def with_tail_slot(mask: Tensor | None) -> Tensor | None:
-    """The mask of candidates plus a tail bucket, which always counts."""
-    return None if mask is None else torch.cat([mask, torch.ones_like(mask[:, :1])], dim=-1)
-
-
-def log1mexp(log_mass: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x <= 0: the logarithm of the remaining mass.
-
-    Rounding may leave no mass, or a negative one. One machine epsilon is kept then, for student and teacher alike, so
-    that the bucket's log-ratio stays finite. The two formulas are exact on their sides of x = -log 2.
-    """
-    epsilon = torch.finfo(log_mass.dtype).eps
-    below = log_mass.clamp(max=-epsilon)
-    near = below > -math.log(2)
-    # Each branch sees a harmless value where the other is chosen: NaN gradients pass through torch.where.
-    near_value = torch.log(-torch.expm1(torch.where(near, below, -1.0)))
-    far_value = torch.log1p(-torch.exp(torch.where(near, -1.0, below)))
-    return torch.where(near, near_value, far_value)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from opd_lightning.backends.vllm.answers import check_response
 from opd_lightning.interfaces import Prompt, Rollout, Sampling, Student
 from opd_lightning.rollouts.answering import closed_text
 
@@ -91,10 +92,17 @@ def make_rollout(
     vLLM normalises log-probabilities after any top-p or top-k cut. Those before it are not known then, and NaN.
 
     Raises:
+        UnfitAnswer: The answer contradicts the question.
         CalledOff: The response neither ends nor is as long as it may be.
         FloatingPointError: The model gives logits that are not finite.
     """
-    assert len(token_ids) == len(log_probs), (len(token_ids), len(log_probs))
+    check_response(
+        token_ids,
+        log_probs,
+        vocab_size=student.tokenizer.vocab_size,
+        max_new_tokens=sampling.max_new_tokens,
+        stop_ids=stop_ids,
+    )
     finished = len(token_ids) > 0 and token_ids[-1] in stop_ids
     if not finished and len(token_ids) < sampling.max_new_tokens:
         raise CalledOff(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-from weakref import WeakSet
 
 import httpx2
 from tenacity import (
@@ -22,22 +19,14 @@ from tenacity import (
     wait_random_exponential,
 )
 
-Answer = TypeVar("Answer")
+from opd_lightning.backends.vllm.answers import UnfitAnswer, first_choice
+from opd_lightning.backends.vllm.server.exchange import FailedAttempt, Server, shown_address
 
-_CONNECTED = ("connection.connect_tcp.complete", "connection.start_tls.complete")
-_BUSY = (429, 500, 502, 503, 504)  # worth another try; everything else the server has refused for good
+Answer = TypeVar("Answer")
 
 
 class ServerUnreachable(ConnectionError):
     """A server did not answer for as long as we were told to wait."""
-
-
-class FailedAttempt(ConnectionError):
-    """One attempt at this address failed; another may not."""
-
-    def __init__(self, url: str, reason: str) -> None:
-        super().__init__(f"{url} ({reason})")
-        self.url = url
 
 
 @dataclass(frozen=True)
@@ -45,121 +34,62 @@ class Connection:
     """How to talk to the servers.
 
     Args:
-        urls: Addresses such as ``http://localhost:8000``; requests go to the least busy one.
+        urls: Addresses such as ``http://localhost:8000``; requests go to the least busy one. A user and a password
+            (``http://user:password@host``) are sent and never shown.
         max_in_flight: Requests that a server is given at once. More keep it busier; a request's answer waits in memory
             until it is used.
-        timeout: Seconds to wait for the answer to one request.
+        timeout: Seconds within which the whole answer to one request must be there.
         patience: Seconds during which a failed request is repeated, with growing pauses, before the run stops, counted
             from its first failure. A server that is restarted within them costs nothing else.
         api_key: Sent as bearer token, for servers started with ``--api-key``.
+        max_answer_mib: Largest answer that is read, in MiB. A teacher's takes about 70 bytes per token and entry of its
+            top-k list: 45 MiB for 32 thousand tokens and k = 20.
 
     Raises:
         ValueError: An address is none, or a number is out of range.
     """
 
-    urls: list[str]
+    urls: list[str] = field(repr=False)
     max_in_flight: int = 64
     timeout: float = 600.0
     patience: float = 120.0
     api_key: str | None = field(default=None, repr=False)
+    max_answer_mib: int = 256
 
     def __post_init__(self) -> None:
         if not self.urls:
             raise ValueError("connection.urls: expected at least one address, for example http://localhost:8000.")
         for url in self.urls:
-            if not url.startswith(("http://", "https://")) or url.rstrip("/").endswith("/v1"):
+            if not _is_address(url):
                 raise ValueError(
-                    f"connection.urls: expected addresses such as http://localhost:8000 (without /v1), got {url!r}."
+                    "connection.urls: expected addresses such as http://localhost:8000 (without /v1, query and"
+                    f" fragment), got {shown_address(url)!r}."
                 )
-        if len(set(self.urls)) != len(self.urls):
-            raise ValueError(f"connection.urls: an address is there twice: {self.urls}.")
-        for name in ("max_in_flight", "timeout", "patience"):
+        if len(set(self.addresses)) != len(self.urls):
+            raise ValueError(f"connection.urls: an address is there twice: {self.addresses}.")
+        for name in ("max_in_flight", "timeout", "patience", "max_answer_mib"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"connection.{name}: expected a positive number, got {getattr(self, name)}.")
-
-
-class Server:
-    """One vLLM server.
-
-    Attributes:
-        url: Its address.
-        num_in_flight: Requests it is working on for us, or that wait for one of its slots.
-        slots: As many as it may work on at once.
-    """
-
-    def __init__(self, url: str, connection: Connection) -> None:
-        self.url = url.rstrip("/")
-        self.num_in_flight = 0
-        self.slots = threading.BoundedSemaphore(connection.max_in_flight)
-        headers = {} if connection.api_key is None else {"Authorization": f"Bearer {connection.api_key}"}
-        self._http = httpx2.Client(
-            base_url=self.url,
-            headers=headers,
-            timeout=httpx2.Timeout(connection.timeout, connect=min(10.0, connection.timeout)),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=connection.max_in_flight),
-            trust_env=False,  # a proxy for the internet is not meant for these
-        )
-        self._sockets: WeakSet[socket.socket] = WeakSet()
-        self._is_closed = False
-        self._lock = threading.Lock()
-
-    def ask(self, path: str, body: Any = None, *, method: str | None = None) -> Any:
-        """Make one attempt: POST the body (or GET without one) and return the JSON of the answer.
-
-        Raises:
-            FailedAttempt: No answer, or one that says "later".
-            ValueError: The server refuses the request.
-        """
-        if self._is_closed:
-            raise FailedAttempt(self.url, "the connection was closed")
-        try:
-            response = self._http.request(
-                method or ("GET" if body is None else "POST"), path, json=body, extensions={"trace": self._note_socket}
+        if self.timeout > threading.TIMEOUT_MAX:
+            raise ValueError(f"connection.timeout: expected at most {threading.TIMEOUT_MAX:g}, got {self.timeout}.")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ValueError(
+                "connection.api_key: expected ASCII letters on one line; is there a line break at its end?"
             )
-        except httpx2.TransportError as error:
-            raise FailedAttempt(self.url, f"{type(error).__name__}: {error}") from error
-        if response.status_code in _BUSY:
-            raise FailedAttempt(self.url, f"HTTP {response.status_code}: {_message(response)}")
-        if response.is_error:
-            raise ServerRefusal(self.url, path, response.status_code, _message(response))
-        return response.json() if response.content else None
 
-    def close(self) -> None:
-        """Hang up, also on threads that are waiting for an answer."""
-        with self._lock:
-            self._is_closed = True
-            sockets = list(self._sockets)
-        for connected in sockets:
-            _hang_up(connected)
-        self._http.close()
-
-    def _note_socket(self, event: str, info: Mapping[str, Any]) -> None:
-        if event in _CONNECTED:
-            connected = info["return_value"].get_extra_info("socket")
-            with self._lock:
-                self._sockets.add(connected)
-                is_closed = self._is_closed
-            if is_closed:
-                _hang_up(connected)
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses as they may be shown."""
+        return [shown_address(url) for url in self.urls]
 
 
-def _hang_up(connected: socket.socket) -> None:
-    with suppress(OSError):  # the other side was faster
-        connected.shutdown(socket.SHUT_RDWR)  # closing it alone would not wake who is reading from it
-
-
-class ServerRefusal(ValueError):
-    """A server understood a request and refused it.
-
-    Attributes:
-        status: HTTP status.
-        reason: What the server said.
-    """
-
-    def __init__(self, url: str, path: str, status: int, reason: str) -> None:
-        super().__init__(f"{url}{path} refused the request (HTTP {status}): {reason}")
-        self.status = status
-        self.reason = reason
+def _is_address(url: str) -> bool:
+    if not url.startswith(("http://", "https://")) or url.rstrip("/").endswith("/v1") or {"?", "#"} & set(url):
+        return False
+    try:
+        return bool(httpx2.URL(url).host)
+    except httpx2.InvalidURL:
+        return False
 
 
 class ServerPool:
@@ -172,15 +102,18 @@ class ServerPool:
     def __init__(self, connection: Connection, role: str) -> None:
         self.connection = connection
         self.role = role
-        self.servers = [Server(url, connection) for url in connection.urls]
+        limits = {"max_in_flight": connection.max_in_flight, "max_mib": connection.max_answer_mib}
+        self.servers = [
+            Server(url, api_key=connection.api_key, timeout=connection.timeout, **limits) for url in connection.urls
+        ]
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._threads = ThreadPoolExecutor(
             connection.max_in_flight * len(self.servers), thread_name_prefix=f"opd-lightning-{role}"
         )
 
-    def submit(self, path: str, body: Any, use: Callable[[Any], Answer]) -> Future[Answer]:
-        """Post to any server in the background; the future holds what `use` makes of the answer.
+    def submit(self, body: Any, use: Callable[[Mapping[str, Any]], Answer]) -> Future[Answer]:
+        """Ask any server for a completion in the background; the future holds what `use` makes of it.
 
         Raises:
             ServerUnreachable: The pool is closed.
@@ -188,24 +121,24 @@ class ServerPool:
         with self._lock:
             if self._closed.is_set():
                 raise ServerUnreachable(f"{self.role}: the connections were closed; the run is over.")
-            return self._threads.submit(lambda: use(self.post(path, body)))
+            return self._threads.submit(self.complete, body, use)
 
-    def post(self, path: str, body: Any) -> Any:
-        """Post to any server and wait for the answer.
+    def complete(self, body: Any, use: Callable[[Mapping[str, Any]], Answer]) -> Answer:
+        """Ask any server for a completion, wait for it, and return what `use` makes of its first choice.
 
         Raises:
             ServerUnreachable: None answered for `patience` seconds.
-            ValueError: The server refuses the request.
+            ValueError: The server refuses the request, or its answer does not fit.
         """
         failures: Counter[str] = Counter()
 
-        def attempt() -> Any:
+        def attempt() -> tuple[Server, Mapping[str, Any]]:
             with self._lock:  # not where this request has failed before, if there is another
                 server = min(self.servers, key=lambda server: (failures[server.url], server.num_in_flight))
                 server.num_in_flight += 1
             try:
                 with server.slots:  # all requests come here when the other servers are down
-                    return server.ask(path, body)
+                    return server, server.ask("/v1/completions", body, read=first_choice)
             except FailedAttempt:
                 failures[server.url] += 1
                 raise
@@ -213,16 +146,34 @@ class ServerPool:
                 with self._lock:
                     server.num_in_flight -= 1
 
-        return self.insist(attempt)
+        server, choice = self.insist(attempt)
+        return self.use_of(server, choice, use)
 
-    def ask(self, server: Server, path: str, body: Any = None, *, method: str | None = None) -> Any:
+    def use_of(self, server: Server, answer: Any, use: Callable[[Any], Answer]) -> Answer:
+        """What `use` makes of an answer; says whose it was when it does not fit.
+
+        Raises:
+            UnfitAnswer: It does not.
+        """
+        try:
+            return use(answer)
+        except UnfitAnswer as error:
+            raise UnfitAnswer(f"{self.role}: {server.url}: {error}") from None
+
+    def ask(self, server: Server, path: str, body: Any = None, *, read: Callable[[Any], Any]) -> Any:
         """Ask this very server, patiently; for requests that may be repeated.
+
+        Args:
+            server: One of the pool.
+            path: Where to.
+            body: Posted as JSON; None gets.
+            read: See `Server.ask`.
 
         Raises:
             ServerUnreachable: It did not answer for `patience` seconds.
             ValueError: The server refuses the request.
         """
-        return self.insist(lambda: server.ask(path, body, method=method))
+        return self.insist(lambda: server.ask(path, body, read=read))
 
     def on_every_server(self, ask: Callable[[Server], Answer]) -> list[Answer]:
         """Do something with every server at once and return the results in order."""
@@ -281,13 +232,3 @@ def wait_for(futures: Sequence[Future[Answer]]) -> list[Answer]:
         for future in futures:
             future.cancel()
         raise
-
-
-def _message(response: httpx2.Response) -> str:
-    """What the server says is wrong, in one line."""
-    try:
-        body = response.json()
-        message = body["error"]["message"] if "error" in body else body
-    except (ValueError, TypeError, KeyError):
-        message = response.text
-    return " ".join(str(message).split())[:500] or "no reason given"

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from opd_lightning.backends.vllm.answers import field, read_entry, response_of, scored_tokens
 from opd_lightning.backends.vllm.probe import check_same_model, check_tempered_log_probs
 from opd_lightning.backends.vllm.requests import (
     CalledOff,
@@ -22,7 +23,8 @@ from opd_lightning.backends.vllm.requests import (
     sampling_fields,
     warn_about_cut,
 )
-from opd_lightning.backends.vllm.server.client import Connection, ServerPool, ServerRefusal, wait_for
+from opd_lightning.backends.vllm.server.client import Connection, ServerPool, wait_for
+from opd_lightning.backends.vllm.server.exchange import ServerRefusal
 from opd_lightning.backends.vllm.server.preflight import ServedModel, check_served_model, find_padding_rows
 from opd_lightning.backends.vllm.server.transfer import FileTransfer, WeightTransfer
 from opd_lightning.distributed import gather_objects, rank, world_size
@@ -30,6 +32,7 @@ from opd_lightning.interfaces import Listener, Prompt, Rollout, RolloutEngine, S
 from opd_lightning.rollouts.answering import resolve_stop_ids
 
 _MOST_ATTEMPTS = 5  # to get all answers of a step from servers with our weights
+_READ_VERSION = field("weight_version", str, int, type(None))
 
 
 class VLLMServerEngine(RolloutEngine):
@@ -101,7 +104,7 @@ class VLLMServerEngine(RolloutEngine):
         self._run = gather_objects(secrets.token_hex(4))[0]
         for server in pool.servers:
             try:
-                pool.ask(server, "/weight_info")
+                pool.ask(server, "/weight_info", read=_READ_VERSION)
             except ServerRefusal as refusal:
                 raise ValueError(
                     f"engine: {server.url} has no weight-transfer endpoints ({refusal.reason}). Start it with"
@@ -169,7 +172,7 @@ class VLLMServerEngine(RolloutEngine):
             if strangers:
                 self._push_again(strangers)
         raise ConnectionError(
-            f"engine: {' and '.join(self.connection.urls)} lost this run's weights or called its requests off"
+            f"engine: {' and '.join(self.connection.addresses)} lost this run's weights or called its requests off"
             f" {_MOST_ATTEMPTS} times in a row. Another run is using them: give each run servers of its own, and resume"
             " from the last checkpoint."
         )
@@ -218,7 +221,7 @@ class VLLMServerEngine(RolloutEngine):
                 if self._bias:
                     body["logit_bias"] = self._bias
                 read = partial(self._read, prompt, seed, sampling, stop_ids, on_rollout)
-                futures.append(self._pool.submit("/v1/completions", body, read))
+                futures.append(self._pool.submit(body, read))
         return wait_for(futures)
 
     def _read(
@@ -228,12 +231,10 @@ class VLLMServerEngine(RolloutEngine):
         sampling: Sampling,
         stop_ids: Sequence[int],
         on_rollout: Listener,
-        answer: Mapping[str, Any],
+        choice: Mapping[str, Any],
     ) -> Rollout:
         assert self._student is not None
-        choice = answer["choices"][0]
-        # a request that is called off before its first token has neither
-        token_ids, log_probs = choice["token_ids"] or [], (choice["logprobs"] or {}).get("token_logprobs") or []
+        token_ids, log_probs = response_of(choice)
         rollout = make_rollout(self._student, prompt, seed, token_ids, log_probs, sampling, stop_ids)
         if on_rollout is not None:
             on_rollout(rollout)
@@ -267,7 +268,7 @@ class VLLMServerEngine(RolloutEngine):
         """Servers that do not have the weights we gave them."""
         assert self._pool is not None
         pool = self._pool
-        versions = pool.on_every_server(lambda server: pool.ask(server, "/weight_info")["weight_version"])
+        versions = pool.on_every_server(lambda server: pool.ask(server, "/weight_info", read=_READ_VERSION))
         return [server.url for server, version in zip(pool.servers, versions, strict=True) if version != self._stamp]
 
     def _read_weights(self) -> Any:
@@ -283,8 +284,14 @@ class VLLMServerEngine(RolloutEngine):
             "temperature": 0.0,
             "prompt_logprobs": 0,
         }
-        entries = self._pool.post("/v1/completions", body)["choices"][0]["prompt_logprobs"]
-        return [entry[str(token_id)]["logprob"] for token_id, entry in zip(token_ids[1:], entries[1:], strict=True)]
+
+        def read(choice: Mapping[str, Any]) -> list[float]:
+            entries = scored_tokens(choice, len(token_ids))[1:]
+            return [
+                read_entry(entry, token_id)[token_id] for token_id, entry in zip(token_ids[1:], entries, strict=True)
+            ]
+
+        return self._pool.complete(body, read)
 
 
 def _barrier() -> None:

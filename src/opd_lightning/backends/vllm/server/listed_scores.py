@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from opd_lightning.backends.vllm.answers import read_entry
 from opd_lightning.interfaces import TeacherScores
 
 
@@ -20,6 +21,8 @@ class ListedScores(TeacherScores):
         ids: int64 [N, K], likeliest first.
         log_probs: float32 [N, K], nats.
     """
+
+    knows_full = False
 
     def __init__(self, response_ids: Tensor, sampled: Tensor, ids: Tensor, log_probs: Tensor) -> None:
         assert sampled.dim() == 1 and ids.shape == log_probs.shape and len(ids) == len(sampled) == len(response_ids)
@@ -49,14 +52,14 @@ class ListedScores(TeacherScores):
 
 
 def read_scores(
-    entries: Sequence[Mapping[str, Mapping[str, Any]] | None], token_ids: Sequence[int], places: Sequence[int], k: int
+    entries: Sequence[Any], token_ids: Sequence[int], places: Sequence[int], k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Read the scores of one sequence's response tokens from `prompt_logprobs`.
 
     An entry holds the actual token and the likeliest k, in no particular order and k or k + 1 of them.
 
     Args:
-        entries: One per token of the sequence: string of the id to ``{"logprob": ...}``; None for the first.
+        entries: One per token of the sequence (`scored_tokens`): string of the id to ``{"logprob": ...}``.
         token_ids: The sequence.
         places: Indices of the N tokens to score.
         k: Size of the top-k list; 0 leaves it empty.
@@ -65,18 +68,14 @@ def read_scores(
         Sampled log-probabilities [N], ids [N, k] and their log-probabilities [N, k].
 
     Raises:
-        ValueError: The answer does not fit the question.
+        UnfitAnswer: The answer does not fit the question.
     """
-    if len(entries) != len(token_ids):
-        raise ValueError(f"teacher: the server scored {len(entries)} tokens of a sequence of {len(token_ids)}.")
     sampled, ids, log_probs = [], [], []
     for place in places:
-        token_id, entry = token_ids[place], entries[place]
-        if entry is None or str(token_id) not in entry or len(entry) < k:
-            raise ValueError(f"teacher: the server gave no scores for token {token_id}, or fewer than {k}.")
-        sampled.append(entry[str(token_id)]["logprob"])
+        scores = read_entry(entries[place], token_ids[place], k)
+        sampled.append(scores[token_ids[place]])
         if k:
-            likeliest = sorted(((score["logprob"], int(name)) for name, score in entry.items()), reverse=True)[:k]
+            likeliest = sorted(((log_prob, token_id) for token_id, log_prob in scores.items()), reverse=True)[:k]
             log_probs.append([log_prob for log_prob, _ in likeliest])
             ids.append([token_id for _, token_id in likeliest])
     num_tokens = len(sampled)

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opd_lightning.backends.vllm.server.client import Server, ServerPool, ServerRefusal
+from opd_lightning.backends.vllm.answers import first_choice, listed_models, read_entry, scored_tokens
+from opd_lightning.backends.vllm.server.client import ServerPool
+from opd_lightning.backends.vllm.server.exchange import Server, ServerRefusal, one_line
 from opd_lightning.interfaces import Tokenizer
 
 _NUM_PROBED = 512  # token ids compared
 _MOST_BIASED = 1024  # token ids whose logits a vLLM request may change
+_LEAST_CONTEXT = 4  # tokens; the checks need three
 _NUM_NAMED = 3  # differences named in a message
 
 
@@ -47,7 +50,7 @@ def check_served_model(pool: ServerPool, name: str | None, tokenizer: Tokenizer,
     names = {model.name for model in models}
     if len(names) > 1:
         raise ValueError(
-            f"{pool.role}.model: the servers serve different models: {', '.join(sorted(names))}. Name one."
+            f"{pool.role}.model: the servers serve different models: {one_line(', '.join(sorted(names)))}. Name one."
         )
     for server, model in zip(pool.servers, models, strict=True):
         _compare_tokens(pool, server, model, tokenizer)
@@ -56,16 +59,19 @@ def check_served_model(pool: ServerPool, name: str | None, tokenizer: Tokenizer,
 
 
 def _find_model(pool: ServerPool, server: Server, name: str | None) -> ServedModel:
-    listed = pool.ask(server, "/v1/models")["data"]
+    listed = pool.ask(server, "/v1/models", read=listed_models)
     found = [model for model in listed if name is None or name in (model["id"], model.get("root"))]
     if not found:
         raise ValueError(
             f"{pool.role}.model: {server.url} does not serve {name!r}; it serves"
-            f" {', '.join(repr(model['id']) for model in listed)}."
+            f" {one_line(', '.join(repr(model['id']) for model in listed))}."
         )
-    if found[0].get("max_model_len") is None:
-        raise ValueError(f"{pool.role}: {server.url} does not name its max_model_len; it is no vLLM server.")
-    return ServedModel(found[0]["id"], found[0]["max_model_len"])
+    limit = found[0].get("max_model_len")
+    if not isinstance(limit, int) or limit < _LEAST_CONTEXT:
+        raise ValueError(
+            f"{pool.role}: {server.url} names no max_model_len of at least {_LEAST_CONTEXT}; it is no vLLM server."
+        )
+    return ServedModel(found[0]["id"], limit)
 
 
 def _compare_tokens(pool: ServerPool, server: Server, model: ServedModel, tokenizer: Tokenizer) -> None:
@@ -79,7 +85,7 @@ def _compare_tokens(pool: ServerPool, server: Server, model: ServedModel, tokeni
         for token_id, theirs in zip(chunk, _decode(pool, server, model, chunk), strict=True):
             ours = tokenizer.decode([token_id], skip_special_tokens=False)
             if ours != theirs and "\ufffd" not in ours + theirs:  # half a character: decoders differ
-                different.append(f"{token_id} is {ours!r} for the student and {theirs!r} for the server")
+                different.append(f"{token_id} is {ours!r} for the student and {theirs[:50]!r} for the server")
     if different:
         raise ValueError(
             f"{pool.role}: {server.url} serves a model with other token ids: {'; '.join(different[:_NUM_NAMED])}"
@@ -98,7 +104,7 @@ def _decode(pool: ServerPool, server: Server, model: ServedModel, token_ids: Seq
         "prompt_logprobs": 0,
     }
     try:
-        entries = pool.ask(server, "/v1/completions", body)["choices"][0]["prompt_logprobs"]
+        choice = pool.ask(server, "/v1/completions", body, read=first_choice)
     except ServerRefusal as refusal:
         if "vocabulary" not in refusal.reason:
             raise
@@ -106,14 +112,23 @@ def _decode(pool: ServerPool, server: Server, model: ServedModel, token_ids: Seq
             f"{pool.role}: {server.url} serves a model with fewer token ids than the student ({refusal.reason})."
             " Serve a model of the student's family."
         ) from refusal
-    scored: list[Mapping[str, Any]] = entries[1:]
-    return [entry[str(token_id)]["decoded_token"] or "" for token_id, entry in zip(token_ids, scored, strict=True)]
+
+    def read(choice: Mapping[str, Any]) -> list[str]:
+        entries = scored_tokens(choice, 1 + len(token_ids))[1:]
+        return [_decoded(entry, token_id) for token_id, entry in zip(token_ids, entries, strict=True)]
+
+    return pool.use_of(server, choice, read)
+
+
+def _decoded(entry: Any, token_id: int) -> str:
+    read_entry(entry, token_id)
+    return str(entry[str(token_id)].get("decoded_token") or "")
 
 
 def _ask_for_top_k(pool: ServerPool, server: Server, model: ServedModel, top_k: int) -> None:
     body = {"model": model.name, "prompt": [0, 0], "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top_k}
     try:
-        pool.ask(server, "/v1/completions", body)
+        pool.ask(server, "/v1/completions", body, read=first_choice)
     except ServerRefusal as refusal:
         raise ValueError(
             f"{pool.role}.max_top_k={top_k}: {server.url} does not grant so many log-probabilities ({refusal.reason})."
@@ -142,7 +157,7 @@ def find_padding_rows(
     if num_rows == vocab_size:
         return vocab_size, {}
     try:
-        pool.post("/v1/completions", {"model": served.name, "prompt": [num_rows - 1], "max_tokens": 1})
+        pool.complete({"model": served.name, "prompt": [num_rows - 1], "max_tokens": 1}, lambda choice: None)
     except ServerRefusal:
         return vocab_size, {}
     if num_rows - vocab_size > _MOST_BIASED:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opd_lightning.backends.vllm.answers import scored_tokens
 from opd_lightning.backends.vllm.server.client import Connection, ServerPool, wait_for
 from opd_lightning.backends.vllm.server.listed_scores import ListedScores, read_scores
 from opd_lightning.backends.vllm.server.preflight import ServedModel, check_served_model
@@ -173,7 +174,7 @@ class VLLMServerTeacher(Teacher):
             "temperature": 0.0,
             "prompt_logprobs": question.k,
         }
-        return self._pool.submit("/v1/completions", body, question.read)
+        return self._pool.submit(body, question.read)
 
     def _gather(self, response_ids: Tensor, futures: list[Future[_Parts]]) -> ListedScores:
         parts = wait_for(futures)
@@ -196,8 +197,8 @@ class _Question:
     places: tuple[int, ...]
     k: int
 
-    def read(self, answer: Mapping[str, Any]) -> _Parts:
-        return read_scores(answer["choices"][0]["prompt_logprobs"], self.token_ids, self.places, self.k)
+    def read(self, choice: Mapping[str, Any]) -> _Parts:
+        return read_scores(scored_tokens(choice, len(self.token_ids)), self.token_ids, self.places, self.k)
 
 
 def _ask(rollout: Rollout, k: int) -> _Question:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_lightning.backends.vllm.server.client import Server, ServerPool
+from opd_lightning.backends.vllm.answers import field
+from opd_lightning.backends.vllm.server.client import ServerPool
+from opd_lightning.backends.vllm.server.exchange import Server
 from opd_lightning.backends.vllm.weights import shared_memory_folder, write_weights
 
 Weights = Iterator[tuple[str, Tensor]]
@@ -126,7 +128,7 @@ class NCCLTransfer(WeightTransfer):
         with socket.socket() as listener:
             listener.bind(("", 0))
             port = listener.getsockname()[1]
-        num_workers = pool.ask(server, "/get_world_size")["world_size"]
+        num_workers = pool.ask(server, "/get_world_size", read=field("world_size", int))
         place = NCCLTrainerInitInfo(
             master_address=self.master_address, master_port=port, world_size=1 + num_workers, rank=0
         )
