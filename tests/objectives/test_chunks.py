@@ -28,7 +28,7 @@ from opd_lightning.objectives import (
 
 N, H, V = 23, 6, 50
 FULL = ScoreRequest(full_vocabulary=True)
-FACTS = {"answers": FULL, "facts_k": 4}
+FACTS = {"asked": FULL, "facts_k": 4}
 VARIANTS = {
     "full": DivergenceObjective,
     "jensen_shannon": partial(DivergenceObjective, divergence=JensenShannon(0.3)),
@@ -112,7 +112,7 @@ def test_facts_are_those_of_all_tokens_at_once(chunk_tokens):
 
 def test_facts_are_skipped_unless_asked_for():
     assert run(Net(), 5).facts == {}
-    assert run(Net(), 5, answers=FULL).facts == {}
+    assert run(Net(), 5, asked=FULL).facts == {}
 
 
 class WithoutTeacher(NLL):

@@ -17,8 +17,8 @@ OVERLAP = {"overlap_ratio", "overlap_mass_student", "overlap_mass_teacher", "ove
 VOCABULARY = {"reverse_kl", "forward_kl", "teacher_entropy", "entropy_gap"}
 
 
-def facts_of(case, answers=FULL, k=4):
-    return token_facts(case.p.log(), case.scores(), case.tokens, answers, k)
+def facts_of(case, asked=FULL, k=4):
+    return token_facts(case.p.log(), case.scores(), case.tokens, asked, k)
 
 
 def assert_same_facts(actual, expected):
@@ -132,7 +132,7 @@ class OnlySampled(OnlyTopK):
 
 
 @pytest.mark.parametrize(
-    ("teacher", "answers", "names"),
+    ("teacher", "asked", "names"),
     [
         (DenseScores, FULL, ALWAYS | OVERLAP | VOCABULARY),
         (OnlyTopK, ScoreRequest(top_k=16), ALWAYS | OVERLAP),
@@ -142,9 +142,9 @@ class OnlySampled(OnlyTopK):
         (OnlySampled, ScoreRequest(arbitrary_ids=True), ALWAYS),
     ],
 )
-def test_only_what_the_teacher_answers_is_reported_and_it_is_exact(teacher, answers, names):
+def test_only_what_the_teacher_answers_is_reported_and_it_is_exact(teacher, asked, names):
     case = make_case()
-    facts = token_facts(case.p.log(), teacher(case.q.log(), case.response_ids), case.tokens, answers, 4)
+    facts = token_facts(case.p.log(), teacher(case.q.log(), case.response_ids), case.tokens, asked, 4)
     assert set(facts) == names
     whole = facts_of(case)
     assert_same_facts(facts, {name: whole[name] for name in names})
@@ -164,10 +164,10 @@ def test_without_a_teacher_the_student_is_still_known():
 @pytest.mark.parametrize("top_k", [0, 3, 4, 9, 16])
 def test_known_facts_are_exactly_those_given(top_k, arbitrary_ids, full_vocabulary, k):
     case = make_case()  # of 9 tokens, which cuts lists of 16
-    answers = ScoreRequest(top_k, arbitrary_ids, full_vocabulary)
-    assert set(known_facts(answers, k)) == facts_of(case, answers, k).keys()
+    asked = ScoreRequest(top_k, arbitrary_ids, full_vocabulary)
+    assert set(known_facts(asked, k)) == facts_of(case, asked, k).keys()
     assert set(known_facts(None, k)) == token_facts(case.p.log(), None, case.tokens, None, k).keys()
-    assert known_facts(answers, 0) == ()
+    assert known_facts(asked, 0) == ()
 
 
 def test_k_is_clipped_to_the_vocabulary():

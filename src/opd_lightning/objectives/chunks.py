@@ -35,7 +35,7 @@ def compare_in_chunks(
     teacher: TeacherScores | None,
     tokens: ResponseTokens,
     *,
-    answers: ScoreRequest | None = None,
+    asked: ScoreRequest | None = None,
     facts_k: int = 0,
 ) -> TokenResults:
     """Turn hidden states into losses, `objective.chunk_tokens` response tokens at a time.
@@ -52,7 +52,7 @@ def compare_in_chunks(
         objective: Gives the token losses.
         teacher: Scores of the N tokens; None without a teacher.
         tokens: The N tokens.
-        answers: What the teacher was asked for; facts are computed from that.
+        asked: What the teacher was asked for; facts are computed from that.
         facts_k: Size of the top-k lists of the facts; 0 computes none.
     """
     size = objective.chunk_tokens
@@ -62,7 +62,7 @@ def compare_in_chunks(
     facts: dict[str, list[Tensor]] = defaultdict(list)
     for index, chunk in enumerate(chunks):
         rows = slice(index * size, min((index + 1) * size, hidden.shape[0]))
-        work = _ChunkWork(head, objective, teacher, rows, tokens[rows], answers, facts_k)
+        work = _ChunkWork(head, objective, teacher, rows, tokens[rows], asked, facts_k)
         losses.append(checkpoint(work, chunk, use_reentrant=False) if recomputes else work(chunk))
         for name, values in work.facts.items():
             facts[name].append(values)
@@ -78,7 +78,7 @@ class _ChunkWork:
     teacher: TeacherScores | None
     rows: slice
     tokens: ResponseTokens
-    answers: ScoreRequest | None
+    asked: ScoreRequest | None
     facts_k: int
     facts: dict[str, Tensor] = field(default_factory=dict)
 
@@ -88,13 +88,13 @@ class _ChunkWork:
         # Sliced anew by every call: a slice may keep what it computed, and this object lives until the backward pass.
         teacher = None if self.teacher is None else self.teacher.slice(self.rows.start, self.rows.stop)
         request = self.objective.request()
-        asked = (request, self.answers if facts_k else None)
-        if teacher is not None and any(each is not None and each.full_vocabulary for each in asked):
+        requests = (request, self.asked if facts_k else None)
+        if teacher is not None and any(each is not None and each.full_vocabulary for each in requests):
             # The objective and the facts both ask for it, and a teacher may have to compute it from hidden states.
             with torch.no_grad():
                 teacher = DenseScores(teacher.full(), self.tokens.ids)
         losses = self.objective.token_losses(logits, teacher if request is not None else None, self.tokens)
         if facts_k:
             student = full_log_probs(logits.detach(), self.objective.student_temperature)
-            self.facts = token_facts(student, teacher, self.tokens, self.answers, facts_k)
+            self.facts = token_facts(student, teacher, self.tokens, self.asked, facts_k)
         return losses

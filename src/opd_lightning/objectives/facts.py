@@ -27,21 +27,21 @@ OVERLAP_FACTS = (
 VOCABULARY_FACTS = ("reverse_kl", "forward_kl", "teacher_entropy", "entropy_gap")
 
 
-def known_facts(answers: ScoreRequest | None, k: int) -> tuple[str, ...]:
+def known_facts(asked: ScoreRequest | None, k: int) -> tuple[str, ...]:
     """Names of the facts that `token_facts` gives.
 
     Args:
-        answers: What the teacher is asked for; None without a teacher.
+        asked: What the teacher is asked for; None without a teacher.
         k: Size of the top-k lists; 0 when no facts are computed.
     """
     if k < 1:
         return ()
     names: tuple[str, ...] = STUDENT_FACTS
-    if answers is not None:
+    if asked is not None:
         names += SAMPLED_FACTS
-        if answers.full_vocabulary or answers.top_k >= k:
+        if asked.full_vocabulary or asked.top_k >= k:
             names += OVERLAP_FACTS
-        if answers.full_vocabulary:
+        if asked.full_vocabulary:
             names += VOCABULARY_FACTS
     return names
 
@@ -51,7 +51,7 @@ def token_facts(
     student_log_probs: Tensor,
     teacher: TeacherScores | None,
     tokens: ResponseTokens,
-    answers: ScoreRequest | None,
+    asked: ScoreRequest | None,
     k: int = 16,
 ) -> dict[str, Tensor]:
     """Facts of one chunk of n response tokens: all that can be computed exactly from what the teacher answers.
@@ -67,7 +67,7 @@ def token_facts(
         student_log_probs: [n, V] tempered, normalised log-probabilities.
         teacher: Scores of the same n tokens; None without a teacher.
         tokens: The n tokens.
-        answers: What the teacher was asked for, and so can tell.
+        asked: What the teacher was asked for, and so can tell.
         k: Size of both top-k lists; clipped to V.
 
     Returns:
@@ -82,7 +82,7 @@ def token_facts(
         "rollout_mismatch": mismatch.abs(),
         "rollout_kl": mismatch.expm1() - mismatch,
     }
-    wanted = known_facts(answers, k)
+    wanted = known_facts(asked, k)
     if teacher is not None and "sampled_log_ratio" in wanted:
         facts["sampled_log_ratio"] = sampled - close_slots(teacher.sampled().to(sampled))
     if teacher is not None and "overlap_ratio" in wanted:

@@ -87,7 +87,7 @@ def compare(
                 objective,
                 teacher_scores,
                 micro_batch.tokens,
-                answers=request,
+                asked=request,
                 facts_k=facts_k,
             )
         yield Comparison(micro_batch, results.losses, results.facts)

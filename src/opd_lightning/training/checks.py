@@ -127,12 +127,12 @@ def check_teacher(teacher: Teacher, student: Student, data: OPDDataModule) -> No
     check_context("model.teacher: it reads", teacher.context_length, data.longest_prompt, data.sampling)
 
 
-def check_weighting(weighting: TokenWeighting | None, answers: ScoreRequest | None, facts_k: int) -> None:
+def check_weighting(weighting: TokenWeighting | None, asked: ScoreRequest | None, facts_k: int) -> None:
     """Refuse a token weighting that reads what this run cannot know.
 
     Args:
         weighting: None when all tokens weigh the same.
-        answers: What the teacher is asked for; None without a teacher.
+        asked: What the teacher is asked for; None without a teacher.
         facts_k: Size of the top-k lists of the facts.
 
     Raises:
@@ -140,9 +140,9 @@ def check_weighting(weighting: TokenWeighting | None, answers: ScoreRequest | No
     """
     if weighting is not None:
         known_divisor(weighting.normalizer, [])  # refuses a normaliser that does not exist
-    known = known_facts(answers, facts_k)
+    known = known_facts(asked, facts_k)
     if weighting is not None and (unknown := [name for name in weighting.reads if name not in known]):
-        gives = f"which gives {answers}" if answers is not None else "there is none"
+        gives = f"which gives {asked}" if asked is not None else "there is none"
         raise ValueError(
             f"model.token_weighting: {type(weighting).__name__} reads {', '.join(unknown)}, which this run cannot know"
             f" from its teacher ({gives}). Known are: {', '.join(known)}."
