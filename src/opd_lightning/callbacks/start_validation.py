@@ -46,6 +46,7 @@ class StartValidation(Callback):
     def __init__(self, before_training: bool = True) -> None:
         self.before_training = before_training
         self.validated_after = -1  # training batches done at the last finished validation
+        self._max_steps: int | None = None  # of the loop, while it is set aside
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,7 +54,16 @@ class StartValidation(Callback):
             self.validated_after = _training_progress(trainer).total.processed
 
     @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # A loop that has reached its last step returns before any hook; one step more lets it come to `on_train_start`.
+        loop = trainer.fit_loop.epoch_loop
+        if trainer.state.fn == "fit" and 0 < loop.max_steps <= checkpoint["global_step"]:
+            self._max_steps, loop.max_steps = loop.max_steps, checkpoint["global_step"] + 1
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
         progress = _training_progress(trainer)
         num_batches = progress.total.processed
         if num_batches == self.validated_after or not trainer.enable_validation:
