@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,4 +60,29 @@ def test_an_evaluation_ended_by_a_signal_says_so_in_its_status(tmp_path):
 def test_a_signal_that_is_to_be_ignored_is_ignored(tmp_path):
     done = run(tmp_path, sender={"name": "SIGHUP", "step": 2}, nohup=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert list(tmp_path.rglob("rescue.ckpt")) == []
+
+
+TWO_PROCESSES = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_validation", [False, True], ids=["step", "validation"])
+@pytest.mark.parametrize("rank", [-1, 0, 1], ids=["all", "first", "second"])
+def test_two_processes_agree_to_stop_and_the_rescue_resumes(tmp_path, rank, in_validation):
+    sender = {"name": "SIGTERM", "step": 2, "rank": rank, "in_validation": in_validation}
+    done = run(tmp_path, *TWO_PROCESSES, sender=sender)
+    assert done.returncode == 143, done.stdout + done.stderr
+    (path,) = tmp_path.rglob("rescue.ckpt")
+    assert f"Stopped by SIGTERM after step 3; resume with --ckpt_path {path}\n" in done.stdout
+    saved = torch.load(path, weights_only=True)
+    assert saved["global_step"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_on_one_of_two_processes_ends_both_and_is_told(tmp_path, rank):
+    done = run(tmp_path, *TWO_PROCESSES, sender={"name": "exception", "step": 2, "rank": rank})
+    assert done.returncode not in (0, -9), done.stdout + done.stderr
+    assert f"rank {rank}: stopped by RuntimeError: this rank is broken" in done.stderr
     assert list(tmp_path.rglob("rescue.ckpt")) == []
