@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 def run(folder, *arguments, command="fit", sender=None, nohup=False):
     """Run the command on the quickstart, made smaller; returns the process, ended within two minutes."""
     words = [
-        *("timeout", "-s", "KILL", "120"),  # stronger than what the run traps
+        *("timeout", "-s", "ABRT", "120"),  # which the run does not trap; the status is 124 then
         *(["nohup"] if nohup else []),
         *(sys.executable, "-m", "opd_lightning", command, "--config", str(ROOT / "configs" / "quickstart.yaml")),
         *(
@@ -83,6 +83,6 @@ def test_two_processes_agree_to_stop_and_the_rescue_resumes(tmp_path, rank, in_v
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_exception_on_one_of_two_processes_ends_both_and_is_told(tmp_path, rank):
     done = run(tmp_path, *TWO_PROCESSES, sender={"name": "exception", "step": 2, "rank": rank})
-    assert done.returncode not in (0, -9), done.stdout + done.stderr
+    assert done.returncode not in (0, 124), done.stdout + done.stderr
     assert f"rank {rank}: stopped by RuntimeError: this rank is broken" in done.stderr
     assert list(tmp_path.rglob("rescue.ckpt")) == []

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from opd_lightning.callbacks.console import say
+from opd_lightning.callbacks.start_validation import has_resumed_after_a_pass
 from opd_lightning.callbacks.stop_signals import StopSignals
 from opd_lightning.training.usable_weights import trained_weights, unusable_weight, way_back
 
@@ -57,6 +58,11 @@ class RescueCheckpoint(Callback):
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.loop_after_step = checkpoint.get("loops", {}).get("fit_loop")  # until there is a step of our own
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if has_resumed_after_a_pass(trainer):  # Lightning takes the next pass for started, and would not count it
+            trainer.fit_loop.reset_restart_stage()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -34,6 +34,13 @@ def _training_progress(trainer: Trainer) -> Any:
     return trainer.fit_loop.epoch_loop.batch_progress  # typed too narrowly there: it does count processed batches
 
 
+def has_resumed_after_a_pass(trainer: Trainer) -> bool:
+    """Whether, at the start of training, Lightning has just closed the pass that the checkpoint's step was the last of."""
+    passes = trainer.fit_loop.epoch_progress.current
+    is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    return is_last and 0 < passes.completed == passes.processed  # type: ignore[attr-defined]
+
+
 class StartValidation(Callback):
     """Validates before the first step; in a resumed fit, runs the validation that the checkpoint still had ahead of it.
 
@@ -68,6 +75,9 @@ class StartValidation(Callback):
         num_batches = progress.total.processed
         if num_batches == self.validated_after or not trainer.enable_validation:
             return
+        passes = trainer.fit_loop.epoch_progress.current
+        ended_pass = int(has_resumed_after_a_pass(trainer))  # the validation still belongs to it
+        passes.completed -= ended_pass
         is_due = is_validation_due(
             num_batches=num_batches,
             num_batches_in_epoch=progress.current.processed,
@@ -81,6 +91,7 @@ class StartValidation(Callback):
             trainer.validating = True
             val_loop.run()
             trainer.training = True
+        passes.completed += ended_pass
 
     @override
     def state_dict(self) -> dict[str, Any]:
