@@ -57,7 +57,7 @@ def rows(folder):
 def counters(trainer):
     state = trainer.fit_loop.state_dict()
     state.pop("combined_loader", None)  # the prompt stream, which other tests look at
-    del state["epoch_loop.val_loop.batch_progress"]  # nothing reads it, and Lightning fast-forwards it at a resume
+    del state["epoch_loop.val_loop.batch_progress"]  # Lightning fast-forwards it at a resume, by its own count
     return state
 
 
@@ -109,8 +109,7 @@ def test_a_resume_with_no_time_left_says_so(tmp_path, tiny_qwen3_folder, tiny_te
         fit(tmp_path, folders, Stop("in a step", 2), max_time={"hours": 1})
     (path,) = tmp_path.rglob("rescue.ckpt")
     capsys.readouterr()
-    trainer = fit(tmp_path, folders, ckpt_path=path, max_time={"milliseconds": 1})
-    assert trainer.global_step == 0 or trainer.global_step == 2
+    fit(tmp_path, folders, ckpt_path=path, max_time={"milliseconds": 1})
     said = capsys.readouterr().out
     assert "Nothing was trained: the checkpoint's run took 0:00:0" in said
     assert "trainer.max_time is used up. Resume with a longer one" in said

@@ -35,7 +35,7 @@ def _training_progress(trainer: Trainer) -> Any:
 
 
 def has_resumed_after_a_pass(trainer: Trainer) -> bool:
-    """Whether, at the start of training, Lightning has just closed the pass that the checkpoint's step was the last of."""
+    """Whether, at the start of training, Lightning has just closed the pass whose last step the checkpoint holds."""
     passes = trainer.fit_loop.epoch_progress.current
     is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
     return is_last and 0 < passes.completed == passes.processed  # type: ignore[attr-defined]
