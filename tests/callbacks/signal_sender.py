@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 from lightning.pytorch.callbacks import Callback
 
@@ -9,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 class SendSignal(Callback):
     """The signal comes inside the step, or inside the validation after it; to one rank, or to all (-1).
 
-    Instead of a signal it may be an exception.
+    Instead of a signal it may be an exception, or an absence of 20 seconds.
     """
 
     def __init__(self, name: str, step: int, rank: int = -1, in_validation: bool = False):
@@ -20,6 +21,9 @@ class SendSignal(Callback):
             return
         if self.name == "exception":
             raise RuntimeError("this rank is broken")
+        if self.name == "absence":  # the other rank gives up meanwhile; this one then finds nobody there
+            threading.Event().wait(20)
+            return
         os.kill(os.getpid(), getattr(signal, self.name))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

@@ -86,3 +86,15 @@ def test_an_exception_on_one_of_two_processes_ends_both_and_is_told(tmp_path, ra
     assert done.returncode not in (0, 124), done.stdout + done.stderr
     assert f"rank {rank}: stopped by RuntimeError: this rank is broken" in done.stderr
     assert list(tmp_path.rglob("rescue.ckpt")) == []
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_in_vain_gives_up(tmp_path):
+    absent = ("--trainer.callbacks+=signal_sender.SendSignal", "--trainer.callbacks.name=absence")
+    absent += ("--trainer.callbacks.step=2", "--trainer.callbacks.rank=1")
+    patience = ("--trainer.callbacks+=RescueCheckpoint", "--trainer.callbacks.patience=4")
+    sender = {"name": "SIGTERM", "step": 2, "rank": 0}
+    done = run(tmp_path, *TWO_PROCESSES, *absent, *patience, sender=sender)
+    assert done.returncode == 143, done.stdout + done.stderr
+    assert "rank 0: was to stop and waited 4 s for the other processes; no rescue is saved." in done.stderr
+    assert list(tmp_path.rglob("rescue.ckpt")) == []

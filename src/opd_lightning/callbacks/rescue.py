@@ -52,8 +52,9 @@ class RescueCheckpoint(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.loop_after_step, self.is_between_steps = None, True
-        self.signals = StopSignals(trainer, self.patience)
-        trainer._signal_connector = self.signals
+        if not isinstance(trainer._signal_connector, StopSignals):  # the command adds one to that of the user
+            trainer._signal_connector = StopSignals(trainer, self.patience)
+        self.signals = trainer._signal_connector
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
