@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TypeVar
 
+import torch
 from torch import distributed as dist
 
 T = TypeVar("T")
@@ -27,6 +28,20 @@ def gather_objects(mine: T) -> list[T]:
     everyone: list[T] = [mine] * world_size()
     dist.all_gather_object(everyone, mine)
     return everyone
+
+
+def largest(number: int, device: torch.device) -> int:
+    """The largest of the numbers that the processes pass, the same everywhere: one small tensor, so cheap every step.
+
+    Args:
+        number: What this process passes.
+        device: Where the process group can reduce: its GPU for NCCL.
+    """
+    if world_size() == 1:
+        return number
+    tensor = torch.tensor(number, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
 
 
 def agree(score: float) -> float:

@@ -285,6 +285,7 @@ def test_sigterm_saves_first_and_the_rescue_resumes_exactly(tmp_path, uninterrup
     wait_for_step(process, root, 2)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143
     (rescue,) = root.rglob("rescue.ckpt")
     assert f"resume with --ckpt_path {rescue}\n".encode() in output
     finish(start(root, False, "--ckpt_path", str(rescue)))

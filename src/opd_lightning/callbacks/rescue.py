@@ -6,33 +6,64 @@ under way is simply done again.
 
 from __future__ import annotations
 
+import signal
+import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback, Timer, WeightAveraging
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from opd_lightning.callbacks.console import say
+from opd_lightning.callbacks.start_validation import has_resumed_after_a_pass
+from opd_lightning.callbacks.stop_signals import StopSignals
 from opd_lightning.training.usable_weights import trained_weights, unusable_weight, way_back
 
 
 class RescueCheckpoint(Callback):
-    """Saves `rescue.ckpt` on SIGTERM, on Ctrl-C and on any exception during `fit`, validations included.
+    """Saves `rescue.ckpt` on SIGTERM, SIGHUP, Ctrl-C and on any exception during `fit`, validations included.
 
-    It lies beside the other checkpoints and resumes as if nothing had happened. What cannot be exact is not saved, and
-    said: a step or an EffOPD search that has changed the weights in part, and a validation of averaged weights. Weights
-    that have diverged are not saved either. On several processes only SIGTERM is rescued: the ranks agree on that one,
-    while an exception on one of them leaves the others waiting.
+    It lies beside the other checkpoints and resumes as if nothing had happened: the training loop in it is as it was at
+    the end of the last complete step. What cannot be exact is not saved, and said: a step or an EffOPD search that has
+    changed the weights in part, and a validation of averaged weights. Weights that have diverged are not saved either.
+
+    A process that a signal ends has the exit status 128 plus the signal's number (143 for SIGTERM). Several processes
+    agree after each step whether one of them was sent a signal, and then save and stop together. An exception on one of
+    them is not rescued, since the others are elsewhere: it ends the run with an error.
 
     Args:
         filename: Name of the file, without extension.
+        patience: Seconds that one of several processes waits for the others without progress, once it is to stop;
+            then it ends with a message. Longer than a step, a batch of the validation and a save take.
     """
 
-    def __init__(self, filename: str = "rescue") -> None:
+    def __init__(self, filename: str = "rescue", patience: float = 600.0) -> None:
+        if not patience > 0:
+            raise ValueError(f"RescueCheckpoint.patience: expected a positive number of seconds, got {patience}.")
         self.filename = filename
+        self.patience = patience
         self.is_between_steps = True
+        self.loop_after_step: dict[str, Any] | None = None  # of the training loop, at the end of the last step
+        self._is_saving = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.loop_after_step, self.is_between_steps = None, True
+        if not isinstance(trainer._signal_connector, StopSignals):  # the command adds one to that of the user
+            trainer._signal_connector = StopSignals(trainer, self.patience)
+        self.signals = trainer._signal_connector
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.loop_after_step = checkpoint.get("loops", {}).get("fit_loop")  # until there is a step of our own
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if has_resumed_after_a_pass(trainer):  # Lightning takes the next pass for started, and would not count it
+            trainer.fit_loop.reset_restart_stage()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -42,12 +73,54 @@ class RescueCheckpoint(Callback):
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self.is_between_steps = True
+        self.loop_after_step = trainer.fit_loop.state_dict()
+        self.signals.agree()
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning looks after a batch, unless it is the last one, of which the processes may have different numbers
+        if trainer.state.fn == "fit" and trainer.received_sigterm:
+            raise SIGTERMException
+
+    @override
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.signals.progress()
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._is_saving and self.loop_after_step is not None:
+            checkpoint["loops"]["fit_loop"] = self.loop_after_step
+            checkpoint["epoch"] = self.loop_after_step["epoch_progress"]["current"]["completed"]
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for timer in trainer_callbacks(trainer):
+            if isinstance(timer, Timer) and timer.start_time() is None and (timer.time_remaining() or 1) <= 0:
+                used = timedelta(seconds=int(timer.time_elapsed()))
+                say(
+                    trainer,
+                    f"Nothing was trained: the checkpoint's run took {used}, and trainer.max_time is used up. Resume"
+                    " with a longer one (it counts from the start of the first run).",
+                )
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException):
+            # Lightning's launcher kills the first process, with the status, when one that it started ends with another
+            exception.code = self.signals.status if trainer.local_rank == 0 else 0
+        elif trainer.world_size > 1:
+            self.signals.wait_no_longer()
+            print(
+                f"rank {trainer.global_rank}: stopped by {type(exception).__name__}: {exception}",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._rescue(trainer, pl_module, exception)
+
+    def _rescue(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if trainer.state.fn != "fit" or trainer.global_step == 0:
             return
-        name = type(exception).__name__
+        name = self._reason(exception)
         if reason := self._inexactness(trainer, pl_module, exception):
             say(trainer, f"Stopped by {name}; no rescue is saved, since {reason}. Resume from the last checkpoint.")
             return
@@ -58,17 +131,25 @@ class RescueCheckpoint(Callback):
         checkpoint = trainer.checkpoint_callback
         folder = getattr(checkpoint, "dirpath", None) or trainer.log_dir or trainer.default_root_dir
         path = Path(folder) / f"{self.filename}.ckpt"
+        self._is_saving = True
         try:
             trainer.save_checkpoint(path, weights_only=False)
         except OSError as error:  # a full disk may be the reason to stop, which must stay the one reported
             say(trainer, f"No rescue: {error}")
             return
+        finally:
+            self._is_saving = False
         if isinstance(exception, FloatingPointError):
             say(
                 trainer, f"Stopped by {name}; {path} holds step {trainer.global_step}, which fails. {way_back(trainer)}"
             )
         else:
             say(trainer, f"Stopped by {name} after step {trainer.global_step}; resume with --ckpt_path {path}")
+
+    def _reason(self, exception: BaseException) -> str:
+        if isinstance(exception, SIGTERMException) and self.signals.noted:
+            return signal.Signals(self.signals.noted).name
+        return type(exception).__name__
 
     def _inexactness(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> str | None:
         """Why a checkpoint written now would not resume exactly, if it would not."""

@@ -34,6 +34,13 @@ def _training_progress(trainer: Trainer) -> Any:
     return trainer.fit_loop.epoch_loop.batch_progress  # typed too narrowly there: it does count processed batches
 
 
+def has_resumed_after_a_pass(trainer: Trainer) -> bool:
+    """Whether, at the start of training, Lightning has just closed the pass whose last step the checkpoint holds."""
+    passes = trainer.fit_loop.epoch_progress.current
+    is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    return is_last and 0 < passes.completed == passes.processed  # type: ignore[attr-defined]
+
+
 class StartValidation(Callback):
     """Validates before the first step; in a resumed fit, runs the validation that the checkpoint still had ahead of it.
 
@@ -46,6 +53,7 @@ class StartValidation(Callback):
     def __init__(self, before_training: bool = True) -> None:
         self.before_training = before_training
         self.validated_after = -1  # training batches done at the last finished validation
+        self._max_steps: int | None = None  # of the loop, while it is set aside
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,11 +61,23 @@ class StartValidation(Callback):
             self.validated_after = _training_progress(trainer).total.processed
 
     @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # A loop that has reached its last step returns before any hook; one step more lets it come to `on_train_start`.
+        loop = trainer.fit_loop.epoch_loop
+        if trainer.state.fn == "fit" and 0 < loop.max_steps <= checkpoint["global_step"]:
+            self._max_steps, loop.max_steps = loop.max_steps, checkpoint["global_step"] + 1
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
         progress = _training_progress(trainer)
         num_batches = progress.total.processed
         if num_batches == self.validated_after or not trainer.enable_validation:
             return
+        passes = trainer.fit_loop.epoch_progress.current
+        ended_pass = int(has_resumed_after_a_pass(trainer))  # the validation still belongs to it
+        passes.completed -= ended_pass
         is_due = is_validation_due(
             num_batches=num_batches,
             num_batches_in_epoch=progress.current.processed,
@@ -71,6 +91,7 @@ class StartValidation(Callback):
             trainer.validating = True
             val_loop.run()
             trainer.training = True
+        passes.completed += ended_pass
 
     @override
     def state_dict(self) -> dict[str, Any]:

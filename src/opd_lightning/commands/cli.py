@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -201,7 +202,10 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command; mistakes of the user end in one line and exit status 2, failures of the machine in status 1."""
+    """Run a command; mistakes of the user end in one line and exit status 2, failures of the machine in status 1.
+
+    A command that a signal ended has the status that shells give it, 128 plus the signal's number.
+    """
     be_quiet()
     if os.getcwd() not in sys.path:  # classes of the user's own folder; last, so that none shadows an installed package
         sys.path.append(os.getcwd())
@@ -218,6 +222,12 @@ def main(args: list[str] | None = None) -> None:
             _run_plain(command, words[1:])
         else:
             OPDCLI(args)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning answers Ctrl-C by leaving with status 1
+            sys.exit(128 + signal.SIGINT)
+        raise
     except (ValueError, MisconfigurationException, ImportError) as error:  # the last: a package that is only needed now
         _stop(error, status=2)
     except (OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:

@@ -1,0 +1,100 @@
+"""Real processes, the real command: a signal ends a run with its own status, after a rescue, and never hangs it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(folder, *arguments, command="fit", sender=None, nohup=False):
+    """Run the command on the quickstart, made smaller; returns the process, ended within two minutes."""
+    words = [
+        *("timeout", "-s", "ABRT", "120"),  # which the run does not trap; the status is 124 then
+        *(["nohup"] if nohup else []),
+        *(sys.executable, "-m", "opd_lightning", command, "--config", str(ROOT / "configs" / "quickstart.yaml")),
+        *(
+            "--data.num_validation_problems",
+            "6",
+            "--data.prompts_per_step",
+            "8",
+            "--data.sampling.max_new_tokens",
+            "24",
+        ),
+        *("--data.validation_batch_size", "2", "--trainer.val_check_interval", "2"),
+        *("--trainer.max_steps", "4", "--trainer.default_root_dir", str(folder)),
+        *("--trainer.enable_progress_bar", "false"),
+    ]
+    if sender is not None:
+        words.append("--trainer.callbacks+=signal_sender.SendSignal")
+        words += [f"--trainer.callbacks.{name}={value}" for name, value in sender.items()]
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return subprocess.run([*words, *map(str, arguments)], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
+@pytest.mark.parametrize("in_validation", [False, True], ids=["step", "validation"])
+def test_a_run_ended_by_a_signal_says_so_in_its_status(tmp_path, name, status, in_validation):
+    sender = {"name": name, "step": 2, "in_validation": in_validation}
+    done = run(tmp_path, sender=sender)
+    assert done.returncode == status, done.stdout + done.stderr
+    (path,) = tmp_path.rglob("rescue.ckpt")
+    reason = "KeyboardInterrupt" if name == "SIGINT" else name
+    steps = 3 if name != "SIGINT" and not in_validation else 2  # the step that a signal meets is finished first
+    assert f"Stopped by {reason} after step {steps}; resume with --ckpt_path {path}\n" in done.stdout
+
+
+@pytest.mark.slow
+def test_an_evaluation_ended_by_a_signal_says_so_in_its_status(tmp_path):
+    sender = {"name": "SIGTERM", "step": 0, "in_validation": True}
+    assert run(tmp_path, command="validate", sender=sender).returncode == 143
+
+
+@pytest.mark.slow
+def test_a_signal_that_is_to_be_ignored_is_ignored(tmp_path):
+    done = run(tmp_path, sender={"name": "SIGHUP", "step": 2}, nohup=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(tmp_path.rglob("rescue.ckpt")) == []
+
+
+TWO_PROCESSES = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_validation", [False, True], ids=["step", "validation"])
+@pytest.mark.parametrize("rank", [-1, 0, 1], ids=["all", "first", "second"])
+def test_two_processes_agree_to_stop_and_the_rescue_resumes(tmp_path, rank, in_validation):
+    sender = {"name": "SIGTERM", "step": 2, "rank": rank, "in_validation": in_validation}
+    done = run(tmp_path, *TWO_PROCESSES, sender=sender)
+    assert done.returncode == 143, done.stdout + done.stderr
+    (path,) = tmp_path.rglob("rescue.ckpt")
+    assert f"Stopped by SIGTERM after step 3; resume with --ckpt_path {path}\n" in done.stdout
+    saved = torch.load(path, weights_only=True)
+    assert saved["global_step"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_on_one_of_two_processes_ends_both_and_is_told(tmp_path, rank):
+    done = run(tmp_path, *TWO_PROCESSES, sender={"name": "exception", "step": 2, "rank": rank})
+    assert done.returncode not in (0, 124), done.stdout + done.stderr
+    assert f"rank {rank}: stopped by RuntimeError: this rank is broken" in done.stderr
+    assert list(tmp_path.rglob("rescue.ckpt")) == []
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_in_vain_gives_up(tmp_path):
+    absent = ("--trainer.callbacks+=signal_sender.SendSignal", "--trainer.callbacks.name=absence")
+    absent += ("--trainer.callbacks.step=2", "--trainer.callbacks.rank=1")
+    patience = ("--trainer.callbacks+=RescueCheckpoint", "--trainer.callbacks.patience=4")
+    sender = {"name": "SIGTERM", "step": 2, "rank": 0}
+    done = run(tmp_path, *TWO_PROCESSES, *absent, *patience, sender=sender)
+    assert done.returncode == 143, done.stdout + done.stderr
+    assert "rank 0: was to stop and waited 4 s for the other processes; no rescue is saved." in done.stderr
+    assert list(tmp_path.rglob("rescue.ckpt")) == []
