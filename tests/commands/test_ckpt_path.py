@@ -6,8 +6,8 @@ import shutil
 import pytest
 import yaml
 
+from opd_lightning.commands.ckpt_path import find_checkpoint
 from opd_lightning.commands.cli import main
-from opd_lightning.commands.resuming import find_checkpoint
 from opd_lightning.training.checkpoints import read_checkpoint
 
 SETTINGS = {

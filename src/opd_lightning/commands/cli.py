@@ -30,10 +30,10 @@ from opd_lightning.callbacks.rescue import RescueCheckpoint
 from opd_lightning.callbacks.start_validation import StartValidation
 from opd_lightning.callbacks.student_summary import StudentSummary
 from opd_lightning.commands import shipped_configs
+from opd_lightning.commands.ckpt_path import WORDS, check_checkpoint, find_checkpoint
 from opd_lightning.commands.completion import PrintAndExit, completion_script
 from opd_lightning.commands.parser import PROGRAM, OneLineParser, explain, options_of
 from opd_lightning.commands.quiet import be_quiet
-from opd_lightning.commands.resuming import WORDS, check_checkpoint, find_checkpoint
 from opd_lightning.commands.run_records import RunRecords, keep_logs_in_root, run_folder
 from opd_lightning.commands.suggestions import nearest
 from opd_lightning.commands.trainer_settings import check_trainer
