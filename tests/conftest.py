@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rich
 import torch
 from hypothesis import settings
+
+torch.set_num_threads(1)  # several workers share the cores; tiny models lose time on a second thread
 
 # A busy machine is not a failure: the first example of a test also pays for torch's lazy initialisation.
 settings.register_profile("busy machine", deadline=None)
@@ -83,6 +86,13 @@ def save_folder(folder: Path, model: Any, tokenizer: Any, eos_token_id: int | li
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def console_of_this_test():
+    """Rich keeps one console for all, and with it the screen that a test has pretended to have."""
+    yield
+    rich.reconfigure()
 
 
 @pytest.fixture(scope="session")
