@@ -103,14 +103,14 @@ NO_ANSWERS = {
 
 
 @pytest.mark.parametrize("name", NO_ANSWERS)
-def test_what_is_no_answer_is_retried_and_then_one_line(student, folder, name):
+def test_what_is_no_answer_ends_in_one_line(student, folder, name):
     raw, reason = NO_ANSWERS[name]
     with teacher_of(student, folder) as (teacher, fake, url):
         fake.raw, num_before = raw, len(fake.requests)
         with pytest.raises(ServerUnreachable, match=reason) as caught:
             score(teacher)
         assert_one_line(caught.value, url)
-        assert len(fake.requests) > num_before + 1
+        assert len(fake.requests) > num_before  # how often it is asked again is a matter of time; see the next test
 
 
 def test_what_is_no_answer_is_forgiven_when_an_answer_follows(student, folder):

@@ -45,6 +45,7 @@ def test_the_lightning_example(tmp_path):
     assert re.search(r"EffOPD: 7 searches, [1-7] accepted, [\d.]+ % of wall-clock", done.stderr)
 
 
+@pytest.mark.slow
 def test_the_plain_torch_example(tmp_path):
     done = run(BLOCKS[1] + "\nassert 'lightning' not in sys.modules\n", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

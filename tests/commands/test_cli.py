@@ -27,6 +27,7 @@ class Capitals(Task):
 """
 
 
+@pytest.mark.slow
 def test_a_task_in_the_users_folder_is_found(tmp_path):
     (tmp_path / "my_tasks.py").write_text(TASK)
     program = (
@@ -55,6 +56,7 @@ def test_a_second_file_goes_on_top_of_the_first(tmp_path, capsys):
 MINIMAL = ["--model.student", "HFStudent", "--model.student.path", "sandbox:student", "--data.task", "ArithmeticTask"]
 
 
+@pytest.mark.slow
 def test_the_working_folder_shadows_no_installed_package(tmp_path):
     """Under the console script, whose own folder is first on the path, and as a module, where the folder is."""
     for name in ("pyarrow", "torch", "lightning"):
@@ -145,6 +147,7 @@ def test_completion_in_a_real_shell(tmp_path, capsys):
     assert found == ["fit", "--data.prompts_per_step", "@quickstart @quickstart_effopd", "--dtype", both]
 
 
+@pytest.mark.slow
 def test_neither_advertisements_nor_deprecations_of_others_are_shown(tmp_path):
     settings = ["--data.task.num_train", "4", "--data.task.num_validation", "2", "--data.sampling.max_new_tokens", "4"]
     words = ["--trainer.max_steps", "1", "--data.prompts_per_step", "2", "--trainer.default_root_dir", str(tmp_path)]
