@@ -136,7 +136,7 @@ def test_impossible_sizes_are_refused(score):
         score(num_prompts=0)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
 @pytest.mark.parametrize("stop", [2, 3])  # at a trigger and between two
 @pytest.mark.parametrize("name", SCORES)
 def test_resume_with_a_search_equals_one_run(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, name, stop, lora):

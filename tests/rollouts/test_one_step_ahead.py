@@ -164,7 +164,7 @@ def test_generation_goes_on_while_the_step_trains(tmp_path, folders):
 
 
 @pytest.mark.parametrize("selector", [Shuffled, DifficultyPool])
-@pytest.mark.parametrize("stop", [1, 3, 4])  # a pass is 3 steps
+@pytest.mark.parametrize("stop", [1, 3, pytest.param(4, marks=pytest.mark.slow)])  # a pass is 3 steps
 def test_stop_and_resume_equals_one_run(tmp_path, folders, selector, stop):
     whole = make_run(folders, selector=selector)
     expected, _ = fit(tmp_path, whole, 6)

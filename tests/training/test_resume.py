@@ -31,7 +31,7 @@ def module_and_data(folders, selector=Shuffled, lora=False, seed=0, **options):
     return module, make_data(selector=selector(), **options)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
 @pytest.mark.parametrize("selector", [Shuffled, InOrder, DifficultyPool])
 @pytest.mark.parametrize("stop", [1, 4])  # an epoch is 3 steps: stop inside the first and inside the second
 def test_stop_and_resume_equals_one_run(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, selector, lora, stop):
