@@ -89,6 +89,7 @@ class OPDCLI(LightningCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         for room in ROOMS_WITH_SHORT_NAMES:
             import_module(f"opd_lightning.{room}")
+        self._words = sys.argv[1:] if args is None else args
         super().__init__(
             OPDModule,
             OPDDataModule,
@@ -109,6 +110,12 @@ class OPDCLI(LightningCLI):
             save_config_callback=RunRecords,
             args=args,
         )
+
+    @override
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static in Lightning, asked of the object
+        """The command that was given: every other one costs a parser that nobody asks."""
+        known = LightningCLI.subcommands()
+        return {name: known[name] for name in self._words[:1] if name in known} or known
 
     @override
     def setup_parser(self, *args: Any) -> None:
