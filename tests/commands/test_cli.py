@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import yaml
 from opd_lightning import __version__
 from opd_lightning.backends.hf import HFStudent
 from opd_lightning.commands import shipped_configs
-from opd_lightning.commands.cli import DEFAULT_CLASSES, main
+from opd_lightning.commands.cli import DEFAULT_CLASSES, OPDCLI, main
 from opd_lightning.commands.parser import class_at
 from opd_lightning.tasks import ArithmeticTask
 from opd_lightning.training.datamodule import OPDDataModule
@@ -53,6 +54,7 @@ def test_a_second_file_goes_on_top_of_the_first(tmp_path, capsys):
     assert "prompts_per_step: 2" in shown
 
 
+MODULES = {"AnswersWriter": "answers", "RescueCheckpoint": "rescue", "StartValidation": "start_validation"}
 MINIMAL = ["--model.student", "HFStudent", "--model.student.path", "sandbox:student", "--data.task", "ArithmeticTask"]
 
 
@@ -115,6 +117,15 @@ def test_engines_teachers_and_alarms_of_vllm_have_short_names_too(capsys):
         )
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("VLLMServerEngine", "MismatchAlarm", "VLLMColocatedEngine"))
+
+
+@pytest.mark.parametrize("name", ["AnswersWriter", "RescueCheckpoint", "StartValidation"])
+def test_a_callback_of_the_users_takes_the_place_of_ours(name, monkeypatch):
+    found = []
+    monkeypatch.setattr(OPDCLI, "_run_subcommand", lambda self, command: found.extend(self.trainer.callbacks))
+    own = {"class_path": f"opd_lightning.callbacks.{MODULES[name]}.{name}"}
+    main(["fit", *MINIMAL, "--trainer.callbacks", json.dumps([own]), "--trainer.logger", "false"])
+    assert [type(callback).__name__ for callback in found].count(name) == 1
 
 
 def test_the_version(capsys):

@@ -180,6 +180,8 @@ class OPDCLI(LightningCLI):
             tensorboard = TensorBoardLogger(root)
             kwargs["logger"] = [tensorboard, CSVLogger(root, version=tensorboard.version, flush_logs_every_n_steps=1)]
         callbacks = with_progress_bar(config.get("callbacks"), is_wanted=config.get("enable_progress_bar"))
+        ours = self.trainer_defaults["callbacks"]  # a callback of the user's takes the place of ours of its kind
+        ours[:] = [each for each in ours if not any(isinstance(other, type(each)) for other in callbacks)]
         if config.get("enable_model_summary") is not False and not config.get("barebones"):
             if not any(isinstance(callback, ModelSummary) for callback in callbacks):
                 callbacks.append(StudentSummary())
