@@ -45,6 +45,12 @@ def docs(session):
 
 
 @nox.session
+def site(session):
+    """Build the documentation into site/, strictly; needs `pip install -e '.[docs]'`."""
+    session.run("mkdocs", "build", "--strict")
+
+
+@nox.session
 def wheel(session):
     """Build sdist and wheel, and use the wheel from another folder."""
     session.run("bash", ".ci/wheel", external=True)
