@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from opd_lightning.rollouts.on_policy import OnPolicy as OnPolicy
     from opd_lightning.rollouts.one_step_ahead import OneStepAhead as OneStepAhead
     from opd_lightning.rollouts.plain_engine import PlainEngine as PlainEngine
+    from opd_lightning.rollouts.reuse import Reuse as Reuse
     from opd_lightning.tasks import ArithmeticTask as ArithmeticTask
     from opd_lightning.tasks import MathTask as MathTask
     from opd_lightning.teachers import BaseModelTeacher as BaseModelTeacher
@@ -52,6 +53,7 @@ _HOMES = {
     "DivergenceObjective": "objectives",
     "SampledTokenObjective": "objectives",
     "OneStepAhead": "rollouts.one_step_ahead",
+    "Reuse": "rollouts.reuse",
     "OnPolicy": "rollouts.on_policy",
     "PlainEngine": "rollouts.plain_engine",
     "ArithmeticTask": "tasks",

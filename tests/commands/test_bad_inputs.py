@@ -648,8 +648,8 @@ CASES = [
         {"model.max_tokens_per_micro_batch": 20},
     ),
     bad(
-        "too many updates",
-        r"model.updates_per_batch=10: a process has only 4 rollouts per step",
+        "a setting that has moved",
+        r"there is no setting model.updates_per_batch. Set data.source: \{class_path: Reuse",
         {"model.updates_per_batch": 10},
     ),
     bad("fp16", r"trainer.precision='16-true': expected 32-true or bf16-mixed", {"trainer.precision": "16-true"}),

@@ -9,11 +9,9 @@ from toys import LetterTask, adamw, make_data, make_module, make_trainer, weight
 from opd_lightning.backends.hf import HFEngine, HFStudent, LoraSettings
 from opd_lightning.interfaces import Sampling
 from opd_lightning.objectives import (
-    Clipped,
     DivergenceObjective,
     FullVocabulary,
     Intersection,
-    SampledTokenObjective,
     StudentTopK,
     TeacherTopK,
     Union,
@@ -198,14 +196,6 @@ def test_a_run_of_non_finite_gradients_stops_with_the_last_good_weights(tmp_path
     assert all(torch.isfinite(weight).all() for weight in weights_of(module).values())
 
 
-def test_several_updates_per_batch_share_the_rollouts(tmp_path, folders):
-    objective = SampledTokenObjective(importance=Clipped())
-    module = make_module(*folders, objective=objective, updates_per_batch=2)
-    _, recorder = run(tmp_path, *folders, module=module, steps=4)
-    assert [batch.weight_version for batch in recorder.batches] == [0, 2]
-    assert len(recorder.outputs[0]["facts"].rollouts) == 8
-
-
 def test_clipping_bounds_the_step(tmp_path, folders):
     module, recorder = run(tmp_path, *folders, module=make_module(*folders, gradient_clip_norm=0.01))
     squares = sum(((w - recorder.weights[0][n]) ** 2).sum() for n, w in weights_of(module).items())
@@ -336,12 +326,6 @@ def test_fast_dev_run_trains_one_step_validates_one_batch_and_writes_nothing(tmp
     assert any(not torch.equal(weight, recorder.weights[0][name]) for name, weight in weights_of(module).items())
     assert module.trainer.callback_metrics["val/num_problems"] == 2
     assert list(tmp_path.iterdir()) == []
-
-
-def test_later_updates_without_a_correction_are_warned_about(tmp_path, folders):
-    objective = SampledTokenObjective(importance=None)
-    with pytest.warns(UserWarning, match=r"updates_per_batch=2: some rollouts come from older weights.*importance"):
-        run(tmp_path, *folders, module=make_module(*folders, objective=objective, updates_per_batch=2), steps=2)
 
 
 def test_a_second_run_with_the_same_data_module_starts_from_the_start(tmp_path, folders):

@@ -66,6 +66,7 @@ ROOMS_WITH_SHORT_NAMES = (  # `HFStudent` works in YAML for the whole path, but 
     "objectives",
     "rollouts.one_step_ahead",
     "rollouts.plain_engine",
+    "rollouts.reuse",
     "training.schedules",
     "selection",
     "tasks",

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_MOVED = {  # settings that have another place now
+    "updates_per_batch": "Set data.source: {class_path: Reuse, init_args: {passes: 1, mini_batches: ...}} instead.",
+}
+
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """The sentence that suggests a name, with a blank before it; empty when none comes close.
 
-    Case, underscores and hyphens count for nothing: a name that differs only there is taken first.
+    Case, underscores and hyphens count for nothing: a name that differs only there is taken first. Of a setting that
+    has moved it says where to.
     """
+    if moved := _MOVED.get(name.rpartition(".")[2]):
+        return f" {moved}"
     known = sorted(set(names))
     plain: dict[str, str] = {}
     for other in known:

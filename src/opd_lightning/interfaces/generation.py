@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_lightning.interfaces.models import Student
-from opd_lightning.interfaces.words import Listener, Prompt, Rollout, RolloutBatch, Sampling, StepPrompts
+from opd_lightning.interfaces.words import Listener, Prompt, PromptBatch, Rollout, RolloutBatch, Sampling, StepPrompts
 
 
 class LiveStudent(Protocol):
@@ -118,7 +118,8 @@ class RolloutSource(ABC):
     """Decides where the rollouts of a step come from, how they are sampled, and with which weights.
 
     The data module calls `setup` once; for each step `rollouts`, then, when they are graded and the prompt selector has
-    seen the rewards, `prepare`; and after training `observe`. Everything that a later step reads must be in
+    seen the rewards, `share` and `prepare`; and after training `observe`. A source may ask for several steps' prompts
+    at once (`num_steps_wanted`) and hand their rollouts out step by step. Everything that a later step reads must be in
     `state_dict`, which describes the moment after the last `observe`.
     """
 
@@ -141,6 +142,25 @@ class RolloutSource(ABC):
             sampling: How the run samples; a source may ask for shorter responses.
             student: For its weights, their version and its tokenizer.
         """
+
+    @property
+    def num_steps_wanted(self) -> int:
+        """Steps whose prompts the coming step asks for: 1 by default, 0 where it trains rollouts that are there.
+
+        A function of what `state_dict` says, the same on all processes.
+        """
+        return 1
+
+    def share(self, asked: PromptBatch, graded: RolloutBatch | None, seed: int) -> RolloutBatch:
+        """What this step trains (default: all that was generated for it).
+
+        Args:
+            asked: The problems that were asked last, in this step or before.
+            graded: Their rollouts; None in a step that asked for none.
+            seed: Of the run.
+        """
+        assert graded is not None, "a source that skips prompts must hand out rollouts"
+        return graded
 
     def prepare(self, draw: Callable[[], StepPrompts], sampling: Sampling, student: LiveStudent) -> dict[str, float]:
         """Get ready for the next step while this one trains (default: do nothing).

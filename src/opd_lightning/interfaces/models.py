@@ -177,6 +177,14 @@ class TeacherScores(ABC):
         log_probs, ids = full.topk(min(k, full.shape[-1]), dim=-1)
         return ids, log_probs
 
+    def columns(self) -> dict[str, Tensor] | None:
+        """All that these scores consist of, by name, [N, ...] each: one row for each token. None where it is more."""
+        return None
+
+    def from_columns(self, columns: Mapping[str, Tensor]) -> TeacherScores:
+        """Scores of the same kind of other tokens, from such columns."""
+        raise AssertionError("defined wherever `columns` is")
+
     def hidden(self) -> tuple[Tensor, LinearHead] | None:
         """Final hidden states [N, H] and the head that turns them into logits, where this process has both."""
         return None

@@ -7,7 +7,7 @@ Lightning, transformers or vLLM.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -156,12 +156,14 @@ class PromptBatch:
         positions: Position of each problem in the step's global list: seeds depend on it, so that the number of
             processes does not change any sample.
         step: How many batches the stream had yielded before this one.
+        is_new: Whether they are to be answered now; False where the rollout source holds their rollouts already.
     """
 
     problems: list[Problem]
     indices: list[int]
     positions: list[int]
     step: int
+    is_new: bool = True
 
     def to(self, *args: Any, **kwargs: Any) -> PromptBatch:
         """Nothing to move: the text stays on the CPU."""
@@ -183,6 +185,25 @@ class StepPrompts:
     prompts: tuple[Prompt, ...]
 
 
+@dataclass(frozen=True)
+class RoundPart:
+    """Which part of a round this step trains; a round is what was generated at once to be trained in several steps.
+
+    Attributes:
+        index: Rounds before it.
+        pass_index: Passes over the round's rollouts before this one.
+        num_passes: Passes planned.
+        rollouts: All of the round on this process, in the order in which they were generated.
+        max_score_bytes: Most bytes of teacher scores that may be kept for it on this process.
+    """
+
+    index: int
+    pass_index: int
+    num_passes: int
+    rollouts: tuple[Rollout, ...]
+    max_score_bytes: int
+
+
 @dataclass
 class RolloutBatch:
     """The graded rollouts of one step on this process.
@@ -195,6 +216,7 @@ class RolloutBatch:
         seconds: Wall-clock seconds of each part ("sync", "generate", "grade"; "wait" for a generation under way).
         staleness: Steps trained since the weights that generated them: 0 on-policy, 1 when generated one step ahead;
             None where others than the student wrote them, or nobody knows.
+        round: The round they are a part of; None where the step trains all that was generated.
     """
 
     rollouts: list[Rollout]
@@ -203,12 +225,22 @@ class RolloutBatch:
     sampling: Sampling
     seconds: dict[str, float] = field(default_factory=dict)
     staleness: int | None = 0
+    round: RoundPart | None = None
 
     @property
     def num_response_tokens(self) -> int:
         """Response tokens on this process."""
-        return sum(len(rollout.response_ids) for rollout in self.rollouts)
+        return _num_tokens(self.rollouts)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Response tokens on this process that `seconds` speaks of: of the whole round, where it is a part of one."""
+        return _num_tokens(self.rollouts if self.round is None else self.round.rollouts)
 
     def to(self, *args: Any, **kwargs: Any) -> RolloutBatch:
         """Nothing to move yet: micro-batches go to the device one at a time."""
         return self
+
+
+def _num_tokens(rollouts: Sequence[Rollout]) -> int:
+    return sum(len(rollout.response_ids) for rollout in rollouts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -48,13 +48,7 @@ class HiddenScores(TeacherScores):
 
     @override
     def slice(self, start: int, stop: int) -> HiddenScores:
-        part = HiddenScores(
-            self._hidden[start:stop],
-            self.response_ids[start:stop],
-            self._head,
-            self._temperature,
-            in_autocast=self._in_autocast,
-        )
+        part = self._like(self._hidden[start:stop], self.response_ids[start:stop])
         part._log_probs = None if self._log_probs is None else self._log_probs[start:stop]
         return part
 
@@ -78,8 +72,19 @@ class HiddenScores(TeacherScores):
         return self._log_probs
 
     @override
+    def columns(self) -> dict[str, Tensor]:
+        return {"hidden": self._hidden, "response_ids": self.response_ids}
+
+    @override
+    def from_columns(self, columns: Mapping[str, Tensor]) -> HiddenScores:
+        return self._like(columns["hidden"], columns["response_ids"])
+
+    @override
     def hidden(self) -> tuple[Tensor, LinearHead]:
         return self._hidden, self._head
+
+    def _like(self, hidden: Tensor, response_ids: Tensor) -> HiddenScores:
+        return HiddenScores(hidden, response_ids, self._head, self._temperature, in_autocast=self._in_autocast)
 
     def _logits(self) -> Tensor:
         if self._in_autocast:

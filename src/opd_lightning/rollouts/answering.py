@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opd_lightning.interfaces import (
     Objective,
     Problem,
     Prompt,
+    PromptOutcome,
     Rollout,
     RolloutBatch,
     RolloutEngine,
@@ -80,6 +81,26 @@ def grade(task: Task, rollouts: Sequence[Rollout]) -> list[Rollout]:
         return list(rollouts)
     rewards = check_grades(task, rollouts, task.grade_rollouts(rollouts))
     return [rollout.graded(reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
+
+
+def grade_step(
+    task: Task, found: RolloutBatch, indices: Sequence[int], num_samples: int
+) -> tuple[RolloutBatch, list[PromptOutcome]]:
+    """The step's rollouts with their rewards, and what became of each prompt.
+
+    Args:
+        task: Marks.
+        found: Not graded, `num_samples` rollouts per prompt.
+        indices: Of the prompts' problems.
+        num_samples: Rollouts per prompt.
+    """
+    started = time.perf_counter()
+    rollouts = grade(task, found.rollouts)
+    seconds = found.seconds | {"grade": time.perf_counter() - started}
+    groups = Answers(rollouts, num_samples, seconds).by_problem()
+    rewards = [tuple(rollout.reward for rollout in group) for group in groups]
+    outcomes = [PromptOutcome(*pair) for pair in zip(indices, rewards, strict=True)]
+    return replace(found, rollouts=rollouts, seconds=seconds), outcomes
 
 
 def resolve_stop_ids(tokenizer: Tokenizer, sampling: Sampling) -> list[int]:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
-from itertools import islice
 from typing import Any
 
 from typing_extensions import override
@@ -25,7 +24,7 @@ from opd_lightning.interfaces import (
 )
 from opd_lightning.rollouts.on_policy import OnPolicy, generate
 from opd_lightning.rollouts.prompt_stream import join_shares
-from opd_lightning.rollouts.records import from_record, to_record
+from opd_lightning.rollouts.records import from_groups, to_groups
 
 
 class OneStepAhead(RolloutSource):
@@ -112,7 +111,10 @@ class OneStepAhead(RolloutSource):
                 " resumed run generates them with the weights it has, one step newer than this run would have used.",
                 stacklevel=2,
             )
-        shares = gather_objects(None if untrained is None else _groups(*untrained))
+        mine = None
+        if untrained is not None:
+            mine = to_groups(untrained[1].rollouts, [len(prompt.seeds) for prompt in untrained[0].prompts])
+        shares = gather_objects(mine)
         if untrained is None or any(share is None for share in shares):
             return {}
         batch = untrained[1]
@@ -160,31 +162,20 @@ class OneStepAhead(RolloutSource):
         return replace(batch, seconds=batch.seconds | {"wait": time.perf_counter() - started})
 
 
-def _groups(step: StepPrompts, batch: RolloutBatch) -> list[list[dict[str, Any]]]:
-    """The rollouts as plain values, those of a prompt together (two prompts of a step may ask the same)."""
-    rollouts = iter(batch.rollouts)
-    return [[to_record(rollout) for rollout in islice(rollouts, len(prompt.seeds))] for prompt in step.prompts]
-
-
 def _restore(state: Mapping[str, Any], step: StepPrompts, sampling: Sampling) -> RolloutBatch:
     """The saved rollouts of these prompts.
 
     Raises:
         WeightsLost: They answer other prompts, or were sampled in another way.
     """
-    groups = [state["groups"][position] for position in step.positions]
+    rollouts = from_groups(state["groups"], step.positions, [prompt.problem for prompt in step.prompts])
     asked = [(list(prompt.token_ids), seed) for prompt in step.prompts for seed in prompt.seeds]
-    answered = [(record["prompt_ids"].tolist(), record["seed"]) for group in groups for record in group]
+    answered = [(rollout.prompt_ids.tolist(), rollout.seed) for rollout in rollouts]
     if asked != answered or state["sampling"] != asdict(sampling):
         raise WeightsLost(
             "The checkpoint holds the next step's rollouts for other prompts or another data.sampling, and not the"
             " weights that made them."
         )
-    rollouts = [
-        from_record(record, prompt.problem)
-        for prompt, group in zip(step.prompts, groups, strict=True)
-        for record in group
-    ]
     return RolloutBatch(
         rollouts, state["weight_version"], state["step"], sampling, dict(state["seconds"]), state["staleness"]
     )

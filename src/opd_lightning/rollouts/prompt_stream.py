@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from opd_lightning.interfaces import Problem, PromptBatch, PromptSelector
@@ -17,16 +17,32 @@ class PromptStream(Iterable[PromptBatch]):
     """Sized, stateful stream of prompt batches; Lightning saves and restores it with the training loop.
 
     What is saved is the state after the last *committed* step, so that a checkpoint written while a step is under way
-    does that step again. Its length is one pass over the selector's problems. It must have one: Lightning draws one
-    batch ahead from a loader without length, and the selector would then choose without the last step's outcomes.
+    does that step again. Its length is one pass over the selector's problems, and nominal where rollouts are used
+    several times. It must have one: Lightning draws one batch ahead from a loader without length, and the selector
+    would then choose without the last step's outcomes.
+
+    Args:
+        problems: All training problems.
+        selector: Chooses among them.
+        batch_size: Problems of one step, over all processes.
+        num_steps_wanted: Asked before each step: for how many steps to choose problems; 0 yields the last ones again,
+            as not new.
     """
 
-    def __init__(self, problems: Sequence[Problem], selector: PromptSelector, batch_size: int) -> None:
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        selector: PromptSelector,
+        batch_size: int,
+        num_steps_wanted: Callable[[], int] = lambda: 1,
+    ) -> None:
         self.problems = problems
         self.selector = selector
         self.batch_size = batch_size
+        self.num_steps_wanted = num_steps_wanted
         self.step = 0  # batches yielded since the start of training
         self._ahead: list[int] = []  # indices of the next batch, where it is chosen already
+        self._asked: list[int] = []  # indices of the last batch
         self.rank, self.world_size = 0, 1
         self.commit()
 
@@ -38,23 +54,25 @@ class PromptStream(Iterable[PromptBatch]):
         """Yield what is left of the current pass, or a whole new one, from the last committed step on."""
         self.load_state_dict(self._committed)
         for _ in range(self.step % len(self), len(self)):
-            indices = self._ahead or self.selector.select(self.batch_size)
-            self._ahead = []
+            if num_steps := self.num_steps_wanted():
+                self._asked = self._ahead or self.selector.select(num_steps * self.batch_size)
+                self._ahead = []
             self.step += 1
-            yield self._make_batch(indices, self.step - 1)
+            yield self._make_batch(self._asked, self.step - 1, is_new=num_steps > 0)
 
     def draw_ahead(self) -> PromptBatch:
         """Choose now what will be yielded next, and return it."""
         self._ahead = self.selector.select(self.batch_size)
-        return self._make_batch(self._ahead, self.step)
+        return self._make_batch(self._ahead, self.step, is_new=True)
 
-    def _make_batch(self, indices: Sequence[int], step: int) -> PromptBatch:
-        mine = range(self.rank, self.batch_size, self.world_size)
+    def _make_batch(self, indices: Sequence[int], step: int, *, is_new: bool) -> PromptBatch:
+        mine = range(self.rank, len(indices), self.world_size)
         return PromptBatch(
             problems=[self.problems[indices[i]] for i in mine],
             indices=[indices[i] for i in mine],
             positions=list(mine),
             step=step,
+            is_new=is_new,
         )
 
     def commit(self) -> None:
@@ -64,6 +82,7 @@ class PromptStream(Iterable[PromptBatch]):
             "batch_size": self.batch_size,
             "selector": self.selector.state_dict(),
             "ahead": list(self._ahead),
+            "asked": list(self._asked),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,7 +102,7 @@ class PromptStream(Iterable[PromptBatch]):
             )
         self.step = state["step"]
         self.selector.load_state_dict(state["selector"])
-        self._ahead = list(state.get("ahead", ()))  # absent from older checkpoints
+        self._ahead, self._asked = list(state.get("ahead", ())), list(state.get("asked", ()))  # absent from older ones
         self.commit()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from opd_lightning.interfaces import Problem, Rollout
 
 
 def to_record(rollout: Rollout) -> dict[str, Any]:
-    """All of a rollout but its problem and its reward."""
+    """All of a rollout but its problem."""
     return {
         "prompt_ids": rollout.prompt_ids.to(torch.int32),
         "seed": rollout.seed,
@@ -19,6 +21,7 @@ def to_record(rollout: Rollout) -> dict[str, Any]:
         "log_probs": rollout.log_probs,
         "finished": rollout.finished,
         "text": rollout.text,
+        "reward": rollout.reward,
         "student_wrote": rollout.student_wrote,
     }
 
@@ -33,5 +36,28 @@ def from_record(record: Mapping[str, Any], problem: Problem) -> Rollout:
         finished=record["finished"],
         seed=record["seed"],
         text=record["text"],
+        reward=record.get("reward", math.nan),  # absent from older checkpoints
         student_wrote=record["student_wrote"],
     )
+
+
+def to_groups(rollouts: Sequence[Rollout], sizes: Sequence[int]) -> list[list[dict[str, Any]]]:
+    """The records of rollouts, those of a prompt together (two prompts of a step may ask the same).
+
+    Args:
+        rollouts: The rollouts of a prompt next to each other.
+        sizes: Rollouts of each prompt.
+    """
+    remaining = iter(rollouts)
+    return [[to_record(rollout) for rollout in islice(remaining, size)] for size in sizes]
+
+
+def from_groups(
+    groups: Sequence[Sequence[Mapping[str, Any]]], positions: Sequence[int], problems: Sequence[Problem]
+) -> list[Rollout]:
+    """The rollouts of the groups at these positions, as answers to these problems."""
+    return [
+        from_record(record, problem)
+        for position, problem in zip(positions, problems, strict=True)
+        for record in groups[position]
+    ]

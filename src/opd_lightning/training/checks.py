@@ -17,6 +17,7 @@ from opd_lightning.objectives.token_weights import known_divisor
 from opd_lightning.rollouts.on_policy import OnPolicy
 from opd_lightning.rollouts.one_step_ahead import OneStepAhead
 from opd_lightning.rollouts.prompt_limits import check_context
+from opd_lightning.rollouts.reuse import Reuse
 from opd_lightning.training.datamodule import OPDDataModule
 
 
@@ -26,8 +27,8 @@ def check_fit(
     objective: Objective,
     data: OPDDataModule,
     trainer: Trainer,
-    updates_per_batch: int,
     max_tokens_per_micro_batch: int,
+    facts_k: int,
 ) -> None:
     """Refuse settings that cannot train.
 
@@ -46,7 +47,8 @@ def check_fit(
             "trainer.limit_train_batches: the prompt stream goes on where it stopped, so passes would differ in length"
             " and validations be lost. Set trainer.max_steps and trainer.val_check_interval instead."
         )
-    _warn_about_weak_signals(objective, data, updates_per_batch)
+    _check_staleness(objective, data)
+    _check_radius(data, facts_k)
     if objective.needs_rollout_log_probs and not data.source.knows_log_probs(data.sampling):
         raise ValueError(
             f"model.objective: {type(objective).__name__} needs the log-probabilities that rollouts were drawn with,"
@@ -64,12 +66,6 @@ def check_fit(
             f"data.prompts_per_step={data.prompts_per_step} cannot be split evenly over {trainer.world_size} processes."
             f" Choose a multiple of {trainer.world_size}."
         )
-    num_rollouts = data.prompts_per_step // trainer.world_size * data.rollouts_per_prompt
-    if num_rollouts < updates_per_batch:
-        raise ValueError(
-            f"model.updates_per_batch={updates_per_batch}: a process has only {num_rollouts} rollouts per step. Lower"
-            " it, or raise data.prompts_per_step or data.rollouts_per_prompt."
-        )
     longest = data.longest_prompt + data.sampling.max_new_tokens
     if max_tokens_per_micro_batch < longest:
         raise ValueError(
@@ -86,21 +82,46 @@ def check_fit(
         )
 
 
-def _warn_about_weak_signals(objective: Objective, data: OPDDataModule, updates_per_batch: int) -> None:
-    """Say what can be trained and is hardly meant."""
-    stale = f"model.updates_per_batch={updates_per_batch}" if updates_per_batch > 1 else ""
-    stale = stale or (f"data.source: {type(data.source).__name__}" if data.source.staleness else "")
-    if stale and isinstance(objective, SampledTokenObjective) and objective.importance is None:
-        warnings.warn(
-            f"{stale}: some rollouts come from older weights, and this objective does not correct for that. Set"
-            " objective.importance, for example Truncated.",
-            stacklevel=2,
+def _check_staleness(objective: Objective, data: OPDDataModule) -> None:
+    """Refuse estimators that many steps on the same rollouts lead astray; say what else is hardly meant.
+
+    Raises:
+        ValueError: The estimator's expectation is over the weights now, and the rollouts are many steps older.
+    """
+    if data.source.staleness and isinstance(objective, SampledTokenObjective) and objective.importance is None:
+        stale = (
+            f"data.source: {type(data.source).__name__}: some rollouts come from older weights, and this objective"
+            " does not correct for that. Set objective.importance, for example Truncated."
         )
+        if data.source.staleness > 1:
+            raise ValueError(stale)
+        warnings.warn(stale, stacklevel=2)
     if isinstance(objective, NLL) and isinstance(data.source, OnPolicy | OneStepAhead):
         warnings.warn(
             "model.objective: NLL imitates the student's own answers here, which teaches nothing: its expected gradient"
             " is 0. Set data.source to one of answers that others wrote (docs/your_own_method.md has one).",
             stacklevel=2,
+        )
+
+
+def _check_radius(data: OPDDataModule, facts_k: int) -> None:
+    """Refuse a radius that nobody measures.
+
+    Raises:
+        ValueError: `rollout_kl` is not known in this run.
+    """
+    if not isinstance(data.source, Reuse) or data.source.max_kl is None:
+        return
+    if not facts_k:
+        raise ValueError(
+            "data.source.max_kl: it is compared with rollout_kl, which model.top_k_metrics: 0 leaves out. Set"
+            " model.top_k_metrics to 1 or more, or max_kl: null."
+        )
+    if not data.source.knows_log_probs(data.sampling):
+        raise ValueError(
+            f"data.source.max_kl: it needs the log-probabilities that rollouts were drawn with, but"
+            f" {type(data.engine).__name__} does not know them for this data.sampling. Set sampling.top_p to 1 and"
+            " sampling.top_k to 0, or max_kl: null."
         )
 
 

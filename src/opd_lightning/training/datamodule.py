@@ -8,9 +8,7 @@ how stale they are.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -22,7 +20,6 @@ from opd_lightning.interfaces import (
     Problem,
     Prompt,
     PromptBatch,
-    PromptOutcome,
     PromptSelector,
     RolloutBatch,
     RolloutEngine,
@@ -36,7 +33,7 @@ from opd_lightning.interfaces import (
 )
 from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.randomness import derive_seed
-from opd_lightning.rollouts.answering import Answers, answer, check_rollouts, grade, render_prompts
+from opd_lightning.rollouts.answering import Answers, answer, check_rollouts, grade_step, render_prompts
 from opd_lightning.rollouts.on_policy import OnPolicy
 from opd_lightning.rollouts.problem_sets import describe_problems, draw_problems, read_problems, without_reserved
 from opd_lightning.rollouts.prompt_limits import check_context
@@ -50,7 +47,8 @@ class OPDDataModule(LightningDataModule):
     Args:
         task: Problems, chat messages and marking.
         engine: Who generates; None is `HFEngine()` (the live student through transformers).
-        source: Where a step's rollouts come from; None is `OnPolicy()`. `OneStepAhead()` generates while training.
+        source: Where a step's rollouts come from; None is `OnPolicy()`. `OneStepAhead()` generates while training,
+            `Reuse()` trains on rollouts several times.
         selector: Which prompts next; None is `Shuffled()`.
         sampling: How training rollouts are sampled. Temperature and cuts must fit the objective.
         prompts_per_step: Prompts of one optimiser step, over all processes.
@@ -148,7 +146,9 @@ class OPDDataModule(LightningDataModule):
             self._training_problems = self._read_problems("train", self.sampling)
             problems = without_reserved(self._training_problems, self.problems_for_scores(self.num_reserved))
             self.selector.setup(problems, self.seed)
-            self.stream = PromptStream(problems, self.selector, self.prompts_per_step)
+            self.stream = PromptStream(
+                problems, self.selector, self.prompts_per_step, lambda: self.source.num_steps_wanted
+            )
             self.load_state_dict({})
         splits: dict[str, Split] = {"fit": "validation", "validate": "validation", "test": "test"}
         split = splits.get(stage, self.predict_split)
@@ -191,20 +191,19 @@ class OPDDataModule(LightningDataModule):
         return self.roll_out(batch) if self.trainer.training else batch
 
     def roll_out(self, batch: PromptBatch) -> RolloutBatch:
-        """Get the step's rollouts, grade them, and let the selector see the outcomes of all ranks."""
-        student = self._student
-        found = self.source.rollouts(self._render(batch), self.sampling, student)
+        """Get the step's rollouts: where new ones are asked for, grade them and let the selector see all outcomes."""
+        graded = self._answer(batch) if batch.is_new else None
+        share = self.source.share(batch, graded, self.seed)
+        for part, value in self.source.prepare(self._draw_next, self.sampling, self._student).items():
+            share.seconds[part] = share.seconds.get(part, 0.0) + value
+        return share
+
+    def _answer(self, batch: PromptBatch) -> RolloutBatch:
+        found = self.source.rollouts(self._render(batch), self.sampling, self._student)
         check_rollouts(found, len(batch.problems) * self.rollouts_per_prompt, type(self.source).__name__)
-        started = time.perf_counter()
-        rollouts = grade(self.task, found.rollouts)
-        seconds = found.seconds | {"grade": time.perf_counter() - started}
-        groups = Answers(rollouts, self.rollouts_per_prompt, seconds).by_problem()
-        rewards = [tuple(rollout.reward for rollout in group) for group in groups]
-        outcomes = [PromptOutcome(*pair) for pair in zip(batch.indices, rewards, strict=True)]
+        graded, outcomes = grade_step(self.task, found, batch.indices, self.rollouts_per_prompt)
         self.selector.observe(join_shares(gather_objects(outcomes)))
-        for part, value in self.source.prepare(self._draw_next, self.sampling, student).items():
-            seconds[part] = seconds.get(part, 0.0) + value
-        return replace(found, rollouts=rollouts, seconds=seconds)
+        return graded
 
     def observe(self, facts: StepFacts) -> None:
         """The last batch has been trained: from now on checkpoints continue after it."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from opd_lightning.interfaces import Rollout, ScoreRequest
+from opd_lightning.interfaces import Rollout, RolloutBatch, ScoreRequest
 from opd_lightning.rollouts.comparison import Comparison
 
 SumAndCount = tuple[Tensor | float, Tensor | float]
@@ -133,12 +133,18 @@ class AnswerMetrics(Metric):
         }
 
 
-def speeds(num_tokens: int, seconds: Mapping[str, float]) -> dict[str, SumAndCount]:
-    """(sum, count) of the seconds of each part of a step, and of the response tokens per second of its large parts."""
+def speeds(batch: RolloutBatch, seconds: Mapping[str, float]) -> dict[str, SumAndCount]:
+    """(sum, count) of the seconds of each part of a step, and of the response tokens per second of its large parts.
+
+    A teacher whose scores may be kept has no speed: it is asked for a whole round at once, or not at all.
+    """
     pairs: dict[str, SumAndCount] = {f"seconds/{part}": (value, 1) for part, value in seconds.items()}
-    for part in ("generate", "teacher", "student"):
+    num_tokens = {"generate": batch.num_generated_tokens, "student": batch.num_response_tokens}
+    if batch.round is None:
+        num_tokens["teacher"] = batch.num_response_tokens
+    for part, number in num_tokens.items():
         if seconds.get(part):
-            pairs[f"tokens_per_second/{part}"] = (num_tokens, seconds[part])
+            pairs[f"tokens_per_second/{part}"] = (number, seconds[part])
     return pairs
 
 

@@ -31,6 +31,7 @@ from opd_lightning.objectives.supports import DEFAULT_K
 from opd_lightning.objectives.token_weights import known_divisor, loss_factors, weigh_tokens
 from opd_lightning.randomness import derive_seed
 from opd_lightning.rollouts.answering import shape_groups
+from opd_lightning.teachers import KeptScores
 from opd_lightning.training.checkpoints import check_resumable
 from opd_lightning.training.checks import check_fit, check_weighting
 from opd_lightning.training.metrics import Means, comparison_statistics, rollout_statistics, speeds
@@ -48,7 +49,7 @@ def _adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 class OPDModule(PairModule):
     """On-policy distillation of a student from a frozen teacher.
 
-    One batch is one set of rollouts and, by default, one optimiser step. The loss is the sum over response tokens
+    One batch is one set of rollouts and one optimiser step. The loss is the sum over response tokens
     divided by their number over the whole step and all processes, so the gradient does not depend on micro-batches,
     padding, order or number of processes. The teacher is no submodule: no checkpoint, optimiser or DDP wrapper sees it.
 
@@ -60,8 +61,6 @@ class OPDModule(PairModule):
         optimizer: Optimiser by class path; the default is AdamW with learning rate 1e-6 and no weight decay.
         lr_scheduler: Scheduler by class path, stepped once per optimiser step (`WarmupDecay` covers the usual ones).
         max_tokens_per_micro_batch: Most padded tokens (prompts included) that go through the student at once.
-        updates_per_batch: Optimiser steps per rollout batch, each on its share of the rollouts. With more than one, the
-            later ones are off-policy: choose an objective with an importance ratio.
         gradient_clip_norm: Clip the global gradient norm; None does not clip.
         max_skipped_steps: A step with a non-finite gradient is skipped; so many in a row stop the run.
         top_k_metrics: Size of the top-k sets that the overlap metrics compare; 0 leaves the token metrics out.
@@ -79,7 +78,6 @@ class OPDModule(PairModule):
         optimizer: OptimizerCallable = _adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
         max_tokens_per_micro_batch: int = 16384,
-        updates_per_batch: int = 1,
         gradient_clip_norm: float | None = 1.0,
         max_skipped_steps: int = 5,
         top_k_metrics: int = 16,
@@ -94,20 +92,20 @@ class OPDModule(PairModule):
             max_tokens_per_micro_batch,
             facts_k=top_k_metrics or (DEFAULT_K if reads_facts else 0),
         )
-        check_at_least(1, "model", updates_per_batch=updates_per_batch, max_skipped_steps=max_skipped_steps)
+        check_at_least(1, "model", max_skipped_steps=max_skipped_steps)
         check_at_least(0, "model", top_k_metrics=top_k_metrics)
         if gradient_clip_norm is not None and not gradient_clip_norm > 0:
             raise ValueError(f"model.gradient_clip_norm: expected a positive number or null, got {gradient_clip_norm}.")
         self.automatic_optimization = False
         self.token_weighting = token_weighting
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
-        self.updates_per_batch = updates_per_batch
         self.gradient_clip_norm = gradient_clip_norm
         self.skipped = SkippedSteps(max_skipped_steps)
         self.exact_timings = exact_timings
         self.override_optimizer_on_resume = override_optimizer_on_resume
         self.step_metrics = Means()
         self.last_rollouts: list[Rollout] = []
+        self.kept_scores: KeptScores | None = None
         self.resume_settings: dict[str, Any] = {}  # what a resumed run must share
 
     # ------------------------------------------------------------------------------------------------------- training
@@ -118,17 +116,31 @@ class OPDModule(PairModule):
         # dropout must not depend on how often the global generator was used before: a resumed run has used it less
         torch.manual_seed(derive_seed(self.data.seed, "dropout", batch.step, self.global_rank))
         self.stopwatch = Stopwatch(self.device, is_exact=self.exact_timings)
-        trained: list[TrainedRollout] = []
-        for share in self._shares(shape_groups(self.objective, batch.rollouts, self.data.rollouts_per_prompt)):
-            trained += self.accumulate_gradients(self.make_micro_batches(share))
-            self.update_weights()
+        rollouts = shape_groups(self.objective, batch.rollouts, self.data.rollouts_per_prompt)
+        trained = self.accumulate_gradients(self.make_micro_batches(rollouts), self.teacher_of(batch))
+        self.update_weights()
         self.last_rollouts = batch.rollouts
         self.log_step(batch)
         facts = StepFacts(batch.step, tuple(trained))
         self.data.observe(facts)
         return {"facts": facts}
 
-    def accumulate_gradients(self, micro_batches: Sequence[MicroBatch]) -> list[TrainedRollout]:
+    def teacher_of(self, batch: RolloutBatch) -> Teacher | None:
+        """Who scores this batch: the teacher, or what it said of the round that the batch is a part of."""
+        part = batch.round
+        if self.teacher is None or self.score_request is None or part is None or part.num_passes == 1:
+            return self.teacher
+        if self.kept_scores is None:
+            self.kept_scores = KeptScores(self.teacher)
+        with self.stopwatch("teacher"):
+            cut = self.make_micro_batches(part.rollouts)
+            self.kept_scores.score_round(part.index, cut, self.score_request, part.max_score_bytes)
+        self.step_metrics.update({"kept_score_bytes": (self.kept_scores.num_bytes, 1)})
+        return self.kept_scores
+
+    def accumulate_gradients(
+        self, micro_batches: Sequence[MicroBatch], teacher: Teacher | None
+    ) -> list[TrainedRollout]:
         """Backward through all micro-batches: gradient of the weighted token sum over the step's global divisor."""
         normalizer = self.token_weighting.normalizer if self.token_weighting is not None else "all_tokens"
         divisor = known_divisor(normalizer, micro_batches)
@@ -136,7 +148,7 @@ class OPDModule(PairModule):
         total_weight = torch.zeros((), device=self.device)
         trained: list[TrainedRollout] = []
         comparisons = self.compare(
-            micro_batches, self.objective, self.score_request, facts_k=self.facts_k, clock=self.stopwatch
+            micro_batches, self.objective, self.score_request, teacher, facts_k=self.facts_k, clock=self.stopwatch
         )
         for i, compared in enumerate(comparisons):
             is_last = i == len(micro_batches) - 1
@@ -178,6 +190,11 @@ class OPDModule(PairModule):
 
     # ---------------------------------------------------------------------------------------------------------- setup
 
+    def on_fit_start(self) -> None:
+        """Load the teacher; what it said in an earlier fit counts no longer."""
+        super().on_fit_start()
+        self.kept_scores = None
+
     def setup(self, stage: str) -> None:
         """Check, before any weight is loaded, that objective, teacher, student and sampling fit together."""
         if stage == "fit":
@@ -192,8 +209,8 @@ class OPDModule(PairModule):
             objective=self.objective,
             data=self.data,
             trainer=self.trainer,
-            updates_per_batch=self.updates_per_batch,
             max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
+            facts_k=self.facts_k,
         )
         self.resume_settings = describe_run(self, self.data)
 
@@ -232,10 +249,6 @@ class OPDModule(PairModule):
             if parameter.grad is not None and divisor > 0:
                 parameter.grad.div_(divisor)
 
-    def _shares(self, rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
-        """The rollouts of each optimiser step of this batch."""
-        return [list(rollouts[i :: self.updates_per_batch]) for i in range(self.updates_per_batch)]
-
     def _without_gradient_sync(self) -> AbstractContextManager[None]:
         strategy: Any = self.trainer.strategy
         block = getattr(strategy, "block_backward_sync", None)
@@ -248,13 +261,15 @@ class OPDModule(PairModule):
     def log_step(self, batch: RolloutBatch) -> None:
         """Reduce and log everything known about this step."""
         seconds = batch.seconds | self.stopwatch.seconds
-        self.step_metrics.update(rollout_statistics(batch.rollouts) | speeds(batch.num_response_tokens, seconds))
+        self.step_metrics.update(rollout_statistics(batch.rollouts) | speeds(batch, seconds))
         values = self.step_metrics.compute()
         self.step_metrics.reset()
         values["skipped_steps"] = float(self.skipped.total)
         values["weight_version"] = float(self.weight_version)
         if batch.staleness is not None:
             values["staleness"] = float(batch.staleness)
+        if batch.round is not None:
+            values["round"], values["pass"] = float(batch.round.index), float(batch.round.pass_index)
         shown = ("reverse_kl", "accuracy")
         for name, value in values.items():
             self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=1)

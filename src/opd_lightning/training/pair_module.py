@@ -105,10 +105,15 @@ class PairModule(StudentModule):
         )
 
     def compare(
-        self, micro_batches: Sequence[MicroBatch], objective: Objective, request: ScoreRequest | None, **options: Any
+        self,
+        micro_batches: Sequence[MicroBatch],
+        objective: Objective,
+        request: ScoreRequest | None,
+        teacher: Teacher | None = None,
+        **options: Any,
     ) -> Iterator[Comparison]:
-        """Student against teacher, one micro-batch after the other (`rollouts.comparison.compare`)."""
-        return compare(self.spec, self.model, micro_batches, objective, self.teacher, request, **options)
+        """Student against teacher (or who else has its scores), as `rollouts.comparison.compare`."""
+        return compare(self.spec, self.model, micro_batches, objective, teacher or self.teacher, request, **options)
 
     @override
     def announce(self, rollout: Rollout, step: int) -> None:

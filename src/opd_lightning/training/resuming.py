@@ -23,6 +23,7 @@ MAY_CHANGE = (  # with a warning: the state in the checkpoint fits, and what is 
     "data.engine",
     "data.sampling",
     "data.selector.init_args",
+    "data.source.init_args",
     "model.gradient_clip_norm",
     "model.objective.chunk_tokens",  # memory only
     "model.teacher",  # a folder that has moved and another port look like another teacher
@@ -44,7 +45,6 @@ class Trained(Protocol):
     token_weighting: Any
     make_optimizer: OptimizerCallable
     make_lr_scheduler: LRSchedulerCallable | None
-    updates_per_batch: int
     gradient_clip_norm: float | None
     override_optimizer_on_resume: bool
 
@@ -56,11 +56,11 @@ def describe_run(module: Trained, data: Any) -> dict[str, Any]:
         "data.rollouts_per_prompt": data.rollouts_per_prompt,
         "data.sampling": data.sampling,
         "data.selector.init_args": data.selector,
+        "data.source.init_args": data.source,
         "model.gradient_clip_norm": module.gradient_clip_norm,
         "model.objective": module.objective,
         "model.teacher": module.teacher,
         "model.token_weighting": module.token_weighting,
-        "model.updates_per_batch": module.updates_per_batch,
         "trainer.precision": module.trainer.precision,
         _OVERRIDE: module.override_optimizer_on_resume,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,19 @@ class ListedScores(TeacherScores):
         """Scores of the response tokens start..stop-1."""
         columns = (self.response_ids, self._sampled, self._ids, self._log_probs)
         return ListedScores(*(column[start:stop] for column in columns))
+
+    def columns(self) -> dict[str, Tensor]:
+        """The four lists."""
+        return {
+            "response_ids": self.response_ids,
+            "sampled": self._sampled,
+            "ids": self._ids,
+            "log_probs": self._log_probs,
+        }
+
+    def from_columns(self, columns: Mapping[str, Tensor]) -> ListedScores:
+        """From such lists."""
+        return ListedScores(**columns)
 
     def sampled(self) -> Tensor:
         """[N] log-probabilities of the sampled tokens."""
