@@ -1,4 +1,4 @@
-"""Rollouts used several times: which mini-batch when, how stale, what is kept, and what is left of it in a checkpoint."""
+"""Rollouts used several times: which mini-batch when, how stale, what is kept, what a checkpoint holds of it."""
 
 import pytest
 import torch
@@ -6,6 +6,10 @@ from lightning.pytorch.callbacks import Callback
 from toys import adamw, make_data, make_module, make_trainer, weights_of
 
 from opd_lightning.backends.hf import HFTeacher
+from opd_lightning.callbacks.effopd import EffOPD
+from opd_lightning.callbacks.effopd_scores import TeacherKLOnNewRollouts
+from opd_lightning.extrapolation.optimizer import EffOPDOptimizer
+from opd_lightning.interfaces import Score
 from opd_lightning.objectives import Clipped, SampledTokenObjective, Truncated
 from opd_lightning.rollouts.reuse import Reuse, shuffled
 from opd_lightning.selection import DifficultyPool, Shuffled
@@ -155,6 +159,123 @@ def test_a_step_that_fails_in_a_round_is_done_again(tmp_path, folders):
         fit(tmp_path, folders, 5, source=Reuse(2, 2), callbacks=[Fails()])
     resumed = fit(tmp_path, folders, 5, source=Reuse(2, 2), ckpt_path=tmp_path / "failed.ckpt")
     assert_same(resumed, whole, 3)
+
+
+# ------------------------------------------------------------------------------------------------- the checked distance
+
+
+def lengths(recorder):
+    """Steps of each round."""
+    rounds = column(recorder, "round")
+    return [rounds.count(index) for index in sorted(set(rounds))]
+
+
+def test_a_round_ends_when_its_rollouts_are_too_far_from_the_weights(tmp_path, folders):
+    _, notes = fit(tmp_path, folders, 5, source=Reuse(2, 3, max_kl=1e-4))
+    assert lengths(notes) == [2, 2, 1]
+    assert [output["ends_round"] for output in notes.outputs] == [False, True, False, True, False]
+    assert column(notes, "rollout_kl")[1] > 1e-4
+
+
+@pytest.mark.parametrize(("max_kl", "expected"), [(1e-4, [1, 2, 1, 2, 1]), (1e9, [1, 2, 3, 1])])
+def test_passes_adapt_to_the_radius(tmp_path, folders, max_kl, expected):
+    _, notes = fit(tmp_path, folders, 7, source=Reuse(1, "adaptive", max_passes=3, max_kl=max_kl), optimizer=jump)
+    assert lengths(notes) == expected  # the first step of a round is on-policy, so that one pass is never too far
+
+
+def jump(parameters):
+    return torch.optim.AdamW(parameters, lr=0.1)
+
+
+def distance(module):
+    return sum(float((w - START[id(module)][name]).square().sum()) for name, w in module.student.named_parameters())
+
+
+START = {}
+
+
+class Start(Callback):
+    def on_fit_start(self, trainer, pl_module):
+        START[id(pl_module)] = weights_of(pl_module)
+
+
+@pytest.mark.parametrize(("sign", "expected"), [(1, [2, 4, 1]), (-1, [2, 2, 2, 1])], ids=["forward", "back"])
+def test_a_search_at_the_end_of_each_round_says_how_long_the_next_may_be(tmp_path, folders, sign, expected):
+    effopd = EffOPD(lambda m: sign * distance(m), schedule="rounds", candidates=[0.5], backward=[-0.5])
+    _, notes = fit(tmp_path, folders, 7, source=Reuse(2, "adaptive"), callbacks=[Start(), effopd])
+    assert lengths(notes) == expected
+    assert effopd.last_search.step == 6 and (effopd.last_search.best.factor > 0) == (sign > 0)
+
+
+def test_a_search_that_goes_back_ends_the_round(tmp_path, folders):
+    effopd = EffOPD(lambda m: -distance(m), schedule=[1], backward=[-0.5])
+    _, notes = fit(tmp_path, folders, 3, source=Reuse(2, 2), callbacks=[Start(), effopd])
+    assert lengths(notes) == [1, 2]
+
+
+@pytest.mark.slow
+def test_searched_adapted_and_resumed_equals_one_run(tmp_path, folders):
+    def parts():
+        score = TeacherKLOnNewRollouts(num_prompts=4)
+        return {
+            "callbacks": [EffOPD(score, schedule="rounds", candidates=[1, 2], backward=[-0.5])],
+            "source": Reuse(2, "adaptive", max_kl=5.0),
+        }
+
+    whole = fit(tmp_path, folders, 8, **parts())
+    fit(tmp_path, folders, 5, save=tmp_path / "stop.ckpt", **parts())
+    assert_same(fit(tmp_path, folders, 8, ckpt_path=tmp_path / "stop.ckpt", **parts()), whole, 5)
+
+
+def test_candidates_are_scored_on_answers_that_are_generated_once(tmp_path, folders):
+    teacher, score = Asked(folders[1]), TeacherKLOnNewRollouts(num_prompts=4)
+    values = []
+
+    class Noted(Score):
+        tokens = property(lambda self: score.tokens)
+
+        def begin(self, trainer, module):
+            score.begin(trainer, module)
+
+        def __call__(self, trainer, module):
+            values.append((score.tokens, sum(teacher.num_scored), score(trainer, module)))
+            return -len(values)
+
+    effopd = EffOPD(Noted(), schedule="rounds", candidates=[1], backward=[-1])
+    module, _ = fit(tmp_path, folders, 2, source=Reuse(1, 1), teacher_object=teacher, callbacks=[effopd])
+    assert len(values) == 6  # two searches: where they stand, forward, back
+    (_, before, start), (tokens, asked, forward), (_, _, back) = values[:3]
+    assert tokens > 0 and asked == before + 4  # the teacher scores four answers, once
+    assert [after[:2] for after in values[1:3]] == [(tokens, asked)] * 2
+    assert len({start, forward, back}) == 3
+    assert values[4][0] > tokens and effopd.last_search.tokens == values[4][0] - tokens
+
+
+def test_who_does_not_say_when_a_round_ends_is_refused(tmp_path, folders):
+    with pytest.raises(ValueError, match=r"schedule: an optimiser does not know when a round ends"):
+        EffOPDOptimizer(adamw([torch.zeros(1, requires_grad=True)]), lambda: 0.0, schedule="rounds")
+
+    class Silent(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            step = pl_module.training_step
+            pl_module.training_step = lambda *arguments: {"loss": step(*arguments)}
+
+    with pytest.raises(
+        ValueError, match=r"schedule: 'rounds' needs a training_step that returns .*; this one's says nothing"
+    ):
+        fit(tmp_path, folders, 1, callbacks=[EffOPD(lambda m: 0.0, schedule="rounds"), Silent()])
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ({"max_kl": 1.0}, {"top_k_metrics": 0}, r"data\.source\.max_kl: .* which model\.top_k_metrics: 0 leaves out"),
+        ({"passes": "adaptive"}, {}, r"data\.source\.passes: 'adaptive' would only ever double.*EffOPD"),
+    ],
+)
+def test_a_distance_that_nobody_checks_is_refused(tmp_path, folders, source, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, folders, 1, source=Reuse(2, **({"passes": 2} | source)), **options)
 
 
 @pytest.mark.parametrize("size", [1, 4])

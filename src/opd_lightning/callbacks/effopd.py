@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -42,7 +42,8 @@ class EffOPD(Callback):
     is taken in eval mode, without gradients, in the trainer's precision and from a random state that depends on the
     step only; modes and random state are restored. Processes take the mean of their scores, so all decide alike. The
     older point and all counters are in the checkpoint: a resumed run equals an uninterrupted one. When the module
-    defines `on_weights_moved()`, it is called each time weights were written, tried candidates included.
+    defines `on_weights_moved()`, it is called each time weights were written, tried candidates included; when it
+    defines `on_searched(factor)`, after each search, with the factor kept (0: nothing moved).
 
     Works with automatic and manual optimisation, gradient accumulation, mixed precision, DDP and FSDP2
     (`ModelParallelStrategy`). Limits: buffers (running statistics, say) are not moved; weights that become trainable
@@ -53,7 +54,8 @@ class EffOPD(Callback):
         score: What to maximise: a `Score`, or a function of the module that returns a number. When it has an attribute
             `tokens` (spent so far on this process), searches report what they cost in tokens.
         schedule: "powers_of_two", "adaptive", an integer n (every n optimiser steps), or a list of steps; counted since
-            the callback started, in steps of the chosen optimiser.
+            the callback started, in steps of the chosen optimiser. "rounds" searches when `training_step` returns
+            ``{"ends_round": True}``, as `OPDModule` does in the last step on rollouts of one generation.
         candidates: Positive multiples of Delta to add to the current weights, in increasing order.
         backward: Negative multiples, tried only when the first candidate fails: averaging with the older point.
         accept: "not_worse" keeps ties with the best so far (the paper), "better" does not (the authors' code). When
@@ -164,8 +166,12 @@ class EffOPD(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Search when optimiser steps since the last look call for it; micro-batches in between do not."""
+        if self._extrapolator.schedule.spec == "rounds" and _ends_round(outputs):
+            self._extrapolator.ask()
         if not self._extrapolator.is_due:
             return
+        if isinstance(self.score, Score):
+            self.score.begin(trainer, pl_module)
         report = self._extrapolator.search(
             lambda: self._evaluate(trainer, pl_module),
             before_edit=lambda: reshard(pl_module),
@@ -175,6 +181,7 @@ class EffOPD(Callback):
         if report is None:
             return
         self.last_search = report
+        getattr(pl_module, "on_searched", lambda factor: None)(report.best.factor)
         say(trainer, self._signed(str(report)))
         for logger in trainer.loggers:
             logger.log_metrics(report.metrics(self._key), step=trainer.global_step)
@@ -225,3 +232,17 @@ class EffOPD(Callback):
             rank_zero_warn(
                 f"EffOPD: the checkpoint was saved without {without}; it starts counting here, from the loaded weights."
             )
+
+
+def _ends_round(outputs: Any) -> bool:
+    """Whether a training step says that the rollouts it was given will not be used again.
+
+    Raises:
+        ValueError: It does not say.
+    """
+    if not (isinstance(outputs, Mapping) and "ends_round" in outputs):
+        raise ValueError(
+            "schedule: 'rounds' needs a training_step that returns {'ends_round': true or false, ...}, as that of OPDModule"
+            " does; this one's says nothing of it. Return it, or choose another schedule."
+        )
+    return bool(outputs["ends_round"])

@@ -5,6 +5,7 @@ All split their work over processes and compare candidates on common random numb
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from opd_lightning.interfaces import Objective, Problem, Rollout, Score
+from opd_lightning.interfaces import Objective, Problem, Rollout, Score, Teacher
 from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.objectives import DivergenceObjective
 from opd_lightning.rollouts.answering import Answers, render_prompts
+from opd_lightning.teachers import KeptScores
 from opd_lightning.training.module import OPDModule
 
 
@@ -70,8 +72,12 @@ class _OnFreshRollouts(_MeanOverProcesses):
             )
         return problems
 
+    def seed_parts(self, trainer: Any) -> tuple[int | str, ...]:
+        """What the seeds of samples depend on, beside prompt and sample: nothing that changes."""
+        return (trainer.datamodule.seed, "score")
+
     def answer_prompts(self, trainer: Any, module: OPDModule) -> Answers:
-        """Answer this process's share of the prompts, each sample with its own unchanging seed."""
+        """Answer this process's share of the prompts, each sample with a seed of its own."""
         data, problems = trainer.datamodule, self.choose_problems(trainer)
         positions = list(range(len(problems)))[trainer.global_rank :: trainer.world_size]
         prompts = render_prompts(
@@ -79,7 +85,7 @@ class _OnFreshRollouts(_MeanOverProcesses):
             [problems[i] for i in positions],
             positions,
             num_samples=self.num_samples,
-            seed_parts=(data.seed, "score"),
+            seed_parts=self.seed_parts(trainer),
         )
         answers: Answers = data.answer(prompts, data.sampling, num_samples=self.num_samples)
         self.tokens += sum(len(rollout.response_ids) for rollout in answers.rollouts)
@@ -133,6 +139,46 @@ class TeacherKL(_OnFreshRollouts):
     @override
     def sum_and_count(self, trainer: Any, module: OPDModule) -> tuple[float, float]:
         total, count = divergence_from_teacher(module, self.answer_prompts(trainer, module).rollouts)
+        return -total, count
+
+
+class TeacherKLOnNewRollouts(TeacherKL):
+    """As `TeacherKL`, with all candidates of a search on one set of answers: those of the weights it starts from.
+
+    Each search generates once, with new random numbers, and asks the teacher once: candidates cost a student pass each.
+    Made for the end of a round of reused rollouts (`schedule: rounds`), whose states are older than the weights.
+
+    Args:
+        num_prompts: Training prompts, chosen once from the seed; `data.num_reserved` keeps them out of training.
+        num_samples: Answers per prompt.
+
+    Raises:
+        ValueError: A number is below 1; when fit starts also when there are fewer training prompts.
+    """
+
+    def __init__(self, num_prompts: int = 32, num_samples: int = 1) -> None:
+        super().__init__(num_prompts, num_samples)
+        self._rollouts: list[Rollout] | None = None
+        self._kept: KeptScores | None = None
+
+    @override
+    def begin(self, trainer: Any, module: OPDModule) -> None:
+        assert module.teacher is not None
+        self._rollouts, self._kept = None, KeptScores(module.teacher)
+
+    @override
+    def seed_parts(self, trainer: Any) -> tuple[int | str, ...]:
+        return (*super().seed_parts(trainer), trainer.global_step)
+
+    @override
+    def sum_and_count(self, trainer: Any, module: OPDModule) -> tuple[float, float]:
+        assert self._kept is not None, "begin comes first"
+        if self._rollouts is None:
+            self._rollouts = self.answer_prompts(trainer, module).rollouts
+            request, batches = divergence_to_measure(module).request(), module.make_micro_batches(self._rollouts)
+            if request is not None:
+                self._kept.score_round(trainer.global_step, batches, request, max_bytes=sys.maxsize)
+        total, count = divergence_from_teacher(module, self._rollouts, self._kept)
         return -total, count
 
 
@@ -192,11 +238,19 @@ def divergence_to_measure(module: OPDModule) -> Objective:
     return objective
 
 
-def divergence_from_teacher(module: OPDModule, rollouts: Sequence[Rollout]) -> tuple[float, int]:
-    """Sum of `divergence_to_measure` over the response tokens of the rollouts, in nats, and their number."""
+def divergence_from_teacher(
+    module: OPDModule, rollouts: Sequence[Rollout], teacher: Teacher | None = None
+) -> tuple[float, int]:
+    """Sum of `divergence_to_measure` over the response tokens of the rollouts, in nats, and their number.
+
+    Args:
+        module: Student and teacher.
+        rollouts: On which states.
+        teacher: Who else has the teacher's scores of them; None asks the teacher itself.
+    """
     objective = divergence_to_measure(module)
     total, count = 0.0, 0
-    for compared in module.compare(module.make_micro_batches(rollouts), objective, objective.request()):
+    for compared in module.compare(module.make_micro_batches(rollouts), objective, objective.request(), teacher):
         total += float(compared.losses.sum())
         count += compared.micro_batch.num_tokens
     return total, count

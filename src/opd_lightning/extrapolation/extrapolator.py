@@ -56,6 +56,7 @@ class Extrapolator:
         self.search_seconds = 0.0
         self._settled_step = 0
         self._pause = FIRST_PAUSE
+        self._is_asked = False
         self._elapsed_before = 0.0
         self._running_since: float | None = None
         self._weights: AnchoredWeights | None = None
@@ -90,10 +91,14 @@ class Extrapolator:
         """Note one optimiser step."""
         self.num_steps += 1
 
+    def ask(self) -> None:
+        """Make a search due, whatever the steps counted say."""
+        self._is_asked = True
+
     @property
     def is_due(self) -> bool:
-        """Whether the steps counted since the last look call for a search."""
-        return self.schedule.is_due(self._settled_step, self.num_steps, self._pause)
+        """Whether a search was asked for, or the steps counted since the last look call for one."""
+        return self._is_asked or self.schedule.is_due(self._settled_step, self.num_steps, self._pause)
 
     def search(
         self,
@@ -123,12 +128,12 @@ class Extrapolator:
         before_edit()
         delta_norm, cosine = (agree(value) for value in self._weights.measure())
         if not (math.isfinite(delta_norm) and delta_norm > 0):
-            self._settled_step = self.num_steps
+            self._settled_step, self._is_asked = self.num_steps, False
             if delta_norm != 0:
                 warnings.warn(f"EffOPD: no search at step {self.num_steps}, the weights are not finite.", stacklevel=2)
             return None
         outcome = self._walk(self._weights, score, before_edit, after_edit)
-        self._settled_step = self.num_steps
+        self._settled_step, self._is_asked = self.num_steps, False
         self._pause = next_pause(self._pause, accepted=outcome.best.factor != 0)
         seconds = time.perf_counter() - clock
         self.num_searches += 1
@@ -216,6 +221,7 @@ class Extrapolator:
             "num_steps": self.num_steps,
             "settled_step": self._settled_step,
             "pause": self._pause,
+            "is_asked": self._is_asked,
             "num_searches": self.num_searches,
             "num_accepted": self.num_accepted,
             "num_tied": self.num_tied,
@@ -230,6 +236,7 @@ class Extrapolator:
         self.num_steps = state["num_steps"]
         self._settled_step = state["settled_step"]
         self._pause = state.get("pause", FIRST_PAUSE)  # absent from older checkpoints
+        self._is_asked = state.get("is_asked", False)  # absent from older checkpoints
         self.num_searches = state["num_searches"]
         self.num_accepted = state["num_accepted"]
         self.num_tied = state.get("num_tied", 0)  # absent from older checkpoints

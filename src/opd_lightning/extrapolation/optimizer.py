@@ -98,6 +98,10 @@ class EffOPDOptimizer(Optimizer):
         if not callable(score):
             raise ValueError(f"score: expected a function without arguments, got {score!r}.")
         check_device(anchor_device)
+        if schedule == "rounds":
+            raise ValueError(
+                "schedule: an optimiser does not know when a round ends; 'rounds' is for the EffOPD callback."
+            )
         self.optimizer = optimizer
         self.score = score
         self.parameters = parameters

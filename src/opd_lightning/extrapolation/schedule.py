@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-ScheduleSpec = Literal["powers_of_two", "adaptive"] | int | Sequence[int]
+ScheduleSpec = Literal["powers_of_two", "adaptive", "rounds"] | int | Sequence[int]
 
 FIRST_PAUSE, SHORTEST_PAUSE, LONGEST_PAUSE = 1, 2, 16  # optimiser steps between searches of the adaptive schedule
 
@@ -28,7 +28,8 @@ class Schedule:
 
     Args:
         spec: "powers_of_two" (1, 2, 4, 8, ...: the paper), an integer n (n, 2n, 3n, ...), the steps themselves in
-            increasing order, or "adaptive": the first after step 1, then as `next_pause` says.
+            increasing order, "adaptive": the first after step 1, then as `next_pause` says, or "rounds": when it is
+            said that a round of rollouts has ended (`Extrapolator.ask`), and never of itself.
 
     Raises:
         ValueError: The schedule is none of these.
@@ -37,7 +38,7 @@ class Schedule:
     spec: ScheduleSpec = "powers_of_two"
 
     def __post_init__(self) -> None:
-        if self.spec in ("powers_of_two", "adaptive"):
+        if self.spec in ("powers_of_two", "adaptive", "rounds"):
             return
         if isinstance(self.spec, int) and not isinstance(self.spec, bool) and self.spec >= 1:
             return
@@ -45,8 +46,8 @@ class Schedule:
             object.__setattr__(self, "spec", tuple(self.spec))
             return
         raise ValueError(
-            "schedule: expected 'powers_of_two', 'adaptive', an integer n >= 1 (search every n optimiser steps) or an"
-            f" increasing list of steps >= 1, got {self.spec!r}."
+            "schedule: expected 'powers_of_two', 'adaptive', 'rounds', an integer n >= 1 (search every n optimiser"
+            f" steps) or an increasing list of steps >= 1, got {self.spec!r}."
         )
 
     @staticmethod
@@ -71,6 +72,8 @@ class Schedule:
             step: Steps so far.
             pause: Of the adaptive schedule.
         """
+        if self.spec == "rounds":
+            return False
         if self.spec == "adaptive":
             return step - settled >= pause
         return self.num_due(step) > self.num_due(settled)

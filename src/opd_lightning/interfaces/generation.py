@@ -178,6 +178,13 @@ class RolloutSource(ABC):
     def observe(self, facts: StepFacts) -> None:  # noqa: B027 - most do not learn
         """A step has been trained: learn from it, and let go of its rollouts."""
 
+    def observe_search(self, factor: float) -> None:  # noqa: B027 - most do not care
+        """A search since the last step has moved the weights by this multiple of their recent change.
+
+        Args:
+            factor: Negative where it went back, 0 where nothing moved; the same on all processes.
+        """
+
     def wait(self) -> None:  # noqa: B027 - most do nothing in the background
         """Return when the engine is idle, so that others may use it."""
 

@@ -88,6 +88,9 @@ class Score(ABC):
     def __call__(self, trainer: Any, module: Any) -> float:
         """Return the score of the current weights, higher is better, the same on all ranks."""
 
+    def begin(self, trainer: Any, module: Any) -> None:  # noqa: B027 - most score every point from scratch
+        """A search begins: called once on all ranks, before its first score."""
+
     def check(self, trainer: Any, module: Any) -> None:  # noqa: B027 - not every score has something to check
         """Refuse a run in which the score could not be taken; called on all ranks before anything is trained.
 

@@ -139,12 +139,19 @@ class Reuse(OnPolicy):
         current = self._begun if self._begun is not None else self._round
         assert current is not None, "a step was trained that nobody handed out"
         trained = replace(current, num_trained=current.num_trained + 1)
-        if self.max_kl is not None and not trained.is_over:
+        if self.max_kl is not None:
             trained = replace(trained, cut_short=mean_over_processes(facts, "rollout_kl") > self.max_kl)
         if trained.is_over:
             self._history = _History(trained.index + 1, trained.num_passes, trained.cut_short)
-            trained = replace(trained, batch=replace(trained.batch, rollouts=[]))
+            trained = _over(trained)
         self._round, self._begun = trained, None
+
+    @override
+    def observe_search(self, factor: float) -> None:
+        """A search that went back ends the round under way, or says that the one just ended was too long."""
+        if factor < 0 and self._round is not None:
+            self._history = _History(self._round.index + 1, self._round.num_passes, went_too_far=True)
+            self._round = _over(replace(self._round, cut_short=True))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -256,6 +263,11 @@ def mean_over_processes(facts: StepFacts, name: str) -> float:
     pairs = gather_objects((float(known.sum()), known.numel()))
     count = sum(number for _, number in pairs)
     return math.fsum(total for total, _ in pairs) / count if count else math.nan
+
+
+def _over(ended: _Round) -> _Round:
+    """Without its rollouts, which nobody needs any more."""
+    return replace(ended, batch=replace(ended.batch, rollouts=[]))
 
 
 def _restore(state: Mapping[str, Any], asked: PromptBatch) -> _Round:

@@ -52,15 +52,15 @@ class KeptScores(Teacher):
         for batch, scores in zip(batches, self.teacher.score_all(batches, request), strict=True):
             columns = scores.columns()
             if columns is None:
-                self._give_up(f"the scores of {type(self.teacher).__name__} cannot be kept ({type(scores).__name__})")
+                self._give_up(f"model.teacher: the scores of {type(self.teacher).__name__} cannot be kept")
                 return
             num_scored += batch.num_tokens
             self.num_bytes += sum(column.nbytes for column in columns.values())
             if num_scored and self.num_bytes / num_scored * num_tokens > max_bytes:
                 needed = self.num_bytes / num_scored * num_tokens
                 self._give_up(
-                    f"a round's teacher scores take about {needed / 1e9:.2g} GB, more than"
-                    f" data.source.max_score_gb={max_bytes / 1e9:g}"
+                    f"data.source: a round's teacher scores take about {needed / 1e9:.2g} GB, more than"
+                    f" max_score_gb={max_bytes / 1e9:g}"
                 )
                 return
             self._kind = self._kind or scores.from_columns({name: rows[:0].clone() for name, rows in columns.items()})
@@ -103,5 +103,5 @@ class KeptScores(Teacher):
         self.forget()
         self._round = round_index
         if not self._has_told:
-            warnings.warn(f"data.source: {reason}, so the teacher is asked again in every pass.", stacklevel=2)
+            warnings.warn(f"{reason}, so it is asked again each time they are needed.", stacklevel=2)
         self._has_told = True

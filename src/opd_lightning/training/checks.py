@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 
 from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from opd_lightning.interfaces import Objective, ScoreRequest, Student, Teacher, TokenWeighting
@@ -48,7 +49,7 @@ def check_fit(
             " and validations be lost. Set trainer.max_steps and trainer.val_check_interval instead."
         )
     _check_staleness(objective, data)
-    _check_radius(data, facts_k)
+    _check_radius(data, trainer, facts_k)
     if objective.needs_rollout_log_probs and not data.source.knows_log_probs(data.sampling):
         raise ValueError(
             f"model.objective: {type(objective).__name__} needs the log-probabilities that rollouts were drawn with,"
@@ -104,13 +105,21 @@ def _check_staleness(objective: Objective, data: OPDDataModule) -> None:
         )
 
 
-def _check_radius(data: OPDDataModule, facts_k: int) -> None:
-    """Refuse a radius that nobody measures.
+def _check_radius(data: OPDDataModule, trainer: Trainer, facts_k: int) -> None:
+    """Refuse a radius that nobody measures, and passes that nothing ever lowers.
 
     Raises:
-        ValueError: `rollout_kl` is not known in this run.
+        ValueError: `rollout_kl` is not known in this run, or neither a radius nor a search is set.
     """
-    if not isinstance(data.source, Reuse) or data.source.max_kl is None:
+    if not isinstance(data.source, Reuse):
+        return
+    if data.source.max_kl is None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if data.source.passes == "adaptive" and not any(hasattr(each, "has_pending_search") for each in callbacks):
+            raise ValueError(
+                "data.source.passes: 'adaptive' would only ever double them, since nothing here says that a round was"
+                " too long. Set data.source.max_kl, add an EffOPD callback with schedule: rounds, or give a number."
+            )
         return
     if not facts_k:
         raise ValueError(

@@ -110,8 +110,13 @@ class OPDModule(PairModule):
 
     # ------------------------------------------------------------------------------------------------------- training
 
-    def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, StepFacts]:
-        """Move the student towards the teacher on the batch's rollouts; returns what became known of every token."""
+    def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Any]:
+        """Move the student towards the teacher on the batch's rollouts.
+
+        Returns:
+            "facts": `StepFacts`, what became known of every token; "ends_round": whether the next step gets new
+            rollouts.
+        """
         assert batch.weight_version == self.weight_version or batch.staleness != 0, "these rollouts are not on-policy"
         # dropout must not depend on how often the global generator was used before: a resumed run has used it less
         torch.manual_seed(derive_seed(self.data.seed, "dropout", batch.step, self.global_rank))
@@ -123,7 +128,11 @@ class OPDModule(PairModule):
         self.log_step(batch)
         facts = StepFacts(batch.step, tuple(trained))
         self.data.observe(facts)
-        return {"facts": facts}
+        return {"facts": facts, "ends_round": self.data.source.num_steps_wanted > 0}
+
+    def on_searched(self, factor: float) -> None:
+        """Called after a search (EffOPD) has moved the weights by this multiple of their recent change, or by 0."""
+        self.data.source.observe_search(factor)
 
     def teacher_of(self, batch: RolloutBatch) -> Teacher | None:
         """Who scores this batch: the teacher, or what it said of the round that the batch is a part of."""
