@@ -242,7 +242,7 @@ def test_candidates_are_scored_on_answers_that_are_generated_once(tmp_path, fold
             return -len(values)
 
     effopd = EffOPD(Noted(), schedule="rounds", candidates=[1], backward=[-1])
-    module, _ = fit(tmp_path, folders, 2, source=Reuse(1, 1), teacher_object=teacher, callbacks=[effopd])
+    fit(tmp_path, folders, 2, source=Reuse(1, 1), teacher_object=teacher, callbacks=[effopd])
     assert len(values) == 6  # two searches: where they stand, forward, back
     (_, before, start), (tokens, asked, forward), (_, _, back) = values[:3]
     assert tokens > 0 and asked == before + 4  # the teacher scores four answers, once
@@ -258,7 +258,7 @@ def test_who_does_not_say_when_a_round_ends_is_refused(tmp_path, folders):
     class Silent(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             step = pl_module.training_step
-            pl_module.training_step = lambda *arguments: {"loss": step(*arguments)}
+            pl_module.training_step = lambda *arguments: {"other": step(*arguments)}
 
     with pytest.raises(
         ValueError, match=r"schedule: 'rounds' needs a training_step that returns .*; this one's says nothing"

@@ -64,6 +64,7 @@ ROOMS_WITH_SHORT_NAMES = (  # `HFStudent` works in YAML for the whole path, but 
     "callbacks.held_out_loss",
     "callbacks.mismatch",
     "objectives",
+    "rollouts.horizon",
     "rollouts.one_step_ahead",
     "rollouts.plain_engine",
     "rollouts.reuse",

@@ -37,6 +37,7 @@ from opd_lightning.interfaces import (
 )
 from opd_lightning.objectives import Estimator, Importance, Support
 from opd_lightning.objectives.divergences import Divergence
+from opd_lightning.rollouts.horizon import Horizon
 
 PROGRAM = "opd-lightning"
 SEAMS: dict[str, type] = {
@@ -49,6 +50,7 @@ SEAMS: dict[str, type] = {
     "callbacks": Callback,
     "divergence": Divergence,
     "engine": RolloutEngine,
+    "horizon": Horizon,
     "inner": PromptSelector,
     "lr_scheduler": LRScheduler,
     "objective": Objective,

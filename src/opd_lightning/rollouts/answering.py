@@ -84,18 +84,18 @@ def grade(task: Task, rollouts: Sequence[Rollout]) -> list[Rollout]:
 
 
 def grade_step(
-    task: Task, found: RolloutBatch, indices: Sequence[int], num_samples: int
+    task: Task | None, found: RolloutBatch, indices: Sequence[int], num_samples: int
 ) -> tuple[RolloutBatch, list[PromptOutcome]]:
     """The step's rollouts with their rewards, and what became of each prompt.
 
     Args:
-        task: Marks.
+        task: Marks; None leaves the rewards NaN.
         found: Not graded, `num_samples` rollouts per prompt.
         indices: Of the prompts' problems.
         num_samples: Rollouts per prompt.
     """
     started = time.perf_counter()
-    rollouts = grade(task, found.rollouts)
+    rollouts = found.rollouts if task is None else grade(task, found.rollouts)
     seconds = found.seconds | {"grade": time.perf_counter() - started}
     groups = Answers(rollouts, num_samples, seconds).by_problem()
     rewards = [tuple(rollout.reward for rollout in group) for group in groups]

@@ -14,6 +14,7 @@ from opd_lightning.distributed import gather_objects, world_size
 from opd_lightning.interfaces import PromptBatch, Rollout, RolloutBatch, RoundPart, Sampling, StepFacts
 from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.randomness import derive_seed
+from opd_lightning.rollouts.fact_means import mean_over_processes
 from opd_lightning.rollouts.on_policy import OnPolicy
 from opd_lightning.rollouts.prompt_stream import join_shares
 from opd_lightning.rollouts.records import from_groups, to_groups
@@ -253,16 +254,6 @@ def shuffled(mini_batches: int, size: int, seed_parts: Sequence[int] | None) -> 
         positions = positions.gather(0, order)
     batches: list[list[int]] = positions.tolist()
     return batches
-
-
-def mean_over_processes(facts: StepFacts, name: str) -> float:
-    """Mean of a fact over the tokens of all processes where it is defined; NaN where it nowhere is."""
-    values = [rollout.facts[name] for rollout in facts.rollouts if name in rollout.facts]
-    known = torch.cat(values) if values else torch.zeros(0)
-    known = known[~known.isnan()].double()
-    pairs = gather_objects((float(known.sum()), known.numel()))
-    count = sum(number for _, number in pairs)
-    return math.fsum(total for total, _ in pairs) / count if count else math.nan
 
 
 def _over(ended: _Round) -> _Round:

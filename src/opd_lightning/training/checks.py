@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from opd_lightning.interfaces import Objective, ScoreRequest, Student, Teacher, TokenWeighting
 from opd_lightning.objectives import NLL, SampledTokenObjective, known_facts
 from opd_lightning.objectives.token_weights import known_divisor
+from opd_lightning.rollouts.horizon import Horizon
 from opd_lightning.rollouts.on_policy import OnPolicy
 from opd_lightning.rollouts.one_step_ahead import OneStepAhead
 from opd_lightning.rollouts.prompt_limits import check_context
@@ -55,6 +56,11 @@ def check_fit(
             f"model.objective: {type(objective).__name__} needs the log-probabilities that rollouts were drawn with,"
             f" but {type(data.source).__name__} with {type(data.engine).__name__} does not know them for this"
             " data.sampling. Set sampling.top_p to 1 and sampling.top_k to 0, or objective.importance: null."
+        )
+    if data.selector.needs_rewards and data.horizon is not None:
+        raise ValueError(
+            f"data.horizon: {type(data.selector).__name__} learns from rewards, and answers that a horizon may cut have"
+            " none. Use Shuffled, or horizon: null."
         )
     if data.selector.needs_rewards and not data.task.is_graded:
         raise ValueError(
@@ -155,6 +161,24 @@ def check_teacher(teacher: Teacher, student: Student, data: OPDDataModule) -> No
     """
     teacher.preflight(student)
     check_context("model.teacher: it reads", teacher.context_length, data.longest_prompt, data.sampling)
+
+
+def check_horizon(horizon: Horizon | None, asked: ScoreRequest | None, facts_k: int) -> None:
+    """Refuse a horizon that follows a distance which this run does not know.
+
+    Args:
+        horizon: None for whole answers.
+        asked: What the teacher is asked for; None without a teacher.
+        facts_k: Size of the top-k lists of the facts.
+
+    Raises:
+        ValueError: It does.
+    """
+    if horizon is not None and horizon.reads_facts and "sampled_log_ratio" not in known_facts(asked, facts_k):
+        raise ValueError(
+            f"data.horizon: {type(horizon).__name__} follows the distance from the teacher, which this run does not"
+            " measure. Set model.teacher and model.top_k_metrics to 1 or more, or take GrowingHorizon."
+        )
 
 
 def check_weighting(weighting: TokenWeighting | None, asked: ScoreRequest | None, facts_k: int) -> None:

@@ -34,11 +34,13 @@ from opd_lightning.interfaces import (
 from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.randomness import derive_seed
 from opd_lightning.rollouts.answering import Answers, answer, check_rollouts, grade_step, render_prompts
+from opd_lightning.rollouts.horizon import Horizon, StepSampling
 from opd_lightning.rollouts.on_policy import OnPolicy
 from opd_lightning.rollouts.problem_sets import describe_problems, draw_problems, read_problems, without_reserved
 from opd_lightning.rollouts.prompt_limits import check_context
 from opd_lightning.rollouts.prompt_stream import HeldOutBatches, PromptStream, held_out_batches, join_shares
 from opd_lightning.tasks.overlap import report_overlap
+from opd_lightning.training.defaults import default_engine, default_selector
 
 
 class OPDDataModule(LightningDataModule):
@@ -51,6 +53,8 @@ class OPDDataModule(LightningDataModule):
             `Reuse()` trains on rollouts several times.
         selector: Which prompts next; None is `Shuffled()`.
         sampling: How training rollouts are sampled. Temperature and cuts must fit the objective.
+        horizon: Generate and train on the first tokens only, and mark no training answers; None takes whole answers.
+            Validation, scores and predict always do.
         prompts_per_step: Prompts of one optimiser step, over all processes.
         rollouts_per_prompt: Responses per prompt.
         validation_sampling: How validation, test and predict answers are sampled; None is `sampling`.
@@ -74,6 +78,7 @@ class OPDDataModule(LightningDataModule):
         source: RolloutSource | None = None,
         selector: PromptSelector | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        horizon: Horizon | None = None,
         prompts_per_step: int = 64,
         rollouts_per_prompt: int = 1,
         validation_sampling: Sampling | None = None,
@@ -92,10 +97,12 @@ class OPDDataModule(LightningDataModule):
         check_at_least(1, "data", num_validation_problems=num_validation_problems, max_prompt_tokens=max_prompt_tokens)
         check_at_least(0, "data", num_reserved=num_reserved)
         self.task = task
-        self.engine = engine if engine is not None else _default_engine()
+        self.engine = engine if engine is not None else default_engine()
         self.source = source if source is not None else OnPolicy()
-        self.selector = selector if selector is not None else _default_selector()
+        self.selector = selector if selector is not None else default_selector()
         self.sampling = sampling
+        self.horizon = horizon
+        self.step_sampling = StepSampling(sampling, horizon)
         self.prompts_per_step = prompts_per_step
         self.rollouts_per_prompt = rollouts_per_prompt
         self.validation_sampling = validation_sampling if validation_sampling is not None else sampling
@@ -194,14 +201,16 @@ class OPDDataModule(LightningDataModule):
         """Get the step's rollouts: where new ones are asked for, grade them and let the selector see all outcomes."""
         graded = self._answer(batch) if batch.is_new else None
         share = self.source.share(batch, graded, self.seed)
-        for part, value in self.source.prepare(self._draw_next, self.sampling, self._student).items():
+        following = self.step_sampling.of_step(batch.step + 1)
+        for part, value in self.source.prepare(self._draw_next, following, self._student).items():
             share.seconds[part] = share.seconds.get(part, 0.0) + value
         return share
 
     def _answer(self, batch: PromptBatch) -> RolloutBatch:
-        found = self.source.rollouts(self._render(batch), self.sampling, self._student)
+        found = self.source.rollouts(self._render(batch), self.step_sampling.of_step(batch.step), self._student)
         check_rollouts(found, len(batch.problems) * self.rollouts_per_prompt, type(self.source).__name__)
-        graded, outcomes = grade_step(self.task, found, batch.indices, self.rollouts_per_prompt)
+        task = self.task if self.horizon is None else None
+        graded, outcomes = grade_step(task, found, batch.indices, self.rollouts_per_prompt)
         self.selector.observe(join_shares(gather_objects(outcomes)))
         return graded
 
@@ -210,6 +219,7 @@ class OPDDataModule(LightningDataModule):
         assert self.stream is not None
         self.stream.commit()
         self.source.observe(facts)
+        self.step_sampling.observe(facts)
 
     def answer(self, prompts: Sequence[Prompt], sampling: Sampling, *, num_samples: int) -> Answers:
         """Answer prompts with the student's current weights and grade the answers, outside the training rollouts."""
@@ -235,12 +245,13 @@ class OPDDataModule(LightningDataModule):
         self.engine.invalidate()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the rollout source after the last trained step."""
-        return {"source": self.source.state_dict()}
+        """The state of rollout source and horizon after the last trained step."""
+        return {"source": self.source.state_dict(), "step_sampling": self.step_sampling.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict`, or start over from an empty one."""
         self.source.load_state_dict(state_dict.get("source", {}))
+        self.step_sampling.load_state_dict(state_dict.get("step_sampling", {}))
 
     def on_exception(self, exception: BaseException) -> None:
         """Call off and close what would keep the process alive; Lightning tears nothing down after an error."""
@@ -284,15 +295,3 @@ class OPDDataModule(LightningDataModule):
         if split == "train":
             self.longest_prompt = longest
         return problems
-
-
-def _default_engine() -> RolloutEngine:
-    from opd_lightning.backends.hf import HFEngine  # transformers is slow to import and not always wanted
-
-    return HFEngine()
-
-
-def _default_selector() -> PromptSelector:
-    from opd_lightning.selection import Shuffled
-
-    return Shuffled()

@@ -33,7 +33,7 @@ from opd_lightning.randomness import derive_seed
 from opd_lightning.rollouts.answering import shape_groups
 from opd_lightning.teachers import KeptScores
 from opd_lightning.training.checkpoints import check_resumable
-from opd_lightning.training.checks import check_fit, check_weighting
+from opd_lightning.training.checks import check_fit, check_horizon, check_weighting
 from opd_lightning.training.metrics import Means, comparison_statistics, rollout_statistics, speeds
 from opd_lightning.training.pair_module import PairModule
 from opd_lightning.training.resuming import check_resume, describe_run, override_optimizer
@@ -211,6 +211,7 @@ class OPDModule(PairModule):
         super().setup(stage)
         if stage == "fit":
             check_weighting(self.token_weighting, self.score_request, self.facts_k)
+            check_horizon(self.data.horizon, self.score_request, self.facts_k)
 
     def _check_fit(self) -> None:
         check_fit(
@@ -279,6 +280,10 @@ class OPDModule(PairModule):
             values["staleness"] = float(batch.staleness)
         if batch.round is not None:
             values["round"], values["pass"] = float(batch.round.index), float(batch.round.pass_index)
+        if self.data.horizon is not None:
+            values["horizon"] = float(batch.sampling.max_new_tokens)
+            if batch.sampling.max_new_tokens < self.data.sampling.max_new_tokens:  # nothing is known of whole answers
+                values["horizon_cut_rate"] = values.pop("truncation_rate")
         shown = ("reverse_kl", "accuracy")
         for name, value in values.items():
             self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=1)

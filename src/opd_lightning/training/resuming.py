@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 MAY_CHANGE = (  # with a warning: the state in the checkpoint fits, and what is minimised stays
     "data.engine",
+    "data.horizon",
     "data.sampling",
     "data.selector.init_args",
     "data.source.init_args",
@@ -53,6 +54,7 @@ def describe_run(module: Trained, data: Any) -> dict[str, Any]:
     """The settings that a resumed run is compared by, in plain values, by name."""
     settings = {
         "data.engine": data.engine,
+        "data.horizon": data.horizon,
         "data.rollouts_per_prompt": data.rollouts_per_prompt,
         "data.sampling": data.sampling,
         "data.selector.init_args": data.selector,
