@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from toys import CopyEngine, LetterTask, make_data, make_module, make_trainer, weights_of
 
 from opd_lightning.rollouts.one_step_ahead import OneStepAhead
+from opd_lightning.rollouts.reuse import Reuse
 from opd_lightning.selection import DifficultyPool
 
 
@@ -40,17 +41,19 @@ def main(num_processes, student, teacher, output):
     facts = {"metrics": notes.metrics, "seeds": notes.seeds, "selector": repr(data.selector.state_dict())}
     (output / f"rank{trainer.global_rank}.json").write_text(json.dumps(facts))
     torch.save(weights_of(module), output / f"rank{trainer.global_rank}.pt")
-    run_ahead(num_processes, student, teacher, output)
+    run_and_resume("ahead", OneStepAhead, num_processes, student, teacher, output)
+    run_and_resume("reuse", lambda: Reuse(2, 2, max_kl=10.0), num_processes, student, teacher, output)
 
 
-def run_ahead(num_processes, student, teacher, output):
-    """Generation one step ahead: a whole run, and one that is stopped and resumed."""
-    for name, steps, checkpoint in (("whole", 4, None), ("first", 2, None), ("resumed", 4, output / "first.ckpt")):
+def run_and_resume(source, make_source, num_processes, student, teacher, output):
+    """With a source that holds rollouts: a whole run, and one that is stopped and resumed."""
+    first = output / f"{source}_first.ckpt"
+    for name, steps, checkpoint in (("whole", 4, None), ("first", 2, None), ("resumed", 4, first)):
         trainer = make_trainer(output, steps, devices=num_processes, strategy=make_strategy(num_processes))
         module = make_module(student, teacher, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
-        trainer.fit(module, make_data(engine=CopyEngine(), source=OneStepAhead()), ckpt_path=checkpoint)
-        trainer.save_checkpoint(output / f"{name}.ckpt")
-        torch.save(weights_of(module), output / f"ahead_{name}_rank{trainer.global_rank}.pt")
+        trainer.fit(module, make_data(engine=CopyEngine(), source=make_source()), ckpt_path=checkpoint)
+        trainer.save_checkpoint(output / f"{source}_{name}.ckpt")
+        torch.save(weights_of(module), output / f"{source}_{name}_rank{trainer.global_rank}.pt")
 
 
 if __name__ == "__main__":

@@ -63,11 +63,13 @@ def test_the_selector_sees_the_outcomes_of_all_processes(runs):
 
 
 @pytest.mark.slow
-def test_generated_ahead_and_resumed_on_two_processes_equals_the_whole_run(runs):
+@pytest.mark.parametrize("source", ["ahead", "reuse"])
+def test_held_rollouts_resumed_on_two_processes_equal_the_whole_run(runs, source):
     for rank in (0, 1):
-        whole, resumed = (torch.load(runs[2] / f"ahead_{name}_rank{rank}.pt") for name in ("whole", "resumed"))
-        for name, weight in torch.load(runs[1] / "ahead_whole_rank0.pt").items():
+        whole, resumed = (torch.load(runs[2] / f"{source}_{name}_rank{rank}.pt") for name in ("whole", "resumed"))
+        for name, weight in torch.load(runs[1] / f"{source}_whole_rank0.pt").items():
             assert torch.equal(resumed[name], whole[name]), name
             torch.testing.assert_close(whole[name], weight, rtol=1e-4, atol=1e-5, msg=name)
-    groups = torch.load(runs[2] / "first.ckpt", weights_only=True)["OPDDataModule"]["source"]["groups"]
-    assert [len(group) for group in groups] == [2] * 4
+    state = torch.load(runs[2] / f"{source}_first.ckpt", weights_only=True)["OPDDataModule"]["source"]
+    groups = state["groups"] if source == "ahead" else state["round"]["groups"]
+    assert [len(group) for group in groups] == [2] * (4 if source == "ahead" else 8)

@@ -188,6 +188,7 @@ model:
 data:
   task: {class_path: ArithmeticTask, init_args: {num_train: 40, num_validation: 8, num_test: 8}}
   selector: DifficultyPool
+  source: %(source)s
   sampling: {max_new_tokens: 64}
   prompts_per_step: 8
 trainer:
@@ -204,11 +205,14 @@ trainer:
 """
 
 
-def start(root, lora, *arguments):
+SOURCES = {"reuse": "{class_path: Reuse, init_args: {mini_batches: 2, passes: 3, max_kl: 1.0}}"}
+
+
+def start(root, kind, *arguments):
     root.mkdir(exist_ok=True)
     config = root / "config.yaml"
-    student = ", lora: {r: 4}" if lora else ""
-    config.write_text(CONFIG % {"root": root, "student": student})
+    student = ", lora: {r: 4}" if kind == "lora" else ""
+    config.write_text(CONFIG % {"root": root, "student": student, "source": SOURCES.get(kind, "OnPolicy")})
     command = [sys.executable, "-m", "opd_lightning", "fit", "--config", str(config), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -243,12 +247,12 @@ def uninterrupted(tmp_path_factory):
     """Weights of whole runs, made once each."""
     weights = {}
 
-    def run(lora):
-        if lora not in weights:
+    def run(kind):
+        if kind not in weights:
             root = tmp_path_factory.mktemp("whole")
-            finish(start(root, lora))
-            weights[lora] = trained_weights(root)
-        return weights[lora]
+            finish(start(root, kind))
+            weights[kind] = trained_weights(root)
+        return weights[kind]
 
     return run
 
@@ -259,12 +263,12 @@ def assert_equal(weights, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lora", "kill_after"), [(False, (2, 3)), (True, (4,))], ids=["full", "lora"])
-def test_kill_9_and_resume_equals_one_run(tmp_path, uninterrupted, lora, kill_after):
+@pytest.mark.parametrize(("kind", "kill_after"), [("full", (2, 3)), ("lora", (4,)), ("reuse", (3,))])
+def test_kill_9_and_resume_equals_one_run(tmp_path, uninterrupted, kind, kill_after):
     root = tmp_path / "killed"
     resume = []
     for step in kill_after:  # the delay puts the kill somewhere inside a step
-        process = start(root, lora, *resume)
+        process = start(root, kind, *resume)
         wait_for_step(process, root, step)
         time.sleep(0.05 * step)
         process.send_signal(signal.SIGKILL)
@@ -274,19 +278,19 @@ def test_kill_9_and_resume_equals_one_run(tmp_path, uninterrupted, lora, kill_af
         resume = ["--ckpt_path", str(newest)]
         for path in root.rglob("metrics.csv"):
             path.unlink()
-    finish(start(root, lora, *resume))
-    assert_equal(trained_weights(root), uninterrupted(lora))
+    finish(start(root, kind, *resume))
+    assert_equal(trained_weights(root), uninterrupted(kind))
 
 
 @pytest.mark.slow
 def test_sigterm_saves_first_and_the_rescue_resumes_exactly(tmp_path, uninterrupted):
     root = tmp_path / "stopped"
-    process = start(root, False)
+    process = start(root, "full")
     wait_for_step(process, root, 2)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 143
     (rescue,) = root.rglob("rescue.ckpt")
     assert f"resume with --ckpt_path {rescue}\n".encode() in output
-    finish(start(root, False, "--ckpt_path", str(rescue)))
-    assert_equal(trained_weights(root), uninterrupted(False))
+    finish(start(root, "full", "--ckpt_path", str(rescue)))
+    assert_equal(trained_weights(root), uninterrupted("full"))

@@ -242,7 +242,7 @@ def _ends_round(outputs: Any) -> bool:
     """
     if not (isinstance(outputs, Mapping) and "ends_round" in outputs):
         raise ValueError(
-            "schedule: 'rounds' needs a training_step that returns {'ends_round': true or false, ...}, as that of OPDModule"
-            " does; this one's says nothing of it. Return it, or choose another schedule."
+            "schedule: 'rounds' needs a training_step that returns {'ends_round': true or false, ...}, as that of"
+            " OPDModule does; this one's says nothing of it. Return it, or choose another schedule."
         )
     return bool(outputs["ends_round"])
