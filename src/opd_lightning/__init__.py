@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from opd_lightning.callbacks.effopd_scores import TaskAccuracy as TaskAccuracy
     from opd_lightning.callbacks.effopd_scores import TeacherKL as TeacherKL
     from opd_lightning.callbacks.effopd_scores import TeacherKLOnFixedRollouts as TeacherKLOnFixedRollouts
+    from opd_lightning.callbacks.effopd_scores import TeacherKLOnNewRollouts as TeacherKLOnNewRollouts
     from opd_lightning.callbacks.held_out_loss import HeldOutLoss as HeldOutLoss
     from opd_lightning.callbacks.samples import PrintSamples as PrintSamples
     from opd_lightning.extrapolation.optimizer import EffOPDOptimizer as EffOPDOptimizer
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from opd_lightning.objectives import NLL as NLL
     from opd_lightning.objectives import DivergenceObjective as DivergenceObjective
     from opd_lightning.objectives import SampledTokenObjective as SampledTokenObjective
+    from opd_lightning.rollouts.horizon import AdaptiveHorizon as AdaptiveHorizon
+    from opd_lightning.rollouts.horizon import ConstantHorizon as ConstantHorizon
+    from opd_lightning.rollouts.horizon import GrowingHorizon as GrowingHorizon
     from opd_lightning.rollouts.on_policy import OnPolicy as OnPolicy
     from opd_lightning.rollouts.one_step_ahead import OneStepAhead as OneStepAhead
     from opd_lightning.rollouts.plain_engine import PlainEngine as PlainEngine
@@ -45,6 +49,7 @@ _HOMES = {
     "TaskAccuracy": "callbacks.effopd_scores",
     "TeacherKL": "callbacks.effopd_scores",
     "TeacherKLOnFixedRollouts": "callbacks.effopd_scores",
+    "TeacherKLOnNewRollouts": "callbacks.effopd_scores",
     "HeldOutLoss": "callbacks.held_out_loss",
     "PrintSamples": "callbacks.samples",
     "EffOPDOptimizer": "extrapolation.optimizer",
@@ -52,10 +57,13 @@ _HOMES = {
     "NLL": "objectives",
     "DivergenceObjective": "objectives",
     "SampledTokenObjective": "objectives",
+    "AdaptiveHorizon": "rollouts.horizon",
+    "ConstantHorizon": "rollouts.horizon",
+    "GrowingHorizon": "rollouts.horizon",
     "OneStepAhead": "rollouts.one_step_ahead",
-    "Reuse": "rollouts.reuse",
     "OnPolicy": "rollouts.on_policy",
     "PlainEngine": "rollouts.plain_engine",
+    "Reuse": "rollouts.reuse",
     "ArithmeticTask": "tasks",
     "BaseModelTeacher": "teachers",
     "MathTask": "tasks",
