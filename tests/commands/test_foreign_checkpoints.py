@@ -116,3 +116,13 @@ def test_foreign_objects_cannot_be_asked_for(served, capfd):
     status, line = refusal(capfd, *words, command="fit")
     assert status == 2
     assert "weights_only: false would run what a checkpoint says" in line
+
+
+def test_the_password_of_an_address_is_used_and_never_shown(served, tmp_path, capfd, caplog):
+    address = served[1].replace("http://", "http://me:hush@")
+    run(tmp_path / "runs", "--trainer.max_steps", "2", "--ckpt_path", f"{address}/good.ckpt")
+    assert f"{served[1]}/good.ckpt" in caplog.text
+    line = refusal(capfd, "--ckpt_path", f"{address}/absent.ckpt?sig=hush", command="fit")
+    assert f"there is no '{served[1]}/absent.ckpt'" in line
+    assert "hush" not in caplog.text + "".join(capfd.readouterr()) + line
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hush" in path.read_bytes()]

@@ -1,9 +1,11 @@
 """A run's settings lie in its own folder and in its loggers, whoever logs."""
 
+import pytest
 import yaml
 from lightning.pytorch.loggers.logger import Logger
 from test_ckpt_path import elsewhere, run  # noqa: F401
 
+from opd_lightning.commands.cli import main
 from opd_lightning.commands.run_records import flat
 
 
@@ -65,3 +67,28 @@ def test_the_file_loggers_get_the_settings_beside_their_metrics(tmp_path):
 def test_settings_by_their_dotted_names():
     settings = {"a": {"b": [1, 2], "c": {}}, "d": [{"e": None}, {"f": "x"}]}
     assert flat(settings) == {"a.b": [1, 2], "a.c": {}, "d.0.e": None, "d.1.f": "x"}
+
+
+SERVERS = "opd_lightning.backends.vllm.server"
+TEACHER = "model.teacher.init_args.connection"
+
+
+def test_no_record_of_a_run_holds_a_secret_and_a_run_of_it_asks_for_them(tmp_path, capfd):
+    words = ["--model.teacher", f"{SERVERS}.VLLMServerTeacher", "--model.teacher.connection.patience=0.1"]
+    words += ["--model.teacher.connection.urls=[http://me:hush@127.0.0.1:9]", "--model.teacher.connection.api_key=hush"]
+    with pytest.raises(SystemExit):  # nobody answers there
+        run(tmp_path / "runs", "--trainer.max_steps", "1", *words)
+    (config,) = (tmp_path / "runs").rglob("config.yaml")
+    for path in (path for path in (tmp_path / "runs").rglob("*") if path.is_file()):
+        assert b"hush" not in path.read_bytes(), path
+    kept = yaml.safe_load(config.read_text())["model"]["teacher"]["init_args"]["connection"]
+    assert kept["urls"] == [f"http://<left out, set {TEACHER}.urls again>@127.0.0.1:9"]
+    assert "hush" not in "".join(capfd.readouterr())
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", str(config)])
+    assert stopped.value.code == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+    assert f"{TEACHER}.urls: its password or key was left out when this configuration was saved" in line
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(config), "--model.teacher.connection.urls=[http://me:hush@127.0.0.1:9]"])
+    assert f"{TEACHER}.api_key: its password or key was left out" in capfd.readouterr().err

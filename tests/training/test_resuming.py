@@ -56,7 +56,7 @@ def test_an_object_is_its_class_and_its_arguments():
 def test_shipped_objects_say_what_matters_and_no_secret(tmp_path):
     teacher = describe_settings(HFTeacher("sandbox:teacher", dtype="float32"))
     assert teacher["dtype"] == "float32" and teacher["source"]["path"] == "sandbox:teacher"
-    connection = Connection(urls=["http://localhost:8000"], api_key="hush")
+    connection = Connection(urls=["http://me:hush@localhost:8000"], api_key="hush")
     server = describe_settings(VLLMServerTeacher(connection, max_top_k=4))
     assert server["max_top_k"] == 4 and server["connection"]["urls"] == ["http://localhost:8000"]
     assert "hush" not in str(server)

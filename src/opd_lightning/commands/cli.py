@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from lightning import Trainer
@@ -37,6 +38,7 @@ from opd_lightning.commands.quiet import be_quiet
 from opd_lightning.commands.run_records import RunRecords, keep_logs_in_root, run_folder
 from opd_lightning.commands.suggestions import nearest
 from opd_lightning.commands.trainer_settings import check_trainer
+from opd_lightning.interfaces.addresses import check_nothing_left_out, without_secrets
 from opd_lightning.training.checkpoint_files import is_remote, without_scheme
 from opd_lightning.training.checkpoints import WholeCheckpoints, export
 from opd_lightning.training.datamodule import OPDDataModule
@@ -150,6 +152,8 @@ class OPDCLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         settings = self.config[self.config.subcommand]
+        dump = self._parser(self.config.subcommand).dump(settings, skip_unset=False, skip_validation=True)
+        check_nothing_left_out(yaml.safe_load(dump))
         check_trainer(settings.trainer)
         keep_logs_in_root(settings.trainer)
         if settings.num_threads:
@@ -266,5 +270,5 @@ def _run_plain(command: str, words: list[str]) -> None:
 def _stop(error: Exception, status: int) -> NoReturn:
     if os.environ.get("OPD_LIGHTNING_TRACEBACK"):
         raise error
-    print(f"{PROGRAM}: error: {explain(str(error))}\n(OPD_LIGHTNING_TRACEBACK=1 shows where)", file=sys.stderr)
+    print(f"{PROGRAM}: error: {without_secrets(explain(str(error)))}\n(OPD_LIGHTNING_TRACEBACK=1 shows where)", file=sys.stderr)
     sys.exit(status)

@@ -35,6 +35,7 @@ from opd_lightning.interfaces import (
     Teacher,
     TokenWeighting,
 )
+from opd_lightning.interfaces.addresses import without_secrets
 from opd_lightning.objectives import Estimator, Importance, Support
 from opd_lightning.objectives.divergences import Divergence
 from opd_lightning.rollouts.horizon import Horizon
@@ -105,7 +106,7 @@ class OneLineParser(LightningArgumentParser):
         if text.startswith(("Problems parsing config", "Unexpected config")):  # without saying in which file
             files = [after for word, after in pairwise(self.args) if word in ("-c", "--config")]
             text = f"{', '.join(files)}: expected settings such as `model:`, `data:` and `trainer:` in YAML. {text}"
-        print(f"{PROGRAM}: error: {text}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {without_secrets(text)}", file=sys.stderr)
         self.exit(2)
 
 

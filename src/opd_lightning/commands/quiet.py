@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import warnings
 
+from opd_lightning.interfaces.addresses import without_secrets
+
 MISLEADING_WARNINGS = (
     ".*but no pre-optimization state was saved.*",  # the weights after the step are the ones wanted
     ".*Experiment logs directory .* exists and is not empty.*",  # the other logger has just made it
@@ -25,5 +27,6 @@ def be_quiet() -> None:
 
 
 def _says_something(record: logging.LogRecord) -> bool:
-    message = record.getMessage()
+    message = without_secrets(record.getMessage())  # Lightning says where it reads checkpoints
+    record.msg, record.args = message, ()
     return "💡 Tip" not in message and not message.startswith("TPU available: False")

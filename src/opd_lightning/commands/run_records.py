@@ -12,10 +12,13 @@ from lightning.pytorch.cli import SaveConfigCallback
 from typing_extensions import override
 
 from opd_lightning.commands.parser import class_at
+from opd_lightning.interfaces.addresses import leave_secrets_out
 
 
 class RunRecords(SaveConfigCallback):
     """Writes `config.yaml` beside the run's checkpoints and gives its settings to the loggers as hyper-parameters.
+
+    Passwords and keys are in neither: a placeholder says which setting to fill in before the file is used again.
 
     Lightning's own writes into `save_dir` when the logger is not one of its two file loggers: with W&B or MLflow that
     is one place for all runs.
@@ -28,10 +31,13 @@ class RunRecords(SaveConfigCallback):
         self.already_saved = True
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, folder / self.config_filename, skip_unset=False, overwrite=True, multifile=False)
-        settings = flat(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
+        text = self.parser.dump(self.config, skip_unset=False)
+        settings = yaml.safe_load(text)
+        if (shown := leave_secrets_out(settings)) != settings:
+            text = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+        (folder / self.config_filename).write_text(text)
         for logger in trainer.loggers:
-            logger.log_hyperparams(settings)
+            logger.log_hyperparams(flat(shown))
 
 
 def run_folder(trainer: Trainer) -> Path:

@@ -21,6 +21,8 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from opd_lightning.interfaces.addresses import without_secrets
+
 _DAMAGE = (  # what zipfile says of archives in which any bit may be wrong
     zipfile.BadZipFile,
     zlib.error,
@@ -78,11 +80,11 @@ def _fetch(address: str, copy: Path) -> None:
     try:
         system.get_file(place, str(copy))
     except FileNotFoundError as error:
-        raise ValueError(f"ckpt_path: there is no {address!r}. Check the address.") from error
+        raise ValueError(f"ckpt_path: there is no {without_secrets(address)!r}. Check the address.") from error
     except (OSError, ClientError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = without_secrets(str(error).splitlines()[0]) if str(error) else type(error).__name__
         raise OSError(
-            f"ckpt_path: {address!r} cannot be fetched into {str(copy.parent.parent)!r} ({reason}). Try again, or"
+            f"ckpt_path: {without_secrets(address)!r} cannot be fetched into {str(copy.parent.parent)!r} ({reason}). Try again, or"
             " download it and name the file."
         ) from error
 
@@ -96,7 +98,10 @@ def _open_system(address: str) -> tuple[AbstractFileSystem, str]:
     try:
         system, place = url_to_fs(address, **options)
     except ValueError as error:
-        raise ValueError(f"ckpt_path: {address!r} cannot be read: {error}. Download it and name the file.") from error
+        raise ValueError(
+            f"ckpt_path: {without_secrets(address)!r} cannot be read: {without_secrets(str(error))}. Download it and name"
+            " the file."
+        ) from error
     return system, str(place)
 
 
@@ -110,7 +115,7 @@ def check_checkpoint_file(path: str | Path, name: str | Path | None = None) -> N
     Raises:
         ValueError: It is; the message names the newest checkpoint beside it that is whole.
     """
-    path, name = Path(path), str(name or path)
+    path, name = Path(path), without_secrets(str(name or path))
     if not path.exists():
         siblings = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         hint = f" Checkpoints there: {', '.join(siblings)}." if siblings else ""
@@ -135,17 +140,18 @@ def load_plain(path: Path, name: str | Path, *, map_location: Any = "cpu", mmap:
     Raises:
         ValueError: It holds other objects too, or is no checkpoint.
     """
+    name = without_secrets(str(name))
     try:
         content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"ckpt_path: {str(name)!r} holds more than tensors and plain values, and to read such objects is to run"
+            f"ckpt_path: {name!r} holds more than tensors and plain values, and to read such objects is to run"
             " what they say. They are not read; use a checkpoint that `fit` wrote."
         ) from error
     except (RuntimeError, EOFError, KeyError, ValueError) as error:  # an archive of something else
-        raise ValueError(_refusal(path, str(name), "cut short or not a checkpoint")) from error
+        raise ValueError(_refusal(path, name, "cut short or not a checkpoint")) from error
     if not isinstance(content, dict):
-        raise ValueError(f"ckpt_path: {str(name)!r} is not a checkpoint; it holds a {type(content).__name__}.")
+        raise ValueError(f"ckpt_path: {name!r} is not a checkpoint; it holds a {type(content).__name__}.")
     return content
 
 

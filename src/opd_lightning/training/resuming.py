@@ -6,7 +6,6 @@ A run is described by plain values under the names of its settings. They lie in 
 from __future__ import annotations
 
 import inspect
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
@@ -18,6 +17,8 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from opd_lightning.interfaces.addresses import is_secret_name, without_secrets
 
 MAY_CHANGE = (  # with a warning: the state in the checkpoint fits, and what is minimised stays
     "data.engine",
@@ -33,7 +34,6 @@ MAY_CHANGE = (  # with a warning: the state in the checkpoint fits, and what is 
 _OVERRIDE = "model.override_optimizer_on_resume"
 _OPTIMIZER_SETTINGS = "model.optimizer.init_args"
 _SCHEDULER = "model.lr_scheduler"
-_SECRET = re.compile(r"(?:^|_)(?:key|token|secret|password)$")
 _ABSENT = object()
 
 
@@ -77,13 +77,15 @@ def describe_settings(value: Any) -> Any:
     """What a setting is, in plain values: an object is its class and those of its attributes its constructor names.
 
     Attributes may carry a leading underscore. Objects inside are described alike, wherever they lie. Secrets (`api_key`
-    and the like), tensors and modules are left out.
+    and the like; in addresses user, password and query), tensors and modules are left out.
     """
     return _describe(value, frozenset())
 
 
 def _describe(value: Any, outer: frozenset[int]) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, str):
+        return without_secrets(value)
+    if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Path | torch.dtype | torch.device):
         return str(value)
@@ -92,7 +94,7 @@ def _describe(value: Any, outer: frozenset[int]) -> Any:
         items = [_describe(item, inner) for item in value]
         return sorted(items, key=repr) if isinstance(value, set | frozenset) else items
     if isinstance(value, Mapping):
-        return {str(key): _describe(item, inner) for key, item in value.items() if not _SECRET.search(str(key))}
+        return {str(key): _describe(item, inner) for key, item in value.items() if not is_secret_name(str(key))}
     if isinstance(value, partial):
         return {"class": _name(value.func), **_describe(value.keywords, inner)}
     if inspect.isroutine(value) or isinstance(value, type):
@@ -104,7 +106,7 @@ def _describe(value: Any, outer: frozenset[int]) -> Any:
     for name, item in getattr(value, "__dict__", {}).items():
         is_argument = name.removeprefix("_") in arguments
         holds_arguments = is_dataclass(item) and not name.startswith("_")
-        if (is_argument or holds_arguments) and not _SECRET.search(name):
+        if (is_argument or holds_arguments) and not is_secret_name(name):
             described[name.removeprefix("_")] = _describe(item, inner)
     return described
 
