@@ -15,7 +15,7 @@ LAZY = {("training", "backends"), ("__init__", "callbacks"), ("__init__", "train
 INSIDE = {  # rooms whose modules build on each other: each may import from those before it only
     "interfaces": "addresses arguments columns modes words tokens models generation learning problems __init__",
     "training": "schedules stopwatch output_paths checkpoint_files checkpoints usable_weights skipped_steps metrics"
-    " defaults datamodule checks resuming student_module pair_module module __init__",
+    " metrics_file defaults datamodule checks resuming student_module pair_module module __init__",
 }
 HOMES = {
     "transformers": ("backends/hf", "sandbox"),

@@ -122,7 +122,7 @@ def test_the_password_of_an_address_is_used_and_never_shown(served, tmp_path, ca
     address = served[1].replace("http://", "http://me:hush@")
     run(tmp_path / "runs", "--trainer.max_steps", "2", "--ckpt_path", f"{address}/good.ckpt")
     assert f"{served[1]}/good.ckpt" in caplog.text
-    line = refusal(capfd, "--ckpt_path", f"{address}/absent.ckpt?sig=hush", command="fit")
+    _, line = refusal(capfd, "--ckpt_path", f"{address}/absent.ckpt?sig=hush", command="fit")
     assert f"there is no '{served[1]}/absent.ckpt'" in line
     assert "hush" not in caplog.text + "".join(capfd.readouterr()) + line
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hush" in path.read_bytes()]

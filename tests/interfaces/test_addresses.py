@@ -34,7 +34,7 @@ def test_settings_are_kept_without_secrets_and_ask_for_them_again():
     settings = {
         "urls": ["http://me:hush@a:1", "http://b"],
         "inner": {"api_key": "hush", "password": None, "n": 3},
-        "ckpt_path": "https://c/x.ckpt?sig=hush",
+        "ckpt_path": "https://me:hush@c/x.ckpt?sig=hush",
         "prompt": "What is http://d/?a=b",
     }
     kept = leave_secrets_out(settings)

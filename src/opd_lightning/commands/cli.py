@@ -20,7 +20,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
@@ -42,6 +42,7 @@ from opd_lightning.interfaces.addresses import check_nothing_left_out, without_s
 from opd_lightning.training.checkpoint_files import is_remote, without_scheme
 from opd_lightning.training.checkpoints import WholeCheckpoints, export
 from opd_lightning.training.datamodule import OPDDataModule
+from opd_lightning.training.metrics_file import WholeCSVLogger
 from opd_lightning.training.module import OPDModule
 from opd_lightning.training.output_paths import free_space
 
@@ -184,7 +185,7 @@ class OPDCLI(LightningCLI):
         if config.get("logger") is None:
             root = config.get("default_root_dir") or os.getcwd()
             tensorboard = TensorBoardLogger(root)
-            kwargs["logger"] = [tensorboard, CSVLogger(root, version=tensorboard.version, flush_logs_every_n_steps=1)]
+            kwargs["logger"] = [tensorboard, WholeCSVLogger(root, version=tensorboard.version)]
         callbacks = with_progress_bar(config.get("callbacks"), is_wanted=config.get("enable_progress_bar"))
         ours = self.trainer_defaults["callbacks"]  # a callback of the user's takes the place of ours of its kind
         ours[:] = [each for each in ours if not any(isinstance(other, type(each)) for other in callbacks)]
@@ -270,5 +271,8 @@ def _run_plain(command: str, words: list[str]) -> None:
 def _stop(error: Exception, status: int) -> NoReturn:
     if os.environ.get("OPD_LIGHTNING_TRACEBACK"):
         raise error
-    print(f"{PROGRAM}: error: {without_secrets(explain(str(error)))}\n(OPD_LIGHTNING_TRACEBACK=1 shows where)", file=sys.stderr)
+    print(
+        f"{PROGRAM}: error: {without_secrets(explain(str(error)))}\n(OPD_LIGHTNING_TRACEBACK=1 shows where)",
+        file=sys.stderr,
+    )
     sys.exit(status)

@@ -41,7 +41,7 @@ def leave_secrets_out(settings: Any, name: str = "") -> Any:
     placeholder = f"<left out, set {name} again>"
     if is_secret_name(name.rpartition(".")[2]) and not _LEFT_OUT.search(settings):
         return placeholder
-    return _SIGNED.sub(rf"\1?{placeholder}", _USER.sub(rf"\1{placeholder}@", settings))
+    return _USER.sub(rf"\1{placeholder}@", _SIGNED.sub(rf"\1?{placeholder}", settings))
 
 
 def check_nothing_left_out(settings: Any, name: str = "") -> None:

@@ -75,16 +75,17 @@ def fetched(path: str | Path) -> Iterator[Path]:
 
 def _fetch(address: str, copy: Path) -> None:
     system, place = _open_system(address)
+    shown = without_secrets(address)
     from aiohttp import ClientError  # what fsspec lets through of http
 
     try:
         system.get_file(place, str(copy))
     except FileNotFoundError as error:
-        raise ValueError(f"ckpt_path: there is no {without_secrets(address)!r}. Check the address.") from error
+        raise ValueError(f"ckpt_path: there is no {shown!r}. Check the address.") from error
     except (OSError, ClientError) as error:
         reason = without_secrets(str(error).splitlines()[0]) if str(error) else type(error).__name__
         raise OSError(
-            f"ckpt_path: {without_secrets(address)!r} cannot be fetched into {str(copy.parent.parent)!r} ({reason}). Try again, or"
+            f"ckpt_path: {shown!r} cannot be fetched into {str(copy.parent.parent)!r} ({reason}). Try again, or"
             " download it and name the file."
         ) from error
 
@@ -98,10 +99,8 @@ def _open_system(address: str) -> tuple[AbstractFileSystem, str]:
     try:
         system, place = url_to_fs(address, **options)
     except ValueError as error:
-        raise ValueError(
-            f"ckpt_path: {without_secrets(address)!r} cannot be read: {without_secrets(str(error))}. Download it and name"
-            " the file."
-        ) from error
+        message = f"ckpt_path: {address!r} cannot be read: {error}. Download it and name the file."
+        raise ValueError(without_secrets(message)) from error
     return system, str(place)
 
 
