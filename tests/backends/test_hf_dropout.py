@@ -11,9 +11,10 @@ from scoring import CPU
 from torch import nn
 
 from opd_lightning.backends.hf import HFEngine, HFStudent, HFTeacher, LoraSettings
-from opd_lightning.backends.hf.dropout import verify_no_noise
-from opd_lightning.interfaces import Problem, Prompt, Sampling
+from opd_lightning.backends.hf.dropout import RolloutDropout, verify_no_noise
+from opd_lightning.interfaces import Problem, Prompt, Rollout, Sampling
 from opd_lightning.objectives import DivergenceObjective
+from opd_lightning.rollouts.batching import collate
 from opd_lightning.rollouts.comparison import compare, make_micro_batches
 
 DROPPING = {
@@ -80,3 +81,60 @@ def test_the_dropout_of_an_adapter_is_on_when_asked_for_and_said(tiny_qwen3_fold
     again = HFStudent(str(tiny_qwen3_folder), adapter_path=str(tmp_path / "adapter"))
     with pytest.warns(UserWarning, match=r"adapter_config\.json: lora_dropout=0\.25: in training"):
         again.load()
+
+
+def rollout_of(uid, seed, ids, response):
+    problem = Problem(uid=uid, messages=(), answer="")
+    response = torch.tensor(response)
+    return Rollout(problem, torch.tensor(ids), response, torch.zeros(len(response)), finished=False, seed=seed)
+
+
+ROLLOUTS = [rollout_of("a", 1, [9, 10], [11, 12, 13]), rollout_of("a", 2, [9, 10], [11, 12, 13, 14, 15])]
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_what_an_adapter_drops_is_a_function_of_step_rollout_and_position(tiny_qwen3_folder, gradient_checkpointing):
+    lora = LoraSettings(r=2, dropout=0.5)
+    student = HFStudent(str(tiny_qwen3_folder), lora=lora, gradient_checkpointing=gradient_checkpointing)
+    with pytest.warns(UserWarning, match="dropout"):
+        model = student.load()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+
+    def states(rollouts, step=7, side="right"):
+        torch.manual_seed(step)
+        torch.rand(len(rollouts))  # how far the generator has run is of no matter
+        return student.hidden_states(model, collate(rollouts, 0, side=side))
+
+    def gradient(*batches):
+        model.zero_grad()
+        for batch in batches:
+            states(batch).square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    first, second = ROLLOUTS
+    together = states(ROLLOUTS)
+    for side in ("right", "left"):
+        torch.testing.assert_close(states([second, first], side=side)[5:], together[:3])
+    torch.testing.assert_close(torch.cat([states([first]), states([second])]), together)
+    assert not torch.allclose(together[:3], together[3:6])  # another rollout of the same words
+    assert not torch.allclose(states(ROLLOUTS, step=8), together)
+    whole, in_parts = gradient(ROLLOUTS), gradient([second], [first])
+    assert (whole - in_parts).norm() < 1e-4 * whole.norm()
+
+
+def test_the_share_that_is_dropped_is_the_one_asked_for():
+    dropout = RolloutDropout(0.25, "layer")
+    dropout.seeds = torch.randint(2**62, (8, 16), generator=torch.Generator().manual_seed(0))
+    dropped = dropout(torch.ones(8, 16, 64))
+    assert dropped.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert float((dropped == 0).float().mean()) == pytest.approx(0.25, abs=0.02)
+    for axis in (0, 1, 2):  # no token, position or channel is dropped for good
+        assert float((dropped == 0).float().mean(axis).max()) < 1
+    assert torch.equal(dropout(torch.ones(128, 64)).view(8, 16, 64), dropped)
+    dropout.seeds = dropout.seeds[:, :4]  # experts that see some tokens only
+    assert float((dropout(torch.ones(100, 64)) == 0).float().mean()) == pytest.approx(0.25, abs=0.05)
+    assert torch.equal(dropout.eval()(torch.ones(3)), torch.ones(3))

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from toys import CopyEngine, LetterTask, make_data, make_module, make_trainer, weights_of
 
+from opd_lightning.backends.hf import LoraSettings
 from opd_lightning.rollouts.one_step_ahead import OneStepAhead
 from opd_lightning.rollouts.reuse import Reuse
 from opd_lightning.selection import DifficultyPool
@@ -43,6 +44,21 @@ def main(num_processes, student, teacher, output):
     torch.save(weights_of(module), output / f"rank{trainer.global_rank}.pt")
     run_and_resume("ahead", OneStepAhead, num_processes, student, teacher, output)
     run_and_resume("reuse", lambda: Reuse(2, 2, max_kl=10.0), num_processes, student, teacher, output)
+    run_dropout(num_processes, student, teacher, output)
+
+
+def run_dropout(num_processes, student, teacher, output):
+    """An adapter with dropout: which process trains a rollout must not change what is dropped."""
+    torch.manual_seed(0)  # a new adapter is drawn from the global generator
+    trainer = make_trainer(output, 3, devices=num_processes, strategy=make_strategy(num_processes))
+    module = make_module(
+        student,
+        teacher,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        student_options={"lora": LoraSettings(r=4, dropout=0.5)},
+    )
+    trainer.fit(module, make_data())
+    torch.save(weights_of(module), output / f"dropout_rank{trainer.global_rank}.pt")
 
 
 def run_and_resume(source, make_source, num_processes, student, teacher, output):

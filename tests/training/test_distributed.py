@@ -73,3 +73,15 @@ def test_held_rollouts_resumed_on_two_processes_equal_the_whole_run(runs, source
     state = torch.load(runs[2] / f"{source}_first.ckpt", weights_only=True)["OPDDataModule"]["source"]
     groups = state["groups"] if source == "ahead" else state["round"]["groups"]
     assert [len(group) for group in groups] == [2] * (4 if source == "ahead" else 8)
+
+    groups = torch.load(runs[2] / "first.ckpt", weights_only=True)["OPDDataModule"]["source"]["groups"]
+    assert [len(group) for group in groups] == [2] * 4
+
+
+@pytest.mark.slow
+def test_two_processes_drop_what_one_drops(runs):
+    one = torch.load(runs[1] / "dropout_rank0.pt")
+    assert any("lora_B" in name and weight.abs().max() > 1e-3 for name, weight in one.items())
+    for rank in (0, 1):
+        for name, weight in torch.load(runs[2] / f"dropout_rank{rank}.pt").items():
+            torch.testing.assert_close(weight, one[name], rtol=1e-4, atol=1e-5, msg=name)

@@ -118,8 +118,9 @@ class OPDModule(PairModule):
             rollouts.
         """
         assert batch.weight_version == self.weight_version or batch.staleness != 0, "these rollouts are not on-policy"
-        # dropout must not depend on how often the global generator was used before: a resumed run has used it less
-        torch.manual_seed(derive_seed(self.data.seed, "dropout", batch.step, self.global_rank))
+        # dropout must depend neither on how often the global generator was used before (a resumed run has used it less)
+        # nor on the process, of which there may be more
+        torch.manual_seed(derive_seed(self.data.seed, "dropout", batch.step))
         self.stopwatch = Stopwatch(self.device, is_exact=self.exact_timings)
         rollouts = shape_groups(self.objective, batch.rollouts, self.data.rollouts_per_prompt)
         trained = self.accumulate_gradients(self.make_micro_batches(rollouts), self.teacher_of(batch))

@@ -24,7 +24,9 @@ class LoraSettings:
         r: Rank of the update.
         alpha: The update is scaled by alpha / r.
         dropout: Dropout before the adapter, in training only. Above 0 the trained policy is no longer quite the one
-            that generated. An adapter on the head has none: the head is used as one weight.
+            that generated. What is dropped is a function of seed, step, rollout and position, whatever the number of
+            processes, except in experts that see some of the tokens only: there it also depends on what else the
+            process trains. An adapter on the head has none: the head is used as one weight.
         target_modules: Names of the linear layers to adapt, or "all-linear" for all but the head.
 
     Raises:

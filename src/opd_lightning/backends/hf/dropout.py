@@ -1,4 +1,8 @@
-"""Dropout of the model's own configuration is off: what generated is then exactly what is trained."""
+"""Dropout of the model's own configuration is off: what generated is then exactly what is trained.
+
+That of an adapter is on where it was asked for, and is a function of step, rollout and position: whichever process
+trains a rollout, beside whichever others, drops the same.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,13 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
+from peft import PeftModel
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from opd_lightning.backends.hf.anatomy import body_states, portable_attention
+from opd_lightning.interfaces import MicroBatch
+from opd_lightning.randomness import derive_seed, hashed_uniforms
 
 _PROBABILITY = re.compile(r"drop|jitter")
 
@@ -49,3 +56,48 @@ def verify_no_noise(model: Any, argument: str) -> None:
             f"{argument}: {type(model).__name__} says something else in training than in evaluation, though all its"
             " dropout is off. Use a decoder-only model with attention, such as Qwen3, Llama, Mistral or Gemma."
         )
+
+
+class RolloutDropout(nn.Dropout):
+    """Dropout whose mask is a function of the seed last given to torch, layer, rollout, position and channel.
+
+    Attributes:
+        seeds: int64 [B, L], one for each token of the micro-batch under way; they stay for the backward pass, where
+            gradient checkpointing asks for the same mask again.
+    """
+
+    def __init__(self, p: float, layer: str) -> None:
+        super().__init__(p)
+        self.layer_seed = derive_seed("dropout", layer)
+        self.seeds: Tensor | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Drop channels of [B, L, C] or [B * L, C]; tokens in another order fall back on torch's generator."""
+        if not self.training or self.p == 0:
+            return input
+        if self.seeds is None or self.seeds.numel() != input[..., 0].numel():
+            return super().forward(input)
+        seeds = self.seeds.view(*input.shape[:-1], 1) ^ self.layer_seed
+        kept = hashed_uniforms(seeds, torch.arange(input.shape[-1], device=input.device)) >= self.p
+        return input * (kept / (1 - self.p)).to(input.dtype)
+
+
+def key_dropout(model: PeftModel) -> None:
+    """Put `RolloutDropout` in the place of the adapter's own."""
+    for name, part in model.named_modules():
+        for adapter, dropout in getattr(part, "lora_dropout", {}).items():
+            if isinstance(dropout, nn.Dropout):
+                part.lora_dropout[adapter] = RolloutDropout(dropout.p, name)
+
+
+def seed_dropout(model: nn.Module, batch: MicroBatch) -> None:
+    """Tell the adapter's dropout which tokens come next. The step is in the seed that torch was given for it."""
+    parts = [part for part in model.modules() if isinstance(part, RolloutDropout)] if model.training else []
+    if not parts:
+        return
+    step = torch.initial_seed()
+    rollouts = [derive_seed(step, rollout.problem.uid, rollout.seed) for rollout in batch.rollouts]
+    rows = torch.tensor(rollouts, device=batch.position_ids.device)[:, None]
+    seeds = (hashed_uniforms(rows, batch.position_ids) * 2.0**62).long()
+    for part in parts:
+        part.seeds = seeds

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from opd_lightning.backends.hf.adapters import LoraSettings, add_lora, load_adapter, without_adapter
 from opd_lightning.backends.hf.anatomy import body_states, causal_lm, linear_head, verify_anatomy
-from opd_lightning.backends.hf.dropout import switch_off_dropout, verify_no_noise
+from opd_lightning.backends.hf.dropout import key_dropout, seed_dropout, switch_off_dropout, verify_no_noise
 from opd_lightning.backends.hf.loading import (
     ModelSource,
     check_dtype,
@@ -164,6 +164,8 @@ class HFStudent(Student):
                 " lost. Use float32 with trainer.precision=bf16-mixed, or lora.",
                 stacklevel=2,
             )
+        if isinstance(model, PeftModel):
+            key_dropout(model)
         if self.gradient_checkpointing:
             _enable_gradient_checkpointing(causal_lm(model))
         verify_anatomy(model, self.source.argument, generates=True)
@@ -171,6 +173,7 @@ class HFStudent(Student):
 
     def hidden_states(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Final hidden states [N, H] at `batch.rows, batch.columns`: what the head turns into next-token logits."""
+        seed_dropout(model, batch)
         states = body_states(model, batch.input_ids, batch.attention_mask, batch.position_ids)
         return states[batch.rows, batch.columns]
 
