@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import distributed as dist
 
 T = TypeVar("T")
+_is_alone = False
+
+
+class OutOfReach(RuntimeError):
+    """The other processes were asked for something where they do not answer."""
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, to ask the other processes is an error and not a wait: they are elsewhere, or gone."""
+    global _is_alone
+    _is_alone = True
+    try:
+        yield
+    finally:
+        _is_alone = False
 
 
 def world_size() -> int:
@@ -25,6 +43,8 @@ def gather_objects(mine: T) -> list[T]:
     """What each process passed, in the order of ranks; the same list everywhere."""
     if world_size() == 1:
         return [mine]
+    if _is_alone:
+        raise OutOfReach("part of it lies on the other processes")
     everyone: list[T] = [mine] * world_size()
     dist.all_gather_object(everyone, mine)
     return everyone

@@ -14,13 +14,16 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Timer, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from opd_lightning.callbacks.console import say
 from opd_lightning.callbacks.start_validation import has_resumed_after_a_pass
 from opd_lightning.callbacks.stop_signals import StopSignals
-from opd_lightning.training.usable_weights import trained_weights, unusable_weight, way_back
+from opd_lightning.distributed import OutOfReach, alone
+from opd_lightning.interfaces.addresses import without_secrets
+from opd_lightning.training.usable_weights import last_checkpoint, trained_weights, unusable_weight, way_back
 
 
 class RescueCheckpoint(Callback):
@@ -31,8 +34,9 @@ class RescueCheckpoint(Callback):
     changed the weights in part, and a validation of averaged weights. Weights that have diverged are not saved either.
 
     A process that a signal ends has the exit status 128 plus the signal's number (143 for SIGTERM). Several processes
-    agree after each step whether one of them was sent a signal, and then save and stop together. An exception on one of
-    them is not rescued, since the others are elsewhere: it ends the run with an error.
+    agree after each step whether one of them was sent a signal, and then save and stop together. An exception may leave
+    the others anywhere, so each process that meets one saves without them: under DDP it has the whole state. Where it
+    has not (rollouts generated ahead, strategies that shard), that is said, and nothing saved.
 
     Args:
         filename: Name of the file, without extension.
@@ -48,6 +52,7 @@ class RescueCheckpoint(Callback):
         self.is_between_steps = True
         self.loop_after_step: dict[str, Any] | None = None  # of the training loop, at the end of the last step
         self._is_saving = False
+        self._folder: str | Path | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -64,6 +69,7 @@ class RescueCheckpoint(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if has_resumed_after_a_pass(trainer):  # Lightning takes the next pass for started, and would not count it
             trainer.fit_loop.reset_restart_stage()
+        self._folder = trainer.log_dir or trainer.default_root_dir  # the processes agree on it, which may be too late
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -110,51 +116,56 @@ class RescueCheckpoint(Callback):
             exception.code = self.signals.status if trainer.local_rank == 0 else 0
         elif trainer.world_size > 1:
             self.signals.wait_no_longer()
-            print(
-                f"rank {trainer.global_rank}: stopped by {type(exception).__name__}: {exception}",
-                file=sys.stderr,
-                flush=True,
-            )
+            self._tell(trainer, exception, f"stopped by {type(exception).__name__}: {exception}")
         self._rescue(trainer, pl_module, exception)
 
     def _rescue(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if trainer.state.fn != "fit" or trainer.global_step == 0:
             return
         name = self._reason(exception)
-        if reason := self._inexactness(trainer, pl_module, exception):
-            say(trainer, f"Stopped by {name}; no rescue is saved, since {reason}. Resume from the last checkpoint.")
+        if reason := self._inexactness(trainer, pl_module):
+            text = f"Stopped by {name}; no rescue is saved, since {reason}. {last_checkpoint(trainer)}"
+            self._tell(trainer, exception, text)
             return
         if (weight := unusable_weight(trained_weights(pl_module))) is not None:
             reason = f"the weights have diverged ({weight})"
-            say(trainer, f"Stopped by {name}; no rescue is saved, since {reason}. {way_back(trainer)}")
+            text = f"Stopped by {name}; no rescue is saved, since {reason}. {way_back(trainer)}"
+            self._tell(trainer, exception, text)
             return
         checkpoint = trainer.checkpoint_callback
-        folder = getattr(checkpoint, "dirpath", None) or trainer.log_dir or trainer.default_root_dir
+        folder = getattr(checkpoint, "dirpath", None) or self._folder or trainer.default_root_dir
         path = Path(folder) / f"{self.filename}.ckpt"
         self._is_saving = True
         try:
-            trainer.save_checkpoint(path, weights_only=False)
-        except OSError as error:  # a full disk may be the reason to stop, which must stay the one reported
-            say(trainer, f"No rescue: {error}")
+            if _has_others_elsewhere(trainer, exception):
+                _save_alone(trainer, path)
+            else:
+                trainer.save_checkpoint(path, weights_only=False)
+        except (OSError, OutOfReach) as error:  # a full disk may be why it stops, and must stay the reason reported
+            self._tell(trainer, exception, f"No rescue: {error}. {last_checkpoint(trainer)}")
             return
         finally:
             self._is_saving = False
         if isinstance(exception, FloatingPointError):
-            say(
-                trainer, f"Stopped by {name}; {path} holds step {trainer.global_step}, which fails. {way_back(trainer)}"
-            )
+            step = f"{path} holds step {trainer.global_step}, which fails"
+            self._tell(trainer, exception, f"Stopped by {name}; {step}. {way_back(trainer)}")
         else:
-            say(trainer, f"Stopped by {name} after step {trainer.global_step}; resume with --ckpt_path {path}")
+            text = f"Stopped by {name} after step {trainer.global_step}; resume with --ckpt_path {path}"
+            self._tell(trainer, exception, text)
+
+    def _tell(self, trainer: Trainer, exception: BaseException, text: str) -> None:
+        if _has_others_elsewhere(trainer, exception):
+            print(f"rank {trainer.global_rank}: {without_secrets(text)}", file=sys.stderr, flush=True)
+        else:
+            say(trainer, text)
 
     def _reason(self, exception: BaseException) -> str:
         if isinstance(exception, SIGTERMException) and self.signals.noted:
             return signal.Signals(self.signals.noted).name
         return type(exception).__name__
 
-    def _inexactness(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> str | None:
+    def _inexactness(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """Why a checkpoint written now would not resume exactly, if it would not."""
-        if trainer.world_size > 1 and not isinstance(exception, SIGTERMException):
-            return "the other processes cannot take part"
         if any(getattr(callback, "has_pending_search", False) for callback in trainer_callbacks(trainer)):
             return "a search was under way"
         if not self.is_between_steps and getattr(pl_module, "weight_version", None) != self.version_before_step:
@@ -162,6 +173,26 @@ class RescueCheckpoint(Callback):
         if trainer.validating and any(isinstance(c, WeightAveraging) for c in trainer_callbacks(trainer)):
             return "averaged weights were in place for the validation"
         return None
+
+
+def _has_others_elsewhere(trainer: Trainer, exception: BaseException) -> bool:
+    """Whether the other processes, if there are any, cannot take part: only after a signal all stop at one place."""
+    return trainer.world_size > 1 and not isinstance(exception, SIGTERMException)
+
+
+def _save_alone(trainer: Trainer, path: Path) -> None:
+    """Save what this process has; another may do the same, so each writes a file of its own and then renames it.
+
+    Raises:
+        OutOfReach: It has not all of it.
+    """
+    if not isinstance(trainer.strategy, DDPStrategy):
+        raise OutOfReach("part of it lies on the other processes")
+    own = path.with_name(f"{path.stem}-rank{trainer.global_rank}.ckpt")
+    with alone():
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, own)
+    own.replace(path)
 
 
 def trainer_callbacks(trainer: Trainer) -> list[Callback]:

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from typing_extensions import override
 
 from opd_lightning.distributed import largest
+from opd_lightning.training.usable_weights import last_checkpoint
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
 
@@ -89,7 +90,7 @@ class StopSignals(_SignalConnector):
         # the main thread may be inside a collective that nothing interrupts, so an exception would not do
         print(
             f"rank {self.trainer.global_rank}: was to stop and waited {self.patience:g} s for the other processes; no"
-            " rescue is saved. Resume from the last checkpoint.",
+            f" rescue is saved. {last_checkpoint(self.trainer)}",
             file=sys.stderr,
             flush=True,
         )

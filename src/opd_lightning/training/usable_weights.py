@@ -9,6 +9,7 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
+from opd_lightning.interfaces.addresses import without_secrets
 from opd_lightning.training.checkpoints import open_checkpoint
 
 
@@ -61,6 +62,18 @@ def last_usable_checkpoint(trainer: Trainer) -> Path | None:
         if is_earlier and unusable_weight(checkpoint["state_dict"].items()) is None:
             return files[path]
     return None
+
+
+def last_checkpoint(trainer: Trainer) -> str:
+    """Where to resume from when nothing more can be saved, in a sentence; asks no other process."""
+    folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks}
+    found = [path for folder in folders if folder for path in Path(folder).glob("*.ckpt") if path.is_file()]
+    if found:
+        newest = max(found, key=lambda path: (path.stat().st_mtime, path.is_symlink()))
+        return f"Resume from the last checkpoint, {newest}."
+    if trainer.ckpt_path is not None:
+        return f"This run has saved none yet: resume again from {without_secrets(str(trainer.ckpt_path))}."
+    return "There is no checkpoint yet: start again."
 
 
 def way_back(trainer: Trainer) -> str:
