@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 PIECE = 64 * 1024
-HANGS = 300  # seconds after which a run is taken to hang: SIGALRM ends it
+HANGS = 900  # seconds (of a busy machine, too) after which a run is taken to hang: SIGALRM ends it
 EVENTS = "events"
 
 
