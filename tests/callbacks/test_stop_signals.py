@@ -13,9 +13,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(folder, *arguments, command="fit", sender=None, nohup=False):
-    """Run the command on the quickstart, made smaller; returns the process, ended within seven minutes, which a busy machine may need."""
+    """Run the command on the quickstart, made smaller; returns the process, ended in good time."""
     words = [
-        *("timeout", "-s", "ABRT", "400"),  # which the run does not trap; the status is 124 then
+        *(
+            "timeout",
+            "-s",
+            "ABRT",
+            "400",
+        ),  # which the run does not trap; the status is 124 then (and the machine may be busy)
         *(["nohup"] if nohup else []),
         *(sys.executable, "-m", "opd_lightning", command, "--config", str(ROOT / "configs" / "quickstart.yaml")),
         *(

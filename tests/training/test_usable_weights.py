@@ -10,7 +10,7 @@ from toys import make_data, make_module, make_trainer
 
 from opd_lightning.callbacks.rescue import RescueCheckpoint
 from opd_lightning.training.checkpoints import WholeCheckpoints
-from opd_lightning.training.usable_weights import last_usable_checkpoint, unusable_weight
+from opd_lightning.training.usable_weights import last_checkpoint, last_usable_checkpoint, unusable_weight
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,17 @@ from opd_lightning.training.usable_weights import last_usable_checkpoint, unusab
 def test_weights_that_have_diverged(value, dtype, is_usable):
     weights = [("good", torch.ones(3)), ("steps", torch.tensor(7)), ("maybe", torch.tensor([1, value], dtype=dtype))]
     assert unusable_weight(weights) == (None if is_usable else "maybe")
+
+
+def test_the_last_checkpoint_is_named_where_nothing_more_can_be_saved(tmp_path):
+    trainer = make_trainer(tmp_path, 1, callbacks=[ModelCheckpoint(dirpath=tmp_path)], enable_checkpointing=True)
+    assert last_checkpoint(trainer) == "There is no checkpoint yet: start again."
+    for age, name in ((2, "old.ckpt"), (1, "new.ckpt")):
+        (tmp_path / name).write_bytes(b"")
+        os.utime(tmp_path / name, (0, 100 - age))
+    assert last_checkpoint(trainer) == f"Resume from the last checkpoint, {tmp_path / 'new.ckpt'}."
+    (tmp_path / "last.ckpt").symlink_to("new.ckpt")
+    assert last_checkpoint(trainer) == f"Resume from the last checkpoint, {tmp_path / 'last.ckpt'}."
 
 
 class RisingRate(torch.optim.SGD):

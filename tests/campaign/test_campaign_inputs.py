@@ -10,14 +10,14 @@ import warnings
 import pytest
 import yaml
 from campaign import IS_LONG
-from test_runs import SETTINGS, same
+from test_campaign_runs import SETTINGS, same
 
 from opd_lightning.tasks import DataSource, MathTask
 from opd_lightning.training.checkpoints import read_checkpoint
 
 pytest_plugins = ("campaign",)
 pytestmark = pytest.mark.slow
-NUM_CHECKPOINTS, NUM_CONFIGS, NUM_FILES = (2000, 1000, 5000) if IS_LONG else (150, 100, 250)
+NUM_CHECKPOINTS, NUM_CONFIGS, NUM_FILES = (2000, 1000, 5000) if IS_LONG else (150, 30, 250)
 PAGE = 4096
 
 
