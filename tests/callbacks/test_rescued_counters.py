@@ -25,6 +25,8 @@ class Stop(Callback):
             raise RuntimeError("broken")
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.place == "in a save" and batch.step + 1 == self.step:  # of another callback, after the rescue's own hook
+            raise KeyboardInterrupt
         if self.place == "after a step" and batch.step + 1 == self.step:
             trainer._signal_connector._sigterm_notifier_fn(15, None)
 
@@ -37,7 +39,8 @@ def fit(folder, folders, *callbacks, steps=5, ckpt_path=None, **options):
     module = make_module(*folders, optimizer=adamw)
     logger = CSVLogger(folder, flush_logs_every_n_steps=1)
     settings = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None} | options
-    callbacks = [StartValidation(), *callbacks, RescueCheckpoint()]
+    last = [each for each in callbacks if each.place == "in a save"]
+    callbacks = [StartValidation(), *(each for each in callbacks if each not in last), RescueCheckpoint(), *last]
     trainer = make_trainer(folder, steps, callbacks=callbacks, logger=logger, log_every_n_steps=1, **settings)
     trainer.fit(module, make_data(), ckpt_path=ckpt_path)
     return trainer
@@ -86,6 +89,7 @@ INTERVALS = [{}, {"val_check_interval": 1.0, "check_val_every_n_epoch": 1}]
         *(("in a step", step) for step in (1, 2, 3, 4)),
         *(("after a step", step) for step in (1, 2, 3, 4, 5)),
         *(("in a validation", step) for step in (2, 3, 4)),
+        *(("in a save", step) for step in (2, 3)),
     ],
 )
 def test_nothing_shows_that_a_run_was_stopped(

@@ -1,4 +1,5 @@
 import errno
+import io
 import os
 import time
 from pathlib import Path
@@ -252,3 +253,21 @@ def test_a_read_only_disk_does_not_lose_the_message(place, tmp_path, monkeypatch
     refuse_to_write(monkeypatch, tmp_path)
     with pytest.raises(OSError, match=r"x.ckpt' cannot be saved: Read-only file system \(.* GiB free\). Earlier check"):
         WholeCheckpoints().save_checkpoint({"x": 1}, tmp_path / place)
+
+
+def test_ctrl_c_inside_a_save_is_ctrl_c_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    """torch answers with an error of its own, which would be the program's fault."""
+    opened = Path.open
+
+    class Interrupted(io.BytesIO):
+        def write(self, content):
+            raise KeyboardInterrupt
+
+    def open_for(path, mode="r", **named):
+        opened(path, mode, **named).close()
+        return Interrupted()
+
+    monkeypatch.setattr(Path, "open", open_for)
+    with pytest.raises(KeyboardInterrupt):
+        WholeCheckpoints().save_checkpoint({"weight": torch.zeros(1000)}, tmp_path / "a.ckpt")
+    assert list(tmp_path.iterdir()) == []

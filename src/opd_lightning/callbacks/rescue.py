@@ -141,6 +141,7 @@ class RescueCheckpoint(Callback):
                 _save_alone(trainer, path)
             else:
                 trainer.save_checkpoint(path, weights_only=False)
+                self._log_last_row(trainer)
         except (OSError, OutOfReach) as error:  # a full disk may be why it stops, and must stay the reason reported
             self._tell(trainer, exception, f"No rescue: {error}. {last_checkpoint(trainer)}")
             return
@@ -152,6 +153,13 @@ class RescueCheckpoint(Callback):
         else:
             text = f"Stopped by {name} after step {trainer.global_step}; resume with --ckpt_path {path}"
             self._tell(trainer, exception, text)
+
+    def _log_last_row(self, trainer: Trainer) -> None:
+        """Log the last step, which Lightning does after all callbacks: one of them may have been interrupted."""
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        if trainer.world_size == 1 and self.is_between_steps and progress.completed < progress.processed:
+            trainer._logger_connector.on_batch_end()
+            trainer._logger_connector.update_train_step_metrics()
 
     def _tell(self, trainer: Trainer, exception: BaseException, text: str) -> None:
         if _has_others_elsewhere(trainer, exception):

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from jsonargparse import auto_cli
+from jsonargparse import Namespace, auto_cli
 from jsonargparse.typing import PositiveInt
 from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO
@@ -153,6 +153,9 @@ class OPDCLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         settings = self.config[self.config.subcommand]
+        for name in ("model", "data", "trainer", "data.sampling"):  # jsonargparse lets an empty list through
+            if not isinstance(settings[name], Namespace):
+                raise ValueError(f"{name}: expected settings by name, got {settings[name]!r}.")
         dump = self._parser(self.config.subcommand).dump(settings, skip_unset=False, skip_validation=True)
         check_nothing_left_out(yaml.safe_load(dump))
         check_trainer(settings.trainer)

@@ -70,10 +70,12 @@ class WholeCheckpoints(TorchCheckpointIO):
                 os.fsync(file.fileno())
             part.replace(target)
             _flush_folder(target.parent)
-        except (OSError, RuntimeError) as error:
-            reason = error if isinstance(error, OSError) else error.__context__  # torch puts its own error in front
+        except (OSError, RuntimeError, KeyboardInterrupt) as error:
+            reason = error.__context__ if isinstance(error, RuntimeError) else error  # torch puts its own in front
             with suppress(OSError):  # a disk that can only be read refuses this too, and its reason must not be lost
                 part.unlink(missing_ok=True)
+            if isinstance(reason, KeyboardInterrupt):
+                raise reason from None
             if not isinstance(reason, OSError):
                 raise
             raise OSError(
