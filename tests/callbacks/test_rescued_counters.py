@@ -25,7 +25,9 @@ class Stop(Callback):
             raise RuntimeError("broken")
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if self.place == "in a save" and batch.step + 1 == self.step:  # of another callback, after the rescue's own hook
+        if (
+            self.place == "in a save" and batch.step + 1 == self.step
+        ):  # of another callback, after the rescue's own hook
             raise KeyboardInterrupt
         if self.place == "after a step" and batch.step + 1 == self.step:
             trainer._signal_connector._sigterm_notifier_fn(15, None)

@@ -17,7 +17,7 @@ from opd_lightning.training.checkpoints import read_checkpoint
 
 pytest_plugins = ("campaign",)
 pytestmark = pytest.mark.slow
-NUM_CHECKPOINTS, NUM_CONFIGS, NUM_FILES = (2000, 1000, 5000) if IS_LONG else (150, 30, 250)
+NUM_CHECKPOINTS, NUM_CONFIGS, NUM_FILES = (2000, 1000, 5000) if IS_LONG else (150, 100, 250)
 PAGE = 4096
 
 
@@ -80,7 +80,6 @@ CONFIG["model"] |= {
     "lr_scheduler": {"class_path": "WarmupDecay", "init_args": {"warmup_steps": 1, "total_steps": 4}},
     "gradient_clip_norm": 1.0,
     "max_tokens_per_micro_batch": 256,
-    "updates_per_batch": 1,
     "top_k_metrics": 4,
 }
 CONFIG["data"] |= {

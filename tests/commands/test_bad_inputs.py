@@ -216,6 +216,7 @@ CASES = [
     bad(
         "typo three levels down", r"Source has no argument limt. Did you mean limit\?", math("rows.jsonl", ROWS, limt=3)
     ),
+    bad("a list for settings", r"data.sampling: expected settings by name, got \[\]", {"data.sampling": []}),
     bad("typo at the top", r"no setting modell.student", {"modell.student": "x"}),
     bad(
         "typo in a flag",

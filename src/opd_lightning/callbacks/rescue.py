@@ -156,7 +156,7 @@ class RescueCheckpoint(Callback):
 
     def _log_last_row(self, trainer: Trainer) -> None:
         """Log the last step, which Lightning does after all callbacks: one of them may have been interrupted."""
-        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         if trainer.world_size == 1 and self.is_between_steps and progress.completed < progress.processed:
             trainer._logger_connector.on_batch_end()
             trainer._logger_connector.update_train_step_metrics()
