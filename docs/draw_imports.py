@@ -12,10 +12,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "src" / "opd_lightning"
 ROOMS = (  # from the ground up; tests/test_imports.py enforces it
-    ("interfaces", "distributed", "randomness"),
+    ("interfaces", "distributed", "randomness", "reports"),
     ("extrapolation", "objectives"),
     ("tasks", "selection", "rollouts"),
-    ("sandbox", "teachers"),
+    ("sandbox", "teachers", "diagnosis"),
     ("backends",),
     ("training",),
     ("callbacks",),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from opd_lightning.interfaces import Problem, Rollout
-from opd_lightning.training.metrics import AnswerMetrics, Means, repetition_rate, rollout_statistics
+from opd_lightning.training.metrics import AnswerMetrics, Means, rollout_statistics
 
 
 def rollout(reward, length=2, finished=True):
@@ -71,12 +71,6 @@ def test_answers_that_nobody_marks_have_lengths_only():
     means.update(rollout_statistics([rollout(math.nan)]))
     assert "accuracy" not in means.compute()
     assert means.compute()["response_length"] == 2
-
-
-def test_repetition_rate_counts_repeated_ngrams():
-    assert repetition_rate(torch.arange(20), ngram=4) == 0
-    assert repetition_rate(torch.tensor([1, 2] * 5), ngram=2) == pytest.approx(1 - 2 / 9)
-    assert repetition_rate(torch.tensor([1, 2]), ngram=4) == 0
 
 
 def test_rollout_statistics_are_sums_and_counts():

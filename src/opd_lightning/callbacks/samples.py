@@ -12,8 +12,9 @@ from rich.text import Text
 from torch import Tensor
 from typing_extensions import override
 
-from opd_lightning.callbacks.console import printable, say
+from opd_lightning.callbacks.console import say
 from opd_lightning.interfaces import Rollout, Tokenizer
+from opd_lightning.reports.printable import printable
 
 COLUMNS = ["step", "problem", "prompt", "response", "reward", "loss_per_token", "num_tokens"]
 _NOTICEABLE = 0.05  # share of the full scale from which a token is coloured

@@ -1,4 +1,4 @@
-"""The door: `opd-lightning fit|validate|test|predict --config x.yaml`, and the commands that need no trainer."""
+"""The door: `opd-lightning fit|validate|test|predict|diagnose --config x.yaml`, and the commands without a trainer."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from opd_lightning.callbacks.student_summary import StudentSummary
 from opd_lightning.commands import shipped_configs
 from opd_lightning.commands.ckpt_path import WORDS, check_checkpoint, find_checkpoint
 from opd_lightning.commands.completion import PrintAndExit, completion_script
+from opd_lightning.commands.diagnose import DiagnosingTrainer
 from opd_lightning.commands.parser import PROGRAM, OneLineParser, explain, options_of
 from opd_lightning.commands.quiet import be_quiet
 from opd_lightning.commands.run_records import RunRecords, keep_logs_in_root, run_folder
@@ -53,7 +54,7 @@ DEFAULT_CLASSES = {  # what the constructors take for None, spelt out so that --
     "data.selector": "opd_lightning.selection.Shuffled",
 }
 PLAIN_COMMANDS: dict[str, Callable[..., None]] = {"export": export, "configs": shipped_configs.show_configs}
-COMMANDS = ("fit", "validate", "test", "predict", *PLAIN_COMMANDS)
+COMMANDS = ("fit", "validate", "test", "predict", "diagnose", *PLAIN_COMMANDS)
 DESCRIPTION = f"On-policy distillation of language models. Commands without a trainer: {', '.join(PLAIN_COMMANDS)}."
 DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 MISTAKES_AS_RUNTIME_ERRORS = ("Early stopping conditioned on metric",)  # how Lightning says that there is none
@@ -98,6 +99,7 @@ class OPDCLI(LightningCLI):
         super().__init__(
             OPDModule,
             OPDDataModule,
+            trainer_class=DiagnosingTrainer,
             seed_everything_default=0,
             trainer_defaults={
                 "log_every_n_steps": 1,
@@ -119,7 +121,7 @@ class OPDCLI(LightningCLI):
     @override
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static in Lightning, asked of the object
         """The command that was given: every other one costs a parser that nobody asks."""
-        known = LightningCLI.subcommands()
+        known = LightningCLI.subcommands() | {"diagnose": {"model", "datamodule"}}
         return {name: known[name] for name in self._words[:1] if name in known} or known
 
     @override
@@ -167,6 +169,8 @@ class OPDCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         # The original lets hyper-parameters stored in a checkpoint override the file and the flags the user just gave.
         settings, is_fit = self.config[self.config.subcommand], self.config.subcommand == "fit"
+        if "weights_only" not in settings:  # diagnose takes no checkpoint
+            return
         wanted = settings.get("ckpt_path")
         if wanted in WORDS:
             settings.ckpt_path = str(find_checkpoint(wanted, settings.trainer, to_train=is_fit))

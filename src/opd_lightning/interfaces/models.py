@@ -246,6 +246,10 @@ class Teacher(ABC):
         for batch in batches:
             yield self.score(batch, request)
 
+    def as_student(self) -> tuple[Student, nn.Module] | None:
+        """The loaded teacher as a model that answers, and how to run it; None where this process cannot run it so."""
+        return None
+
     def prefetch(self, rollout: Rollout, request: ScoreRequest, step: int) -> None:  # noqa: B027 - most cannot
         """Begin to score a rollout whose step is not complete yet; `score_all` will ask for it soon.
 

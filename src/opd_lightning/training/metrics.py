@@ -16,6 +16,7 @@ from torchmetrics import Metric
 
 from opd_lightning.interfaces import Rollout, RolloutBatch, ScoreRequest
 from opd_lightning.rollouts.comparison import Comparison
+from opd_lightning.rollouts.repetition import repetition_rate
 
 SumAndCount = tuple[Tensor | float, Tensor | float]
 
@@ -169,20 +170,6 @@ def fact_statistics(facts: Mapping[str, Tensor], names: Sequence[str]) -> dict[s
     return {
         name: (facts[name].nansum(dtype=torch.float64), (~facts[name].isnan()).sum()) for name in names if name in facts
     }
-
-
-def repetition_rate(token_ids: Tensor, ngram: int = 8) -> float:
-    """Share of a response's n-grams that occurred earlier in the same response; 0 for responses without two n-grams.
-
-    Args:
-        token_ids: [T] response tokens.
-        ngram: Length of the compared runs of tokens.
-    """
-    num_ngrams = len(token_ids) - ngram + 1
-    if num_ngrams < 2:
-        return 0.0
-    windows = {tuple(window) for window in token_ids.unfold(0, ngram, 1).tolist()}
-    return 1 - len(windows) / num_ngrams
 
 
 def rollout_statistics(rollouts: Sequence[Rollout]) -> dict[str, SumAndCount]:

@@ -14,6 +14,8 @@ from torch import nn
 from opd_lightning.backends.hf.anatomy import body_states, linear_head, verify_anatomy
 from opd_lightning.backends.hf.loading import ModelSource, check_dtype, check_quantization, load_model
 from opd_lightning.backends.hf.preflight import Compatibility, check_compatibility
+from opd_lightning.backends.hf.student import HFStudent
+from opd_lightning.backends.hf.tokenizer import HFTokenizer
 from opd_lightning.interfaces import LinearHead, MicroBatch, ScoreRequest, Student, Teacher, TeacherScores
 from opd_lightning.objectives import HiddenScores
 
@@ -72,6 +74,7 @@ class HFTeacher(Teacher):
         self._head: LinearHead | None = None
         self._visitor: _VisitingWeights | None = None
         self._device = torch.device("cpu")
+        self._template_kwargs: dict[str, Any] | None = None  # the student's: both are asked in the same way
 
     @property
     def context_length(self) -> int | None:
@@ -100,6 +103,8 @@ class HFTeacher(Teacher):
         if self._model is not None:
             return
         self._device = device
+        if isinstance(student.tokenizer, HFTokenizer):
+            self._template_kwargs = student.tokenizer.template_kwargs
         loaded = load_model(self.source, self.dtype, self.attn_implementation, self.quantization_config, device)
         loaded.requires_grad_(False).eval()
         verify_anatomy(loaded, self.source.argument, generates=False)
@@ -141,6 +146,14 @@ class HFTeacher(Teacher):
             scores = [self.score(batch, request) for batch in batches]
         while scores:  # let go of what has been used
             yield scores.pop(0)
+
+    def as_student(self) -> tuple[Student, nn.Module] | None:
+        """The very weights that score; None with `offload`, as they are not on the device between two steps."""
+        if self._model is None or self.offload:
+            return None
+        source = self.source
+        settings: dict[str, Any] = {"trust_remote_code": source.trust_remote_code, "revision": source.revision}
+        return HFStudent(source.path, template_kwargs=self._template_kwargs, **settings), self._model
 
     def close(self) -> None:
         """Let go of the weights."""

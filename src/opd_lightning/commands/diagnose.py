@@ -1,0 +1,131 @@
+"""`opd-lightning diagnose`: the settings of a `fit`, measured instead of trained."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import rich
+from jsonargparse.typing import PositiveInt
+from lightning import Trainer
+
+from opd_lightning.backends.hf import HFEngine, HFStudent, HFTeacher
+from opd_lightning.diagnosis.examination import diagnose
+from opd_lightning.diagnosis.pair import Pair
+from opd_lightning.diagnosis.report import as_json, make_report
+from opd_lightning.interfaces import Problem, Split
+from opd_lightning.randomness import derive_seed
+from opd_lightning.reports.files import write_json, write_page
+from opd_lightning.reports.screen import show
+from opd_lightning.rollouts.problem_sets import draw_problems, read_problems
+from opd_lightning.rollouts.prompt_limits import check_context
+from opd_lightning.training.datamodule import OPDDataModule
+from opd_lightning.training.module import OPDModule
+from opd_lightning.training.output_paths import check_folder
+
+
+class DiagnosingTrainer(Trainer):
+    """A Lightning trainer that can also look at a pair before it trains."""
+
+    def diagnose(
+        self,
+        model: OPDModule,
+        datamodule: OPDDataModule,
+        num_prompts: PositiveInt = 64,
+        num_samples: PositiveInt = 4,
+        split: Split = "train",
+        position_bins: PositiveInt = 8,
+        gradient_rollouts: PositiveInt = 32,
+        output: str | None = None,
+    ) -> None:
+        """Measure student and teacher on some prompts without training, and say what to expect of them.
+
+        Args:
+            model: Student, teacher and objective.
+            datamodule: Task, engine and sampling.
+            num_prompts: Problems, drawn with the seed.
+            num_samples: Answers per problem.
+            split: Which problems.
+            position_bins: Bins of response position.
+            gradient_rollouts: Answers, one of each problem, whose gradients are taken.
+            output: Folder for diagnosis.json and diagnosis.html; null is `diagnosis` in trainer.default_root_dir.
+        """
+        folder = Path(output if output is not None else Path(self.default_root_dir, "diagnosis"))
+        check_folder("output", folder)
+        pair = _pair_of(self, model, datamodule)
+        problems = _problems_of(pair, datamodule, split, num_prompts)
+        numbers = diagnose(
+            pair,
+            problems,
+            num_samples=num_samples,
+            num_bins=position_bins,
+            num_gradient_rollouts=gradient_rollouts,
+            say=lambda words: print(f"diagnose: {words}", file=sys.stderr),
+        )
+        numbers = replace(numbers, settings=_settings(pair, split, num_samples, self))
+        report = make_report(numbers)
+        show(report, rich.get_console())
+        write_json(folder / "diagnosis.json", as_json(numbers))
+        write_page(folder / "diagnosis.html", report)
+        print(f"\n{folder / 'diagnosis.json'}\n{folder / 'diagnosis.html'}")
+
+
+def _pair_of(trainer: Trainer, module: OPDModule, data: OPDDataModule) -> Pair:
+    if module.teacher is None:
+        raise ValueError(
+            "model.teacher: diagnose compares a student with its teacher, and there is none; for example"
+            " {class_path: HFTeacher, init_args: {path: ...}}."
+        )
+    data.engine.preflight(module.spec)
+    module.teacher.preflight(module.spec)
+    return Pair(
+        student=module.spec,
+        teacher=module.teacher,
+        objective=module.objective,
+        task=data.task,
+        engine=data.engine,
+        teacher_engine=HFEngine(),
+        sampling=data.sampling,
+        seed=data.seed,
+        max_tokens=module.max_tokens_per_micro_batch,
+        k=module.facts_k or 16,
+        precision=trainer.precision_plugin.forward_context,
+        device=trainer.strategy.root_device,
+    )
+
+
+def _problems_of(pair: Pair, data: OPDDataModule, split: Split, num_prompts: int) -> list[Problem]:
+    limits = (pair.student.context_length, data.engine.context_length or sys.maxsize)
+    problems, longest = read_problems(
+        data.task,
+        split,
+        pair.student.tokenizer,
+        data.sampling,
+        setting="data.sampling",
+        context=min(limits),
+        max_prompt_tokens=data.max_prompt_tokens,
+        drop=data.drop_long_prompts,
+    )
+    check_context("model.teacher: it reads", pair.teacher.context_length, longest, data.sampling)
+    if num_prompts > len(problems):
+        raise ValueError(
+            f"num_prompts: {num_prompts} prompts were asked for, but the {split} split has {len(problems)}. Set"
+            f" --num_prompts {len(problems)} or less."
+        )
+    return draw_problems(problems, num_prompts, derive_seed(data.seed, "diagnose", "problems"))
+
+
+def _settings(pair: Pair, split: Split, num_samples: int, trainer: Trainer) -> dict[str, Any]:
+    return {
+        "student": pair.student.path if isinstance(pair.student, HFStudent) else type(pair.student).__name__,
+        "teacher": pair.teacher.source.path if isinstance(pair.teacher, HFTeacher) else type(pair.teacher).__name__,
+        "objective": type(pair.objective).__name__,
+        "task": type(pair.task).__name__,
+        "split": split,
+        "answers per prompt": num_samples,
+        "sampling": str(pair.sampling),
+        "seed": pair.seed,
+        "precision": str(trainer.precision),
+    }

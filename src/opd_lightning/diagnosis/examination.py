@@ -1,0 +1,157 @@
+"""`diagnose`: every measurement of a pair, one after the other.
+
+Trains nothing. One process, one device; a function of the weights, the problems and the seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from opd_lightning.diagnosis.continuations import compare_answers, continue_answers, depths_of
+from opd_lightning.diagnosis.estimates import answer_facts
+from opd_lightning.diagnosis.gradients import losses_to_compare, measure_gradients
+from opd_lightning.diagnosis.numbers import AnswerFacts, Continuation, Diagnosis, Gradients, RenderedPrompt
+from opd_lightning.diagnosis.pair import Pair
+from opd_lightning.diagnosis.templates import find_differences, render_both
+from opd_lightning.diagnosis.tokens import facts_by_position, mean_facts, reward_auroc
+from opd_lightning.interfaces import Problem, Prompt, Rollout
+from opd_lightning.rollouts.answering import render_prompts, shape_groups
+
+Say = Callable[[str], None]
+
+
+def diagnose(
+    pair: Pair,
+    problems: Sequence[Problem],
+    *,
+    num_samples: int = 4,
+    num_bins: int = 8,
+    num_gradient_rollouts: int = 32,
+    say: Say = lambda words: None,
+) -> Diagnosis:
+    """Measure a pair on some problems.
+
+    Args:
+        pair: Loaded here, and let go of afterwards.
+        problems: At least one.
+        num_samples: Answers per problem.
+        num_bins: Bins of response position.
+        num_gradient_rollouts: Answers, one of each problem, whose gradients are taken.
+        say: Told what is done next.
+    """
+    seed_parts = (pair.seed, "diagnose")
+    places = range(len(problems))
+    prompts = render_prompts(pair.student.tokenizer, problems, places, num_samples=num_samples, seed_parts=seed_parts)
+    with pair.loaded():
+        say(f"the student answers {len(problems)} prompts, {num_samples} times each")
+        groups = pair.answer(prompts)
+        rollouts = shape_groups(pair.objective, [rollout for group in groups for rollout in group], num_samples)
+        say("student and teacher are compared on every token")
+        compared = pair.compare(rollouts)
+        teacher = _TeacherAnswers(pair, prompts, groups, say)
+        gradients = _gradients(pair, rollouts[::num_samples][:num_gradient_rollouts], say)
+    auroc, num_right = reward_auroc(compared)
+    vocab_size = pair.student.tokenizer.vocab_size
+    return Diagnosis(
+        settings={},
+        num_prompts=len(problems),
+        num_rollouts=len(rollouts),
+        num_tokens=sum(len(each.losses) for each in compared),
+        vocab_size=vocab_size,
+        k=min(pair.k, vocab_size),
+        facts=mean_facts(compared),
+        student=answer_facts(groups),
+        teacher=teacher.facts,
+        teacher_own_template=teacher.own_template,
+        reward_auroc=auroc,
+        num_right=num_right,
+        positions=facts_by_position(compared, num_bins),
+        continuations=teacher.continuations,
+        gradients=gradients,
+        prompt=teacher.prompt,
+        findings=teacher.findings,
+        left_out=_left_out(pair, is_speechless=teacher.facts is None),
+    )
+
+
+class _TeacherAnswers:
+    """What the teacher says itself: to the same prompts, to its own rendering of them, and after the student's words.
+
+    Attributes:
+        prompt: One prompt as both sides render it.
+        findings: Of tokenizers and templates.
+        facts: Its answers to the student's prompts; None where this process cannot run it.
+        own_template: Its answers to its own; None where they are the same.
+        continuations: By depth.
+    """
+
+    def __init__(self, pair: Pair, prompts: Sequence[Prompt], groups: Sequence[Sequence[Rollout]], say: Say) -> None:
+        own, speaker = pair.student.tokenizer, pair.speaker
+        tokenizer = speaker[0].tokenizer if speaker is not None else None
+        self.prompt: RenderedPrompt = render_both(own, tokenizer, prompts)
+        self.findings = find_differences(own, tokenizer, self.prompt, len(prompts))
+        self.facts: AnswerFacts | None = None
+        self.own_template: AnswerFacts | None = None
+        self.continuations: tuple[Continuation, ...] = ()
+        if speaker is None:
+            return
+        say("the teacher answers the same prompts")
+        answers = pair.answer_as_teacher(prompts)
+        self.facts = answer_facts(answers)
+        if self.prompt.num_different:
+            say("the teacher answers as its own template asks")
+            theirs = [replace(p, token_ids=tuple(speaker[0].tokenizer.render(p.problem.messages))) for p in prompts]
+            self.own_template = answer_facts(pair.answer_as_teacher(theirs))
+        if pair.task.is_graded:
+            self.continuations = (compare_answers(groups, answers), *_continuations(pair, groups, say))
+
+
+def _continuations(pair: Pair, groups: Sequence[Sequence[Rollout]], say: Say) -> list[Continuation]:
+    found = []
+    for depth in depths_of([rollout for group in groups for rollout in group]):
+        say(f"the teacher goes on after {depth} tokens of the student")
+        found.append(
+            continue_answers(
+                groups,
+                depth,
+                pair.generate_as_teacher,
+                task=pair.task,
+                tokenizer=pair.student.tokenizer,
+                sampling=pair.sampling,
+                seed=pair.seed,
+            )
+        )
+    return found
+
+
+def _gradients(pair: Pair, rollouts: Sequence[Rollout], say: Say) -> Gradients:
+    assert pair.model is not None, "the pair is loaded"
+    losses = losses_to_compare(pair.objective, pair.teacher.offer, pair.student.tokenizer.vocab_size)
+    say(f"gradients of {len(losses)} losses on {len(rollouts)} answers")
+    with pair.precision():
+        return measure_gradients(
+            pair.student,
+            pair.model,
+            rollouts,
+            losses,
+            pair.teacher,
+            pair.request,
+            device=pair.device,
+            max_tokens=pair.max_tokens,
+            seed=pair.seed,
+        )
+
+
+def _left_out(pair: Pair, *, is_speechless: bool) -> tuple[str, ...]:
+    found = []
+    if not pair.task.is_graded:
+        found.append("Accuracies, gains and the AUROC of the reward: the task has no answers to mark.")
+    if is_speechless:
+        found.append(
+            "The teacher's own answers and its continuations: this process cannot generate with"
+            f" {type(pair.teacher).__name__} (an HFTeacher without offload can)."
+        )
+    if not pair.teacher.offer.full_vocabulary:
+        found.append(f"What needs the teacher's whole vocabulary: it gives {pair.teacher.offer}.")
+    return tuple(found)

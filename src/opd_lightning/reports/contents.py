@@ -1,0 +1,96 @@
+"""What a report is made of, whoever shows it: words, tables and curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A conclusion and what it stands on.
+
+    Attributes:
+        words: The conclusion.
+        grounds: (name, text) pairs: why, by which rule, from which source.
+    """
+
+    words: str
+    grounds: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows of text; the first column names the row.
+
+    Attributes:
+        title: Above it.
+        columns: Their heads.
+        rows: As many cells each.
+        note: How to read it.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line through points.
+
+    Attributes:
+        label: In the legend.
+        xs: Where.
+        ys: How much.
+        errors: Half-lengths of error bars; empty for none.
+    """
+
+    label: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    errors: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves on common axes."""
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: Sequence[Curve]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A passage that is shown as it is, line breaks included."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of it, in the order in which it is shown."""
+
+    title: str
+    subtitle: str
+    statements: Sequence[Statement]
+    tables: Sequence[Table]
+    panels: Sequence[Panel] = field(default_factory=tuple)
+    texts: Sequence[Text] = field(default_factory=tuple)
+    notes: Sequence[str] = field(default_factory=tuple)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for people; a dash for None."""
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.{digits}g}"
+
+
+def share(value: float | None) -> str:
+    """A share as a percentage; a dash for None."""
+    return "-" if value is None else f"{value:.1%}"
