@@ -25,9 +25,9 @@ def estimate_mean(groups: Sequence[Sequence[float]]) -> Estimate:
     num_values = sum(len(group) for group in filled)
     mean = math.fsum(value for group in filled for value in group) / num_values
     if len(filled) < 2:
-        return Estimate(mean, None)
+        return Estimate(mean, None, len(filled))
     squares = math.fsum(math.fsum(value - mean for value in group) ** 2 for group in filled)
-    return Estimate(mean, math.sqrt(len(filled) / (len(filled) - 1) * squares) / num_values)
+    return Estimate(mean, math.sqrt(len(filled) / (len(filled) - 1) * squares) / num_values, len(filled))
 
 
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,25 +10,34 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its standard error.
+    """A mean of marks or of their differences, with its standard error.
 
     Attributes:
         value: The mean.
         error: Standard error over prompts; None with fewer than two.
+        num_prompts: Prompts behind it.
     """
 
     value: float
     error: float | None
+    num_prompts: int
+
+    @property
+    def margin(self) -> float:
+        """Two standard errors; where all values are the same, 3 over the number of prompts (the rule of three)."""
+        if self.error is None:
+            return math.inf
+        return 2 * self.error if self.error > 0 else 3 / self.num_prompts
 
     @property
     def lower(self) -> float:
-        """Two standard errors below; minus infinity where the error is not known."""
-        return self.value - 2 * self.error if self.error is not None else -float("inf")
+        """The mean less the margin."""
+        return self.value - self.margin
 
     @property
     def upper(self) -> float:
-        """Two standard errors above; infinity where the error is not known."""
-        return self.value + 2 * self.error if self.error is not None else float("inf")
+        """The mean and the margin."""
+        return self.value + self.margin
 
 
 @dataclass(frozen=True)

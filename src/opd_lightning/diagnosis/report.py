@@ -151,9 +151,10 @@ def _gradient_table(gradients: Gradients) -> Table:
     place = "all" if gradients.num_kept >= gradients.num_weights else f"{gradients.num_kept} evenly drawn ones of"
     note = (
         f"Gradients of {gradients.num_rollouts} answers, one of each prompt, over {place} {gradients.num_weights}"
-        ' trained weights; a gradient is the sum over an answer\'s tokens. "+ tail": one more class holds the mass of all'
-        " other tokens. Cosine: of the summed gradient with that of the full vocabulary. Variance: spread of single answers' gradients, relative to it. Error: mean squared difference of"
-        " single answers' gradients, relative to it. Coherence: ‖sum‖ / sum of ‖ ‖, 1 where all agree,"
+        " trained weights; a gradient is the sum over an answer's tokens. + tail: one more class holds the mass of all"
+        " other tokens. Cosine: of the summed gradient with that of the full vocabulary. Variance: spread of single"
+        " answers' gradients, relative to it. Error: mean squared difference of single answers' gradients, relative to"
+        " it. Coherence: ‖sum‖ / sum of ‖ ‖, 1 where all agree,"
         f" {gradients.num_rollouts**-0.5:.2f} where they have nothing in common. Noise scale: answers at which signal"
         " and noise are equal."
     )
