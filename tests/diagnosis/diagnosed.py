@@ -1,11 +1,12 @@
 """Pairs of tiny models to diagnose, and diagnoses written by hand."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from toys import LetterTask
 
 from opd_lightning.backends.hf import HFEngine, HFStudent, HFTeacher
-from opd_lightning.diagnosis.numbers import (
+from opd_lightning.diagnosis.measurements import (
     AnswerFacts,
     Continuation,
     Diagnosis,
@@ -29,7 +30,7 @@ class QuestionsOnly(Task):
 def make_pair(student, teacher, **options):
     settings = {
         "student": HFStudent(str(student)),
-        "teacher": HFTeacher(str(teacher), dtype="float32"),
+        "teacher": HFTeacher(str(teacher), dtype="float32") if isinstance(teacher, Path) else teacher,
         "objective": DivergenceObjective(),
         "task": LetterTask(),
         "engine": HFEngine(),

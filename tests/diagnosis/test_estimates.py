@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rollouts_by_hand import make_rollout
 
 from opd_lightning.diagnosis.estimates import answer_facts, auroc, estimate_mean
-from opd_lightning.diagnosis.numbers import Estimate
+from opd_lightning.diagnosis.measurements import Estimate
 
 
 def test_one_value_per_group_gives_the_ordinary_standard_error():

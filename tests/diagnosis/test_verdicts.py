@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from diagnosed import answers, gain, loss, make_diagnosis
 
-from opd_lightning.diagnosis.numbers import Gradients
+from opd_lightning.diagnosis.measurements import Gradients
 from opd_lightning.diagnosis.verdicts import noise_depth, overlap_above_chance, recommend_loss, verdicts
 
 NEW, COLD = "The teacher adds nothing new here", "Cold start first"

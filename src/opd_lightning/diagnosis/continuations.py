@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from opd_lightning.diagnosis.estimates import estimate_mean
-from opd_lightning.diagnosis.numbers import Continuation
+from opd_lightning.diagnosis.measurements import Continuation
 from opd_lightning.interfaces import Prompt, Rollout, Sampling, Task, Tokenizer
 from opd_lightning.randomness import derive_seed
 from opd_lightning.rollouts.answering import closed_text, grade

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from opd_lightning.diagnosis.numbers import AnswerFacts, Estimate
+from opd_lightning.diagnosis.measurements import AnswerFacts, Estimate
 from opd_lightning.interfaces import Rollout
 from opd_lightning.rollouts.repetition import repetition_rate
 

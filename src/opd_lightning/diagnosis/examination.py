@@ -11,7 +11,7 @@ from dataclasses import replace
 from opd_lightning.diagnosis.continuations import compare_answers, continue_answers, depths_of
 from opd_lightning.diagnosis.estimates import answer_facts
 from opd_lightning.diagnosis.gradients import losses_to_compare, measure_gradients
-from opd_lightning.diagnosis.numbers import AnswerFacts, Continuation, Diagnosis, Gradients, RenderedPrompt
+from opd_lightning.diagnosis.measurements import AnswerFacts, Continuation, Diagnosis, Gradients, RenderedPrompt
 from opd_lightning.diagnosis.pair import Pair
 from opd_lightning.diagnosis.templates import find_differences, render_both
 from opd_lightning.diagnosis.tokens import facts_by_position, mean_facts, reward_auroc

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opd_lightning.diagnosis.numbers import Gradients, LossGradient
+from opd_lightning.diagnosis.measurements import Gradients, LossGradient
 from opd_lightning.interfaces import MicroBatch, Objective, Rollout, ScoreRequest, Student, Teacher
 from opd_lightning.objectives import (
     DivergenceObjective,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from opd_lightning.diagnosis.numbers import AnswerFacts, Continuation, Diagnosis, Estimate, Gradients, PositionBin
+from opd_lightning.diagnosis.measurements import AnswerFacts, Continuation, Diagnosis, Estimate, Gradients, PositionBin
 from opd_lightning.diagnosis.verdicts import Verdict, recommend_loss, verdicts
 from opd_lightning.reports.contents import Curve, Panel, Report, Statement, Table, Text, number, share
 from opd_lightning.reports.printable import printable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from opd_lightning.diagnosis.numbers import RenderedPrompt
+from opd_lightning.diagnosis.measurements import RenderedPrompt
 from opd_lightning.interfaces import Prompt, Tokenizer
 
 UNKNOWN = (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.diagnosis.estimates import auroc, is_right
-from opd_lightning.diagnosis.numbers import PositionBin
+from opd_lightning.diagnosis.measurements import PositionBin
 from opd_lightning.interfaces import TrainedRollout
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opd_lightning.diagnosis.gradients import FULL, OWN, SAMPLED
-from opd_lightning.diagnosis.numbers import Continuation, Diagnosis, Estimate, Gradients, LossGradient
+from opd_lightning.diagnosis.measurements import Continuation, Diagnosis, Estimate, Gradients, LossGradient
 
 LEAST_GAIN = 0.05
 SAME_MODEL = 1e-3
