@@ -203,3 +203,18 @@ def test_whatever_may_be_asked_is_given(tiny_teacher_folder, student):
 def test_impossible_settings_are_refused_at_construction(options, message):
     with pytest.raises(ValueError, match=message):
         HFTeacher("x", **options)
+
+
+def test_it_answers_with_the_weights_that_score(tiny_teacher_folder, tiny_qwen3_folder):
+    student = HFStudent(str(tiny_qwen3_folder), template_kwargs={"enable_thinking": False})
+    teacher = ready(HFTeacher(str(tiny_teacher_folder)), student)
+    speaker, model = teacher.as_student()
+    (batch,), (rollouts,) = make_batches()
+    log_probs = speaker.head(model)(speaker.hidden_states(model, batch)).log_softmax(-1)
+    torch.testing.assert_close(log_probs.double(), reference(tiny_teacher_folder, rollouts), atol=1e-5, rtol=1e-5)
+    question = [{"role": "user", "content": "1+1"}]
+    assert speaker.tokenizer.render(question) == student.tokenizer.render(question)  # asked in the same way
+    away = ready(HFTeacher(str(tiny_teacher_folder), offload=True), student)
+    assert away.as_student() is None
+    teacher.close()
+    assert teacher.as_student() is None
