@@ -200,7 +200,10 @@ def _noise_from(numbers: Diagnosis) -> Verdict | None:
     if depth is None:
         return None
     gains = "; ".join(f"after {each.depth} tokens {_gain(each.gain)}" for each in numbers.continuations)
-    rule = f"From there on every gain is below {LEAST_GAIN}, and the first of them certainly below the best before it."
+    rule = (
+        f"From there on every gain is below {LEAST_GAIN}, and the first of them certainly below the best before it. On"
+        " short answers it may also be that all is decided by then."
+    )
     words = f"Beyond {depth} tokens it is noise: train on the tokens up to there, or on shorter answers"
     return Verdict(words, f"When the teacher goes on for the student: {gains}.", rule, GAIN_SOURCE)
 
