@@ -43,7 +43,13 @@ ROOMS = {  # of the Python reference, in the order in which a reader needs them
         *("backends.hf.student", "backends.hf.teacher", "backends.hf.engine", "teachers"),
         *("backends.vllm.colocated", "backends.vllm.server.engine", "backends.vllm.server.teacher"),
     ],
-    "Callbacks": ["callbacks.samples", "callbacks.rescue", "callbacks.mismatch", "callbacks.start_validation"],
+    "Callbacks": [
+        "callbacks.samples",
+        "callbacks.guards",
+        "callbacks.rescue",
+        "callbacks.mismatch",
+        "callbacks.start_validation",
+    ],
 }
 
 

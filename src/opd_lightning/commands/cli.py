@@ -64,6 +64,7 @@ ROOMS_WITH_SHORT_NAMES = (  # `HFStudent` works in YAML for the whole path, but 
     "backends.vllm.server",
     "callbacks.effopd",
     "callbacks.effopd_scores",
+    "callbacks.guards",
     "callbacks.samples",
     "callbacks.held_out_loss",
     "callbacks.mismatch",
