@@ -65,6 +65,7 @@ def test_a_diagnosis_is_shown_and_written(tmp_path, capsys):
         ({}, ("--split", "training"), "expected one of"),
         ({}, ("--output", "FILE"), "output: 'FILE' cannot be a folder"),
         ({}, ("--num_prompt", "3"), "there is no option --num_prompt. Did you mean --num_prompts?"),
+        ({"data": {"sampling": {"max_new_tokens": 8, "top_p": 0.5}}}, (), "top_p"),
         ({"data": {"sampling": {"max_new_tokens": 4000}}}, (), "data.sampling.max_new_tokens=4000 leaves no room"),
     ],
 )

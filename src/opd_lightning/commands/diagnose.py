@@ -27,7 +27,7 @@ from opd_lightning.training.output_paths import check_folder
 
 
 class DiagnosingTrainer(Trainer):
-    """A Lightning trainer that can also look at a pair before it trains."""
+    """Lightning's trainer, which can also measure a pair before it trains."""
 
     def diagnose(
         self,
@@ -78,7 +78,13 @@ def _pair_of(trainer: Trainer, module: OPDModule, data: OPDDataModule) -> Pair:
             "model.teacher: diagnose compares a student with its teacher, and there is none; for example"
             " {class_path: HFTeacher, init_args: {path: ...}}."
         )
+    module.objective.check_sampling(data.sampling)
     data.engine.preflight(module.spec)
+    if module.objective.needs_rollout_log_probs and not data.engine.knows_log_probs(data.sampling):
+        raise ValueError(
+            f"model.objective: {type(module.objective).__name__} needs the log-probabilities that answers were drawn"
+            f" with, which {type(data.engine).__name__} does not know for this data.sampling. Set objective.importance: null."
+        )
     module.teacher.preflight(module.spec)
     return Pair(
         student=module.spec,

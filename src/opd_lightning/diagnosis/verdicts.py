@@ -116,7 +116,7 @@ def recommend_loss(gradients: Gradients, top_mass: float | None) -> Verdict:
     else:
         words += ". No list of up to 64 tokens gives the same gradient here"
     shown = {each.loss: each for each in gradients.losses if each.loss in (OWN, SAMPLED) or each is best}
-    because = "; ".join(_likeness(each) for each in shown.values())
+    because = "Beside the full vocabulary, " + "; ".join(_likeness(each) for each in shown.values())
     mass = "" if top_mass is None else f"; the student's top k hold {top_mass:.1%} of its mass"
     return Verdict(words, f"{because}{mass}.", rule, LOSS_SOURCE)
 
@@ -235,9 +235,10 @@ def _is_gain(gain: Estimate) -> bool:
 
 
 def _likeness(loss: LossGradient) -> str:
-    cosine = "no" if loss.cosine is None else f"{loss.cosine:.3f}"
-    variance = "" if loss.variance is None else f", {loss.variance:.2g} times its variance"
-    return f"{loss.loss}: cosine {cosine} with the full vocabulary{variance}"
+    if loss.cosine is None:
+        return f"{loss.loss}: no gradient"
+    variance = "" if loss.variance is None else f", variance {loss.variance:.2g} times"
+    return f"{loss.loss}: cosine {loss.cosine:.3f}{variance}"
 
 
 def _gain(gain: Estimate) -> str:
