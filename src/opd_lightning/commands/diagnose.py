@@ -83,7 +83,8 @@ def _pair_of(trainer: Trainer, module: OPDModule, data: OPDDataModule) -> Pair:
     if module.objective.needs_rollout_log_probs and not data.engine.knows_log_probs(data.sampling):
         raise ValueError(
             f"model.objective: {type(module.objective).__name__} needs the log-probabilities that answers were drawn"
-            f" with, which {type(data.engine).__name__} does not know for this data.sampling. Set objective.importance: null."
+            f" with, which {type(data.engine).__name__} does not know for this data.sampling. Set objective.importance:"
+            " null."
         )
     module.teacher.preflight(module.spec)
     return Pair(
