@@ -1,6 +1,8 @@
 """Guards judge means of steps, act once, remember across a resume, and stop where asked to."""
 
+import csv
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +70,32 @@ def test_an_alarm_rings_once_when_a_threshold_is_crossed(guard, name, values, ex
 def test_the_smoothed_number_is_logged(capsys):
     _, run = steps_with_alarm(LengthGuard(window=2), capsys, [10.0, 11.0, 12.0], "response_length")
     assert run.logged == {"guard/response_length": 11.5}
+
+
+def replay(path):
+    """The metrics that a real run logged, step by step: all guards that read them look on."""
+    guards, run = [EntropyGuard(), OverlapGuard(), LengthGuard(), HeldOutGuard()], Run()
+    for row in csv.DictReader(path.open()):
+        known = {name: float(value) for name, value in row.items() if value and "/" in name}
+        run.callback_metrics |= known
+        for guard in guards:
+            if "train/loss" in known:
+                guard.on_train_batch_end(run, run, None, None, 0)
+            if "val/avg_at_1" in known:
+                guard.on_validation_end(run, run)
+    return guards
+
+
+def test_a_healthy_run_rings_no_alarm(capsys):
+    guards = replay(Path(__file__).parents[2] / "benchmarks" / "results" / "quickstart_cpu-2core.csv")
+    assert capsys.readouterr().out == ""
+    assert all(guard.best is not None for guard in guards)  # they have seen what they judge
+
+
+def test_a_run_that_diverges_as_the_replication_did_is_noticed(capsys):
+    entropies = [1.14 + (3.18 - 1.14) * step / 19 for step in range(20)] + [3.18] * 10
+    found, _ = steps_with_alarm(EntropyGuard(), capsys, entropies, "student_entropy")
+    assert found == [18]
 
 
 def rollout(entropies):

@@ -35,7 +35,7 @@ def make_pair(student, teacher, **options):
         "task": LetterTask(),
         "engine": HFEngine(),
         "teacher_engine": HFEngine(),
-        "sampling": Sampling(max_new_tokens=8),
+        "sampling": Sampling(max_new_tokens=4),
         "seed": 0,
         "max_tokens": 512,
     }

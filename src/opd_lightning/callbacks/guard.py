@@ -37,7 +37,7 @@ class Guard(Callback, ABC):
     signal: str
     best_is_highest: bool = False
 
-    def __init__(self, action: Action = "warn", window: int = 10) -> None:
+    def __init__(self, action: Action = "warn", window: int = 5) -> None:
         if action not in get_args(Action):
             raise ValueError(f"{type(self).__name__}.action: expected 'warn' or 'stop', got {action!r}.")
         if window < 1:

@@ -33,7 +33,7 @@ class EntropyGuard(Guard):
 
     signal = "student_entropy"
 
-    def __init__(self, most: float = 2.0, least: float = 0.25, action: Action = "warn", window: int = 10) -> None:
+    def __init__(self, most: float = 2.0, least: float = 0.25, action: Action = "warn", window: int = 5) -> None:
         super().__init__(action, window)
         check_range(self, "most", most, low=1.0)
         check_range(self, "least", least, low=0.0, high=1.0)
@@ -69,7 +69,7 @@ class OverlapGuard(Guard):
     signal = "overlap_ratio"
     best_is_highest = True
 
-    def __init__(self, most_lost: float = 0.1, action: Action = "warn", window: int = 10) -> None:
+    def __init__(self, most_lost: float = 0.1, action: Action = "warn", window: int = 5) -> None:
         super().__init__(action, window)
         check_range(self, "most_lost", most_lost, low=0.0, high=1.0)
         self.most_lost = most_lost
@@ -96,7 +96,7 @@ class LengthGuard(Guard):
 
     signal = "response_length"
 
-    def __init__(self, most: float = 2.0, action: Action = "warn", window: int = 10) -> None:
+    def __init__(self, most: float = 2.0, action: Action = "warn", window: int = 5) -> None:
         super().__init__(action, window)
         check_range(self, "most", most, low=1.0)
         self.most = most
@@ -127,7 +127,7 @@ class LateEntropyGuard(Guard):
 
     signal = "late_entropy_ratio"
 
-    def __init__(self, most: float = 2.0, action: Action = "warn", window: int = 10) -> None:
+    def __init__(self, most: float = 2.0, action: Action = "warn", window: int = 5) -> None:
         super().__init__(action, window)
         check_range(self, "most", most, low=1.0)
         self.most = most
