@@ -1,6 +1,6 @@
 """What `opd-lightning diagnose` says of pairs whose truth is known by construction; prints a Markdown table.
 
-    python benchmarks/diagnose_calibration.py --output benchmarks/results/diagnose_calibration.json
+    python benchmarks/diagnose_calibration.py --seeds 3 --num_prompts 32
 
 All pairs are made of the two sandbox models, without training: copies, exchanged roles, weights between the two
 (alpha = 0 is the student, 1 the teacher), and weights with noise. Each pair is diagnosed with several seeds, which draw
@@ -90,7 +90,8 @@ def examine(student: Path, teacher: Path, seed: int, num_prompts: int) -> dict[s
 def main() -> None:
     """Diagnose every pair with every seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    default = Path(__file__).parent / "results" / "diagnose_calibration_cpu-2core.json"
+    parser.add_argument("--output", type=Path, default=default)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--num_prompts", type=int, default=64)
     parser.add_argument("--noise", type=float, default=0.5)
