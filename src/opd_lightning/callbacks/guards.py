@@ -88,6 +88,8 @@ class OverlapGuard(Guard):
 class LengthGuard(Guard):
     """Watches the length of responses; that they double without being asked to is our choice of a sign.
 
+    A `data.horizon` that grows asks them to: leave this guard out then.
+
     Args:
         most: Alarm above so many times the length of the first steps.
         action: What to do.

@@ -204,7 +204,7 @@ def _noise_from(numbers: Diagnosis) -> Verdict | None:
         f"From there on every gain is below {LEAST_GAIN}, and the first of them certainly below the best before it. On"
         " short answers it may also be that all is decided by then."
     )
-    words = f"Beyond {depth} tokens it is noise: train on the tokens up to there, or on shorter answers"
+    words = f"Beyond {depth} tokens it is noise: a data.horizon of so many tokens leaves the rest out"
     return Verdict(words, f"When the teacher goes on for the student: {gains}.", rule, GAIN_SOURCE)
 
 
