@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,8 @@ from typing_extensions import override
 
 from opd_lightning.callbacks.console import say
 from opd_lightning.interfaces import Rollout
+from opd_lightning.rollouts.records import answer_record
 from opd_lightning.training.output_paths import check_file
-
-
-def answer_record(rollout: Rollout) -> dict[str, Any]:
-    """The facts of one answer as plain values."""
-    return {
-        "uid": rollout.problem.uid,
-        "messages": [dict(message) for message in rollout.problem.messages],
-        "reference": rollout.problem.answer,
-        "response": rollout.text,
-        "reward": None if math.isnan(rollout.reward) else rollout.reward,  # JSON has no NaN
-        "finished": rollout.finished,
-        "num_tokens": len(rollout.response_ids),
-        "seed": rollout.seed,
-    }
 
 
 class AnswersWriter(Callback):

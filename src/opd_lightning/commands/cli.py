@@ -36,6 +36,7 @@ from opd_lightning.commands.completion import PrintAndExit, completion_script
 from opd_lightning.commands.diagnose import DiagnosingTrainer
 from opd_lightning.commands.parser import PROGRAM, OneLineParser, explain, options_of
 from opd_lightning.commands.quiet import be_quiet
+from opd_lightning.commands.rollout import RolloutTrainer
 from opd_lightning.commands.run_records import RunRecords, keep_logs_in_root, run_folder
 from opd_lightning.commands.suggestions import nearest
 from opd_lightning.commands.trainer_settings import check_trainer
@@ -54,7 +55,8 @@ DEFAULT_CLASSES = {  # what the constructors take for None, spelt out so that --
     "data.selector": "opd_lightning.selection.Shuffled",
 }
 PLAIN_COMMANDS: dict[str, Callable[..., None]] = {"export": export, "configs": shipped_configs.show_configs}
-COMMANDS = ("fit", "validate", "test", "predict", "diagnose", *PLAIN_COMMANDS)
+OWN_VERBS = ("diagnose", "rollout")
+COMMANDS = ("fit", "validate", "test", "predict", *OWN_VERBS, *PLAIN_COMMANDS)
 DESCRIPTION = f"On-policy distillation of language models. Commands without a trainer: {', '.join(PLAIN_COMMANDS)}."
 DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 MISTAKES_AS_RUNTIME_ERRORS = ("Early stopping conditioned on metric",)  # how Lightning says that there is none
@@ -73,6 +75,7 @@ ROOMS_WITH_SHORT_NAMES = (  # `HFStudent` works in YAML for the whole path, but 
     "rollouts.one_step_ahead",
     "rollouts.plain_engine",
     "rollouts.reuse",
+    "rollouts.stored",
     "training.schedules",
     "selection",
     "tasks",
@@ -90,6 +93,10 @@ def _as_data_seed(seed_everything: bool | int) -> int:
     return seed_everything
 
 
+class OPDTrainer(DiagnosingTrainer, RolloutTrainer):
+    """Lightning's trainer with the verbs of our own."""
+
+
 class OPDCLI(LightningCLI):
     """LightningCLI with one seed for everything, no abbreviations, and a configuration that wins over checkpoints."""
 
@@ -100,7 +107,7 @@ class OPDCLI(LightningCLI):
         super().__init__(
             OPDModule,
             OPDDataModule,
-            trainer_class=DiagnosingTrainer,
+            trainer_class=OPDTrainer,
             seed_everything_default=0,
             trainer_defaults={
                 "log_every_n_steps": 1,
@@ -122,7 +129,7 @@ class OPDCLI(LightningCLI):
     @override
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static in Lightning, asked of the object
         """The command that was given: every other one costs a parser that nobody asks."""
-        known = LightningCLI.subcommands() | {"diagnose": {"model", "datamodule"}}
+        known = LightningCLI.subcommands() | {verb: {"model", "datamodule"} for verb in OWN_VERBS}
         return {name: known[name] for name in self._words[:1] if name in known} or known
 
     @override

@@ -11,8 +11,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from opd_lightning.interfaces.models import Student
-from opd_lightning.interfaces.words import Listener, Prompt, PromptBatch, Rollout, RolloutBatch, Sampling, StepPrompts
+from opd_lightning.interfaces.models import Student, Tokenizer
+from opd_lightning.interfaces.words import (
+    Listener,
+    Problem,
+    Prompt,
+    PromptBatch,
+    Rollout,
+    RolloutBatch,
+    Sampling,
+    StepPrompts,
+)
 
 
 class LiveStudent(Protocol):
@@ -133,6 +142,22 @@ class RolloutSource(ABC):
         """
         self.engine = engine
 
+    def admit(
+        self, problems: Sequence[Problem], tokenizer: Tokenizer, sampling: Sampling, num_rollouts: int
+    ) -> list[Problem]:
+        """The training problems that rollouts can be had for (default: all of them); called after `setup`.
+
+        Args:
+            problems: Those of the task.
+            tokenizer: The student's.
+            sampling: How the run samples.
+            num_rollouts: Rollouts wanted of each.
+
+        Raises:
+            ValueError: There are too few; the message says what to do.
+        """
+        return list(problems)
+
     @abstractmethod
     def rollouts(self, step: StepPrompts, sampling: Sampling, student: LiveStudent) -> RolloutBatch:
         """The rollouts of a step, not graded: one per seed of every prompt, in order.
@@ -193,8 +218,8 @@ class RolloutSource(ABC):
         return self.engine.knows_log_probs(sampling)
 
     @property
-    def staleness(self) -> int:
-        """Steps between the weights that generate and those that train: 0 is on-policy."""
+    def staleness(self) -> int | None:
+        """Steps between the weights that generate and those that train: 0 is on-policy, None is not known."""
         return 0
 
     def state_dict(self) -> dict[str, Any]:

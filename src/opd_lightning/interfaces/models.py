@@ -237,6 +237,20 @@ class Teacher(ABC):
             device: Where scoring happens.
         """
 
+    def as_answerer(self, student: Student) -> Student:
+        """This teacher's model in a student's place, so that any engine can answer with it; it is not to be trained.
+
+        Args:
+            student: Whose tokenizer renders the prompts, as in the training that the answers are for.
+
+        Raises:
+            ValueError: It only scores.
+        """
+        raise ValueError(
+            f"model.teacher: {type(self).__name__} only scores, so no engine can answer with it. Name the model itself:"
+            " {class_path: HFTeacher, init_args: {path: ...}}."
+        )
+
     @abstractmethod
     def score(self, batch: MicroBatch, request: ScoreRequest) -> TeacherScores:
         """Score the response tokens of one micro-batch."""

@@ -124,11 +124,12 @@ class HeldOutBatches(Iterable[PromptBatch]):
 def held_out_batches(problems: Sequence[Problem], size: int, rank: int, world_size: int) -> HeldOutBatches:
     """The rank's share of the problems, `size` at a time.
 
-    A rank without problems still gets one (empty) batch: all ranks must enter the loop, as metrics are reduced at its
-    end.
+    All ranks get as many batches, so the last may be empty: they enter the loop together, and some engines and
+    recordings need all of them for every batch.
     """
     mine = list(range(rank, len(problems), world_size))
-    chunks = [mine[start : start + size] for start in range(0, max(1, len(mine)), size)]
+    most = -(-len(problems) // world_size)
+    chunks = [mine[start : start + size] for start in range(0, max(1, most), size)]
     return HeldOutBatches([PromptBatch([problems[i] for i in chunk], chunk, chunk, step=0) for chunk in chunks])
 
 

@@ -1,4 +1,4 @@
-"""Rollouts as plain values and tensors, for checkpoints, and back."""
+"""Rollouts as plain values: with tensors for checkpoints, and as columns for files that people and other tools read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy
 import torch
 
 from opd_lightning.interfaces import Problem, Rollout
@@ -61,3 +62,29 @@ def from_groups(
         for position, problem in zip(positions, problems, strict=True)
         for record in groups[position]
     ]
+
+
+def answer_record(rollout: Rollout) -> dict[str, Any]:
+    """The facts of one answer as plain values."""
+    return {
+        "uid": rollout.problem.uid,
+        "messages": [dict(message) for message in rollout.problem.messages],
+        "reference": rollout.problem.answer,
+        "response": rollout.text,
+        "reward": None if math.isnan(rollout.reward) else rollout.reward,  # JSON has no NaN
+        "finished": rollout.finished,
+        "num_tokens": len(rollout.response_ids),
+        "seed": rollout.seed,
+    }
+
+
+def token_record(rollout: Rollout) -> dict[str, Any]:
+    """The tokens of one answer as plain values; log-probabilities in the fewest digits that give the same float32."""
+    log_probs = rollout.log_probs.to(torch.float32).numpy()
+    is_known = not numpy.isnan(log_probs).any()
+    return {
+        "prompt_ids": rollout.prompt_ids.tolist(),
+        "response_ids": rollout.response_ids.tolist(),
+        "log_probs": [float(str(value)) for value in log_probs] if is_known else None,
+        "student_wrote": None if rollout.student_wrote is None else rollout.student_wrote.tolist(),
+    }

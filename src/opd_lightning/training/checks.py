@@ -93,20 +93,22 @@ def _check_staleness(objective: Objective, data: OPDDataModule) -> None:
     """Refuse estimators that many steps on the same rollouts lead astray; say what else is hardly meant.
 
     Raises:
-        ValueError: The estimator's expectation is over the weights now, and the rollouts are many steps older.
+        ValueError: The estimator's expectation is over the weights now, and the rollouts are many steps older, or others
+            wrote them.
     """
-    if data.source.staleness and isinstance(objective, SampledTokenObjective) and objective.importance is None:
+    age = data.source.staleness
+    if age != 0 and isinstance(objective, SampledTokenObjective) and objective.importance is None:
         stale = (
-            f"data.source: {type(data.source).__name__}: some rollouts come from older weights, and this objective"
+            f"data.source: {type(data.source).__name__}: some rollouts come from other or older weights, and this objective"
             " does not correct for that. Set objective.importance, for example Truncated."
         )
-        if data.source.staleness > 1:
+        if age is None or age > 1:
             raise ValueError(stale)
         warnings.warn(stale, stacklevel=2)
     if isinstance(objective, NLL) and isinstance(data.source, OnPolicy | OneStepAhead):
         warnings.warn(
             "model.objective: NLL imitates the student's own answers here, which teaches nothing: its expected gradient"
-            " is 0. Set data.source to one of answers that others wrote (docs/your_own_method.md has one).",
+            " is 0. Set data.source to answers that others wrote: Stored (docs/cold_start.md).",
             stacklevel=2,
         )
 

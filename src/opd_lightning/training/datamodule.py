@@ -150,7 +150,9 @@ class OPDDataModule(LightningDataModule):
         self.engine.preflight(self._student.spec)
         self.source.setup(self.engine)
         if stage == "fit" and (self.stream is None or self.trainer.global_step == 0):  # a new run starts from the start
-            self._training_problems = self._read_problems("train", self.sampling)
+            self._training_problems = self.source.admit(
+                self._read_problems("train", self.sampling), self.tokenizer, self.sampling, self.rollouts_per_prompt
+            )
             problems = without_reserved(self._training_problems, self.problems_for_scores(self.num_reserved))
             self.selector.setup(problems, self.seed)
             self.stream = PromptStream(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from opd_lightning.backends.hf.anatomy import body_states, linear_head, verify_anatomy
+from opd_lightning.backends.hf.answerer import make_answerer
 from opd_lightning.backends.hf.loading import ModelSource, check_dtype, check_quantization, load_model
 from opd_lightning.backends.hf.preflight import Compatibility, check_compatibility
 from opd_lightning.backends.hf.student import HFStudent
@@ -120,6 +121,20 @@ class HFTeacher(Teacher):
             bias = None if head.bias is None else head.bias.detach().to(device, dtype, copy=True)
             head = replace(head, weight=head.weight.detach().to(device, dtype, copy=True), bias=bias)
         self._head = head
+
+    def as_answerer(self, student: Student) -> Student:
+        """The model in a student's place.
+
+        Raises:
+            ValueError: It does not speak the student's token ids, or is quantised.
+        """
+        if self.quantization_config is not None:
+            raise ValueError(
+                "teacher.quantization_config: a quantised teacher scores, but does not answer here. Leave it out (vLLM"
+                " quantises by itself: engine.engine_args.quantization)."
+            )
+        self.preflight(student)
+        return make_answerer(self.source, student, self.dtype, self.attn_implementation)
 
     def score(self, batch: MicroBatch, request: ScoreRequest) -> TeacherScores:
         """Score the response tokens of one micro-batch."""
