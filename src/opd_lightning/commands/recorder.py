@@ -40,6 +40,7 @@ class Recorder(StudentModule):
         role: Who that is to the training.
         output: The file.
         reject: Rules for answers that are not kept.
+        num_problems: Only the first so many; None is all.
         num_samples: Answers wanted of each problem.
         num_attempts: Most answers asked for one that is kept.
         ckpt_path: Checkpoint that the weights come from, if any.
@@ -51,6 +52,8 @@ class Recorder(StudentModule):
         role: Role,
         output: str,
         reject: Rejection,
+        *,
+        num_problems: int | None,
         num_samples: int,
         num_attempts: int,
         ckpt_path: str | None,
@@ -58,6 +61,7 @@ class Recorder(StudentModule):
         super().__init__(spec)
         self.role, self.output, self.ckpt_path = role, output, ckpt_path
         self.reject = reject
+        self.num_problems = num_problems
         self.num_samples, self.num_attempts = num_samples, num_attempts
         self.recording: Recording | None = None
         self.is_complete = False
@@ -74,8 +78,9 @@ class Recorder(StudentModule):
                 f"reject.wrong: {type(data.task).__name__} has no answers to mark, so none is known to be wrong. Leave"
                 " it out, or choose a task that defines grade."
             )
-        problems = self._without_repeats(data.held_out[split])
-        self.num_repeated = len(data.held_out[split]) - len(problems)
+        asked = data.held_out[split][: self.num_problems]
+        problems = self._without_repeats(asked)
+        self.num_repeated = len(asked) - len(problems)
         data.held_out[split] = problems
         if rank() == 0:
             self.recording = Recording(self.output, self._settings(problems))
@@ -137,8 +142,8 @@ class Recorder(StudentModule):
         if self.recording is not None:
             self.recording.finish()
 
-    @override
-    def teardown(self, stage: str) -> None:
+    def close(self) -> None:
+        """Let go of the file, for another run to go on."""
         if self.recording is not None:
             self.recording.close()
 

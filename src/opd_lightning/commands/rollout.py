@@ -31,6 +31,7 @@ class RolloutTrainer(Trainer):
         output: str,
         role: Role = "teacher",
         split: Split = "train",
+        num_problems: int | None = None,
         num_samples: int = 1,
         num_attempts: int = 3,
         sampling: Sampling | None = None,
@@ -48,6 +49,7 @@ class RolloutTrainer(Trainer):
             output: File to write, ending in .jsonl or .parquet (docs/cold_start.md).
             role: Who answers: "teacher" or "student".
             split: Whose prompts.
+            num_problems: Only the first so many of them; null is all.
             num_samples: Answers wanted of each problem.
             num_attempts: Most answers asked for each one that is kept.
             sampling: How answers are sampled; null is data.sampling.
@@ -55,7 +57,7 @@ class RolloutTrainer(Trainer):
             ckpt_path: Checkpoint with the student's weights; not for the teacher.
             weights_only: Always true: what a checkpoint says is not run.
         """
-        check_at_least(1, "rollout", num_samples=num_samples, num_attempts=num_attempts)
+        check_at_least(1, "rollout", num_problems=num_problems, num_samples=num_samples, num_attempts=num_attempts)
         check_ending("output", output)
         check_file("output", output)
         sampling = sampling if sampling is not None else datamodule.sampling
@@ -71,15 +73,21 @@ class RolloutTrainer(Trainer):
             role,
             output,
             reject,
-            num_samples,
-            num_attempts if sampling.temperature else 1,
-            ckpt_path,
+            num_problems=num_problems,
+            num_samples=num_samples,
+            num_attempts=num_attempts if sampling.temperature else 1,  # greedy answers stay what they are
+            ckpt_path=ckpt_path,
         )
         # the data module answers a held-out split; this one is asked like one
         datamodule.predict_split, datamodule.validation_sampling = split, sampling
         self.callbacks = [each for each in trainer_callbacks(self) if isinstance(each, _NEEDED_CALLBACKS)]
         Path(output).absolute().parent.mkdir(parents=True, exist_ok=True)
-        self.predict(recorder, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True, return_predictions=False)
+        try:
+            self.predict(
+                recorder, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True, return_predictions=False
+            )
+        finally:
+            recorder.close()  # Lightning tears nothing down after an error
         recorder.report()
 
 
