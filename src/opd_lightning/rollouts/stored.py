@@ -74,6 +74,7 @@ class Stored(RolloutSource):
         self.closing_token = closing_token
         self._header: Mapping[str, Any] | None = None
         self._digest = ""
+        self._has_log_probs = False
         self._answers: dict[str, list[StoredAnswer]] = {}  # those that can be used
 
     @property
@@ -84,10 +85,7 @@ class Stored(RolloutSource):
     @override
     def knows_log_probs(self, sampling: Sampling) -> bool:
         """As the file says: drawn from a whole distribution, and under the same prompts and tokens."""
-        if self._header is None or self.reencode or self.other_prompts:
-            return False
-        drawn = Sampling(**self._header["settings"]["sampling"])
-        return bool(self._header["has_log_probs"]) and drawn.is_whole_distribution
+        return self._has_log_probs
 
     @override
     def admit(
@@ -151,7 +149,9 @@ class Stored(RolloutSource):
     def _rollout(self, prompt: Prompt, answer: StoredAnswer, tokenizer: Tokenizer) -> Rollout:
         self._check_prompt(prompt, answer)
         response_ids = answer.response_ids.long()
-        log_probs = answer.log_probs if answer.log_probs is not None else torch.full((len(response_ids),), torch.nan)
+        log_probs = answer.log_probs if self._has_log_probs else None
+        if log_probs is None:
+            log_probs = torch.full((len(response_ids),), torch.nan)
         return Rollout(
             problem=prompt.problem,
             prompt_ids=torch.tensor(prompt.token_ids),
@@ -181,6 +181,9 @@ class Stored(RolloutSource):
                 " `opd-lightning rollout --output`."
             )
         self._header, self._digest = read_header(path), digest_of_file(path)
+        if self._header is not None and not self.reencode and not self.other_prompts:
+            drawn = Sampling(**self._header["settings"]["sampling"])
+            self._has_log_probs = bool(self._header["has_log_probs"]) and drawn.is_whole_distribution
         if not self.reencode:
             self._check_tokenizer(tokenizer)
         stop_ids = resolve_stop_ids(tokenizer, sampling)
