@@ -37,7 +37,14 @@ ROOMS = {  # of the Python reference, in the order in which a reader needs them
         f"objectives.{module}"
         for module in ("objective", "supports", "divergences", "estimators", "sampled_token", "likelihood", "facts")
     ],
-    "Rollouts": ["rollouts.on_policy", "rollouts.one_step_ahead", "rollouts.plain_engine", "rollouts.comparison"],
+    "Rollouts": [
+        "rollouts.on_policy",
+        "rollouts.one_step_ahead",
+        "rollouts.stored",
+        "rollouts.rejection",
+        "rollouts.plain_engine",
+        "rollouts.comparison",
+    ],
     "Prompts": ["selection", "tasks.arithmetic", "tasks.mathematics", "tasks.prompts", "tasks.sources"],
     "Models and engines": [
         *("backends.hf.student", "backends.hf.teacher", "backends.hf.engine", "teachers"),

@@ -37,7 +37,7 @@ def test_its_command_builds_its_objects(path, tmp_path, monkeypatch):
     (command,) = built
     assert command.datamodule.prompts_per_step == base["data"]["prompts_per_step"]
     assert command.datamodule.seed == base["seed_everything"]
-    assert command.trainer.max_steps == base["trainer"]["max_steps"]
+    assert command.trainer.max_steps == (base["trainer"] | settings["trainer"])["max_steps"]
     assert command.trainer.default_root_dir.endswith(settings["trainer"]["default_root_dir"])
     for callback in [*base["trainer"]["callbacks"], *settings["trainer"].get("callbacks+", [])]:
         name = callback["class_path"].rpartition(".")[2]

@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import ProgressBar
 
 from opd_lightning.callbacks.rescue import RescueCheckpoint, trainer_callbacks
 from opd_lightning.commands.recorder import Recorder, Role
-from opd_lightning.commands.run_records import RunRecords
 from opd_lightning.interfaces import Sampling, Split, Student
 from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.rollouts.answer_files import check_ending
@@ -18,7 +17,7 @@ from opd_lightning.training.datamodule import OPDDataModule
 from opd_lightning.training.output_paths import check_file
 from opd_lightning.training.pair_module import PairModule
 
-_NEEDED_CALLBACKS = (ProgressBar, RescueCheckpoint, RunRecords)  # the others are about training
+_NEEDED_CALLBACKS = (ProgressBar, RescueCheckpoint)  # the others are about training
 
 
 class RolloutTrainer(Trainer):
@@ -81,6 +80,7 @@ class RolloutTrainer(Trainer):
         # the data module answers a held-out split; this one is asked like one
         datamodule.predict_split, datamodule.validation_sampling = split, sampling
         self.callbacks = [each for each in trainer_callbacks(self) if isinstance(each, _NEEDED_CALLBACKS)]
+        self.loggers = []  # the file says itself how it was made
         Path(output).absolute().parent.mkdir(parents=True, exist_ok=True)
         try:
             self.predict(

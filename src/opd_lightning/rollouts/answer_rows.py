@@ -27,7 +27,7 @@ class StoredAnswer:
     Attributes:
         response_ids: int32 [T].
         finished: Whether its last token closes it.
-        seed: What it was drawn with; 0 where nobody knows.
+        seed: What it was drawn with; None where nobody knows.
         prompt_hash: Hash of the prompt's token ids; None where it does not matter.
         log_probs: float32 [T], or None.
         student_wrote: bool [T]; None when all tokens are the model's own.
@@ -35,7 +35,7 @@ class StoredAnswer:
 
     response_ids: Tensor  # int32 [T]
     finished: bool
-    seed: int
+    seed: int | None
     prompt_hash: int | None
     log_probs: Tensor | None
     student_wrote: Tensor | None
@@ -110,7 +110,7 @@ def encode_answer(
     return StoredAnswer(
         response_ids=torch.tensor(token_ids, dtype=torch.int32),
         finished=finished,
-        seed=seed if isinstance(seed, int) else 0,
+        seed=seed if isinstance(seed, int) else None,
         prompt_hash=None,
         log_probs=None,
         student_wrote=None,

@@ -114,9 +114,9 @@ class Stored(RolloutSource):
     @override
     def rollouts(self, step: StepPrompts, sampling: Sampling, student: LiveStudent) -> RolloutBatch:
         rollouts = [
-            self._rollout(prompt, answer, student.spec.tokenizer)
+            self._rollout(prompt, seed, answer, student.spec.tokenizer)
             for prompt in step.prompts
-            for answer in self._choose(prompt)
+            for seed, answer in zip(prompt.seeds, self._choose(prompt), strict=True)
         ]
         return RolloutBatch(rollouts, student.weight_version, step.step, sampling, staleness=None)
 
@@ -146,7 +146,7 @@ class Stored(RolloutSource):
         first = prompt.seeds[0] % len(answers)
         return [answers[(first + i) % len(answers)] for i in range(len(prompt.seeds))]
 
-    def _rollout(self, prompt: Prompt, answer: StoredAnswer, tokenizer: Tokenizer) -> Rollout:
+    def _rollout(self, prompt: Prompt, seed: int, answer: StoredAnswer, tokenizer: Tokenizer) -> Rollout:
         self._check_prompt(prompt, answer)
         response_ids = answer.response_ids.long()
         log_probs = answer.log_probs if self._has_log_probs else None
@@ -158,7 +158,7 @@ class Stored(RolloutSource):
             response_ids=response_ids,
             log_probs=log_probs,
             finished=answer.finished,
-            seed=answer.seed,
+            seed=seed if answer.seed is None else answer.seed,
             text=closed_text(tokenizer, response_ids.tolist(), answer.finished),
             student_wrote=answer.student_wrote,
         )

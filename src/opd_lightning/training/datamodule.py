@@ -150,9 +150,8 @@ class OPDDataModule(LightningDataModule):
         self.engine.preflight(self._student.spec)
         self.source.setup(self.engine)
         if stage == "fit" and (self.stream is None or self.trainer.global_step == 0):  # a new run starts from the start
-            self._training_problems = self.source.admit(
-                self._read_problems("train", self.sampling), self.tokenizer, self.sampling, self.rollouts_per_prompt
-            )
+            found, wanted = self._read_problems("train", self.sampling), self.rollouts_per_prompt
+            self._training_problems = self.source.admit(found, self.tokenizer, self.sampling, wanted)
             problems = without_reserved(self._training_problems, self.problems_for_scores(self.num_reserved))
             self.selector.setup(problems, self.seed)
             self.stream = PromptStream(
