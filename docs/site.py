@@ -45,7 +45,14 @@ ROOMS = {  # of the Python reference, in the order in which a reader needs them
         "rollouts.plain_engine",
         "rollouts.comparison",
     ],
-    "Prompts": ["selection", "tasks.arithmetic", "tasks.mathematics", "tasks.prompts", "tasks.sources"],
+    "Prompts": [
+        "selection",
+        "tasks.arithmetic",
+        "tasks.mathematics",
+        "tasks.prompts",
+        "tasks.cleaned",
+        "tasks.sources",
+    ],
     "Models and engines": [
         *("backends.hf.student", "backends.hf.teacher", "backends.hf.engine", "teachers"),
         *("backends.vllm.colocated", "backends.vllm.server.engine", "backends.vllm.server.teacher"),

@@ -1,6 +1,7 @@
 """`opd-lightning rollout` on tiny real models: who answers, what is kept, and that a killed run goes on."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -226,3 +227,20 @@ def test_the_command_says_what_is_wrong(capsys, tmp_path):
         main([*base, "--output", str(tmp_path / "a.jsonl"), "--reject.pattern", "(("])
     assert stop.value.code == 2
     assert "expected a regular expression, got '(('" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_cold_start_page(tmp_path, monkeypatch):
+    """As they are written there, with fewer prompts and steps."""
+    page = (Path(__file__).parents[2] / "docs" / "cold_start.md").read_text()
+    script = page.split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
+    commands = [shlex.split(line, comments=True)[1:] for line in script.splitlines() if not line.startswith("#")]
+    assert [command[0] for command in commands] == ["rollout", "fit", "export", "fit"]
+    few = ["--data.prompts_per_step", "8", "--data.num_validation_problems", "4", "--trainer.val_check_interval", "2"]
+    steps = ["--trainer.max_steps", "2", "--trainer.callbacks.every_n_train_steps", "2"]
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        extra = {"rollout": ["--num_problems", "16"], "fit": [*few, *steps], "export": []}[command[0]]
+        main([*command, *extra])
+    metrics = next(tmp_path.glob("runs/after_cold_start/lightning_logs/*/metrics.csv")).read_text()
+    assert "train/reverse_kl" in metrics

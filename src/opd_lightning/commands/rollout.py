@@ -57,6 +57,7 @@ class RolloutTrainer(Trainer):
             weights_only: Always true: what a checkpoint says is not run.
         """
         check_at_least(1, "rollout", num_problems=num_problems, num_samples=num_samples, num_attempts=num_attempts)
+        output = str(Path(output).expanduser())
         check_ending("output", output)
         check_file("output", output)
         sampling = sampling if sampling is not None else datamodule.sampling

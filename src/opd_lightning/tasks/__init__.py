@@ -1,8 +1,9 @@
 """Problems, their rendering as chat messages, and the marking of answers (if there are any): one task per file."""
 
 from opd_lightning.tasks.arithmetic import ArithmeticTask
+from opd_lightning.tasks.cleaned import CleanedTask
 from opd_lightning.tasks.mathematics import MathTask
 from opd_lightning.tasks.prompts import PromptTask
 from opd_lightning.tasks.sources import DataSource
 
-__all__ = ["ArithmeticTask", "DataSource", "MathTask", "PromptTask"]
+__all__ = ["ArithmeticTask", "CleanedTask", "DataSource", "MathTask", "PromptTask"]

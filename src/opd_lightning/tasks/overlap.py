@@ -40,13 +40,13 @@ def find_overlap(train: Sequence[Problem], held_out: Sequence[Problem]) -> Overl
     the held-out question's runs of five words, and these are at least 16. Runs that many training questions share (more
     than 1 in 20, or than 100) are instructions and do not count.
     """
-    questions = [_words(problem) for problem in held_out]
+    questions = [question_words(problem) for problem in held_out]
     positions: dict[Run, int] = {}
     runs_of: list[set[Run]] = [set(_runs(words)) for words in questions]
     asked: set[Run] = set().union(*runs_of)
     seen_in: dict[Run, list[int]] = defaultdict(list)
     for position, problem in enumerate(train):
-        words = _words(problem)
+        words = question_words(problem)
         positions.setdefault(words, position)
         for run in asked.intersection(_runs(words)):
             seen_in[run].append(position)
@@ -84,7 +84,8 @@ def report_overlap(train: Sequence[Problem], held_out: Sequence[Problem], split:
         )
 
 
-def _words(problem: Problem) -> Run:
+def question_words(problem: Problem) -> Run:
+    """What is asked, as words and single marks in lower case."""
     text = unicodedata.normalize("NFKC", " ".join(message["content"] for message in problem.messages))
     return tuple(_WORD.findall(text.casefold()))
 
