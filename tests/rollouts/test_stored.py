@@ -237,7 +237,16 @@ def test_training_on_a_file_raises_its_likelihood_and_resumes_exactly(
         make_trainer(tmp_path, 4).fit(changed, changed_data, ckpt_path=str(tmp_path / "half.ckpt"), weights_only=True)
 
 
-def test_an_objective_that_cannot_correct_is_warned_about(path, tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
+def test_an_estimator_that_does_not_correct_is_refused(path, tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
     run = make_run(path, tiny_qwen3_folder, tiny_teacher_folder, objective=SampledTokenObjective(importance=None))
-    with pytest.warns(UserWarning, match="Stored: some rollouts come from older weights"):
+    with pytest.raises(ValueError, match="Stored: some rollouts come from other or older weights"):
         make_trainer(tmp_path, 1).fit(*run)
+
+
+def test_under_a_horizon_the_first_tokens_are_trained(path, tokenizer, tiny_qwen3_folder):
+    source = Stored(path)
+    source.admit(PROBLEMS, tokenizer, SAMPLING, 2)
+    step = step_of(tokenizer, PROBLEMS[:1], [0, 1])
+    short, cut = source.rollouts(step, Sampling(max_new_tokens=2), Live(tiny_qwen3_folder)).rollouts
+    assert short.finished and len(short.response_ids) == 2
+    assert not cut.finished and cut.text == "aa" and cut.log_probs.tolist() == [-0.5] * 2

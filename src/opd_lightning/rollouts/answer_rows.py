@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,18 @@ class StoredAnswer:
     prompt_hash: int | None
     log_probs: Tensor | None
     student_wrote: Tensor | None
+
+    def first(self, num_tokens: int) -> StoredAnswer:
+        """Its first so many tokens: under a horizon no more are trained on."""
+        if len(self.response_ids) <= num_tokens:
+            return self
+        return replace(
+            self,
+            response_ids=self.response_ids[:num_tokens],
+            finished=False,
+            log_probs=None if self.log_probs is None else self.log_probs[:num_tokens],
+            student_wrote=None if self.student_wrote is None else self.student_wrote[:num_tokens],
+        )
 
 
 def read_answer(row: Row, where: str, tokenizer: Tokenizer, stop_ids: Sequence[int]) -> StoredAnswer:

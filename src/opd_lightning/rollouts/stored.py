@@ -114,7 +114,7 @@ class Stored(RolloutSource):
     @override
     def rollouts(self, step: StepPrompts, sampling: Sampling, student: LiveStudent) -> RolloutBatch:
         rollouts = [
-            self._rollout(prompt, seed, answer, student.spec.tokenizer)
+            self._rollout(prompt, seed, answer.first(sampling.max_new_tokens), student.spec.tokenizer)
             for prompt in step.prompts
             for seed, answer in zip(prompt.seeds, self._choose(prompt), strict=True)
         ]

@@ -93,14 +93,14 @@ def _check_staleness(objective: Objective, data: OPDDataModule) -> None:
     """Refuse estimators that many steps on the same rollouts lead astray; say what else is hardly meant.
 
     Raises:
-        ValueError: The estimator's expectation is over the weights now, and the rollouts are many steps older, or others
-            wrote them.
+        ValueError: The estimator's expectation is over the weights now, and the rollouts are many steps older, or by
+            others.
     """
     age = data.source.staleness
     if age != 0 and isinstance(objective, SampledTokenObjective) and objective.importance is None:
         stale = (
-            f"data.source: {type(data.source).__name__}: some rollouts come from other or older weights, and this objective"
-            " does not correct for that. Set objective.importance, for example Truncated."
+            f"data.source: {type(data.source).__name__}: some rollouts come from other or older weights, and this"
+            " objective does not correct for that. Set objective.importance, for example Truncated."
         )
         if age is None or age > 1:
             raise ValueError(stale)
