@@ -83,7 +83,7 @@ class RunGeometry:
         return [each for each in self.matrices if each.kind in AVERAGED] or [m for m in self.matrices if m.spectra]
 
     def mean_spectrum(self, point: int, kinds: Sequence[str] = AVERAGED, layer: int | None = None) -> dict[str, float]:
-        """Means over matrices, each counted once; those that have not moved are left out. `frobenius` is their root sum.
+        """Means over matrices, each counted once, those that have not moved left out; `frobenius` is of all together.
 
         Args:
             point: Which point of the run.

@@ -114,19 +114,20 @@ class WeightUpdates:
 
     def __post_init__(self) -> None:
         last = self.points[-1]
-        for point in self.points[:-1]:
+        needs_start = not last.holds_updates and not last.factors
+        others = [*self.points[:-1], *([self.start] if self.start is not None and needs_start else [])]
+        for point in others:
             _check_alike(point, last)
-        if self.start is not None and not last.holds_updates and not last.factors:
-            _check_alike(self.start, last)
+        known = {name: shape for name, shape in last.shapes.items() if all(name in each.shapes for each in others)}
         try:
             wanted = re.compile(self.pattern)
         except re.error as error:
             raise ValueError(
                 f"matrices: expected a regular expression, got {self.pattern!r} ({error}). Quote brackets as \\(."
             ) from error
-        shapes = {name: shape for name, shape in last.shapes.items() if wanted.search(name)}
+        shapes = {name: shape for name, shape in known.items() if wanted.search(name)}
         if not any(len(shape) == 2 for shape in shapes.values()):
-            some = ", ".join(sorted(name for name, shape in last.shapes.items() if len(shape) == 2)[:3])
+            some = ", ".join(sorted(name for name, shape in known.items() if len(shape) == 2)[:3])
             raise ValueError(
                 f"matrices: {self.pattern!r} is found in none of the names of this run, such as {some or 'none'}."
             )
