@@ -31,6 +31,7 @@ from opd_lightning.callbacks.rescue import RescueCheckpoint
 from opd_lightning.callbacks.start_validation import StartValidation
 from opd_lightning.callbacks.student_summary import StudentSummary
 from opd_lightning.commands import shipped_configs
+from opd_lightning.commands.analyze import analyze
 from opd_lightning.commands.ckpt_path import WORDS, check_checkpoint, find_checkpoint
 from opd_lightning.commands.completion import PrintAndExit, completion_script
 from opd_lightning.commands.diagnose import DiagnosingTrainer
@@ -54,7 +55,11 @@ DEFAULT_CLASSES = {  # what the constructors take for None, spelt out so that --
     "data.source": "opd_lightning.rollouts.on_policy.OnPolicy",
     "data.selector": "opd_lightning.selection.Shuffled",
 }
-PLAIN_COMMANDS: dict[str, Callable[..., None]] = {"export": export, "configs": shipped_configs.show_configs}
+PLAIN_COMMANDS: dict[str, Callable[..., None]] = {
+    "export": export,
+    "analyze": analyze,
+    "configs": shipped_configs.show_configs,
+}
 OWN_VERBS = ("diagnose", "rollout")
 COMMANDS = ("fit", "validate", "test", "predict", *OWN_VERBS, *PLAIN_COMMANDS)
 DESCRIPTION = f"On-policy distillation of language models. Commands without a trainer: {', '.join(PLAIN_COMMANDS)}."

@@ -118,6 +118,10 @@ def measure(
     matrices: list[MatrixGeometry] = []
     total = torch.zeros(len(updates.points) + 1, len(updates.points) + 1, dtype=torch.float64)
     kinds = {kind_of(name) for name in updates.matrices}
+    if kinds == {"embedding"}:
+        raise ValueError(
+            "matrices: expected some that are no embeddings, since these have too many rows for a spectrum."
+        )
     for name in updates.matrices:
         progress(name)
         gram, unchanged = _inner_products(updates, name)
