@@ -13,7 +13,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "src" / "opd_lightning"
 ROOMS = (  # from the ground up; tests/test_imports.py enforces it
     ("interfaces", "distributed", "randomness", "reports"),
-    ("extrapolation", "objectives"),
+    ("extrapolation", "objectives", "geometry"),
     ("tasks", "selection", "rollouts"),
     ("sandbox", "teachers", "diagnosis"),
     ("backends",),

@@ -24,7 +24,7 @@ class Analysis:
         run: Folder of the run.
         start: Where its first weights are; None where updates stand for themselves.
         points: The files, by increasing step.
-        dtypes: In which the points are stored.
+        dtypes: In which weights are stored; empty where updates are.
         is_low_rank: Whether the updates are products of LoRA factors.
         early: Which point stands for early in training.
         geometry: The updates.
@@ -86,8 +86,8 @@ def _statements(analysis: Analysis) -> list[Statement]:
     held, by_walk = (share(_known(sum(each[:2]))) for each in (geometry.variance, geometry.random_walk_variance))
     return [
         Statement(
-            f"The update of step {step} ({passed} of training) has cosine {cosine} with the last; steps without a common"
-            f" direction would give {of_walk}.",
+            f"The update of step {step} ({passed} of training) has cosine {cosine} with the last; steps without a"
+            f" common direction would give {of_walk}.",
             (("source", "direction lock-in, arXiv 2605.11739 section 3; a random walk has sqrt(t / T)"),),
         ),
         Statement(
@@ -118,8 +118,8 @@ def _spectra_table(geometry: RunGeometry) -> Table:
     columns = ("step", "of run", "size", "s1", "s1/F", "eff. rank", "top 1 %", "rank", "unmoved")
     largest = max(min(each.shape) for each in geometry.averaged)
     note = (
-        f"Means over {len(geometry.averaged)} attention and MLP matrices (size: Frobenius norm of all together). The full"
-        f" rank is at most {largest}. Unmoved: entries that are what they were, bit for bit."
+        f"Means over {len(geometry.averaged)} attention and MLP matrices (size: Frobenius norm of all together). The"
+        f" full rank is at most {largest}. Unmoved: entries that are what they were, bit for bit."
     )
     return Table("Spectra", columns, rows, note)
 
@@ -135,9 +135,9 @@ def _directions_table(geometry: RunGeometry) -> Table:
     rows.append(("chance", "", "0", "", *(number(geometry.chance[k - 1]) for k in shown)))
     columns = ("step", "of run", "whole", "walk", *(f"top {k}" for k in shown))
     note = (
-        "Cosines with the last update: of the whole update (walk: what steps without a common direction would give), and"
-        " of its k leading directions, as root mean square over the k angles of the singular subspaces, left and right, averaged"
-        " over matrices."
+        "Cosines with the last update: of the whole update (walk: what steps without a common direction would give),"
+        " and of its k leading directions: root mean square over the k angles of the singular subspaces, left and"
+        " right, averaged over matrices."
     )
     return Table("When directions settle", columns, rows, note)
 
@@ -230,8 +230,8 @@ def _notes(analysis: Analysis) -> list[str]:
     geometry, notes = analysis.geometry, []
     if narrow := [dtype for dtype in analysis.dtypes if dtype in ("bfloat16", "float16")]:
         notes.append(
-            f"Some points are stored in {', '.join(narrow)}: where weights were rounded (and not updates, as by"
-            " UpdateRecorder), the noise of rounding has full rank and makes early updates look larger and flatter."
+            f"Weights are stored in {', '.join(narrow)}: the noise of rounding has full rank, and updates smaller than"
+            " it are lost. UpdateRecorder rounds the updates instead."
         )
     if analysis.is_low_rank:
         notes.append("LoRA: the rank of an update is at most that of its adapter; compare effective ranks with that.")

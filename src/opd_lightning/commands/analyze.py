@@ -11,7 +11,7 @@ import rich
 import torch
 
 from opd_lightning.commands.analysis_report import Analysis, as_json, make_report
-from opd_lightning.commands.norm_scaling import try_variants, variants
+from opd_lightning.commands.norm_scaling import Variant, try_variants, variants
 from opd_lightning.commands.update_geometry import measure
 from opd_lightning.reports.files import write_json, write_page
 from opd_lightning.reports.screen import show
@@ -58,33 +58,19 @@ def analyze(
     if config is not None and not Path(config).is_file():
         raise ValueError(f"config: there is no file {config!r}. A run's own is config.yaml, beside its checkpoints.")
     point = _point_at_share(updates, early)
+    tried = _tried(config, updates, point, scales, num_problems) if config is not None else []
     count = iter(range(1, len(updates.matrices) + 1))
-    geometry = measure(
-        updates,
-        where,
-        lambda name: print(f"analyze: {next(count)} of {len(updates.matrices)}: {name}", file=sys.stderr),
-    )
+    geometry = measure(updates, where, lambda name: _say(f"{next(count)} of {len(updates.matrices)}: {name}"))
     analysis = Analysis(
         run=run,
         start=None if updates.start is None else str(updates.start.stored.path),
         points=[str(each.stored.path) for each in updates.points],
-        dtypes=sorted(
-            {str(each.dtype_of(name)).removeprefix("torch.") for each in updates.points for name in updates.matrices}
-        ),
+        dtypes=_dtypes(updates),
         is_low_rank=bool(updates.points[-1].factors),
         early=point,
         geometry=geometry,
+        variants=tried,
     )
-    if config is not None:
-        everything = WeightUpdates(updates.start, updates.points)
-        tried = try_variants(
-            config,
-            everything,
-            variants(everything, point, scales),
-            num_problems,
-            lambda words: print(f"analyze: {words}", file=sys.stderr),
-        )
-        analysis = replace(analysis, variants=tried)
     report = make_report(analysis)
     show(
         replace(report, tables=[each for each in report.tables if not each.title.startswith("Every")]),
@@ -104,15 +90,28 @@ def _check(run: str, early: float, scales: Sequence[float], num_problems: int | 
         raise ValueError(f"num_problems: expected at least 1 or null, got {num_problems}.")
 
 
+def _tried(
+    config: str, updates: WeightUpdates, point: int, scales: Sequence[float], num_problems: int | None
+) -> list[Variant]:
+    everything = WeightUpdates(updates.start, updates.points)  # whichever matrices are measured
+    return try_variants(config, everything, variants(everything, point, scales), num_problems, _say)
+
+
+def _say(words: str) -> None:
+    print(f"analyze: {words}", file=sys.stderr)
+
+
+def _dtypes(updates: WeightUpdates) -> list[str]:
+    """In which weights are stored; none for updates, whose rounding is small beside themselves."""
+    weights = [point for point in updates.points if not point.holds_updates and not point.factors]
+    return sorted({str(each.dtype_of(name)).removeprefix("torch.") for each in weights for name in updates.matrices})
+
+
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, dtype=torch.float64, device=device)
-    except (
-        RuntimeError,
-        AssertionError,
-        TypeError,
-    ) as error:  # how torch says that it was built without, or float64 is
+    except (RuntimeError, AssertionError, TypeError) as error:  # how torch says that it, or its float64, is not here
         raise ValueError(
             f"device: expected a device of this machine that knows float64, such as cpu or cuda, got {name!r}."
         ) from error
