@@ -89,7 +89,9 @@ def commands() -> str:
     from opd_lightning.commands.cli import COMMANDS, main
 
     os.environ |= {"NO_COLOR": "1", "COLUMNS": "110"}
-    parts = ["# Commands\n\nEach command's own `--help`. Classes explain themselves: `--model.objective.help`.\n"]
+    parts = [
+        "# Commands\n\nEach command's own `--help`. Classes explain themselves: `--model.objective.help`.\n"
+    ]
     for name in COMMANDS:
         with redirect_stdout(StringIO()) as shown, suppress(SystemExit):
             main([name, "--help"])
