@@ -24,7 +24,7 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 def analyze(
     run: str,
-    config: str | None = None,
+    run_config: str | None = None,
     output: str | None = None,
     start: str | None = None,
     matrices: str = "",
@@ -38,7 +38,7 @@ def analyze(
 
     Args:
         run: Folder of the run, with checkpoints, exported folders or records of UpdateRecorder in it.
-        config: The run's config.yaml: also answer its held-out problems with the early update at several sizes, and
+        run_config: The run's config.yaml (--config for short): also answer its held-out problems with the early update at several sizes, and
             with the embeddings of the start; null leaves these two out.
         output: Folder for analysis.json and analysis.html; null is `analysis` in the folder of the run.
         start: The weights before the first step (a model folder, a checkpoint, or a hub id that has been downloaded);
@@ -55,10 +55,12 @@ def analyze(
     where = _device(device)
     updates = find_updates(run, start, matrices, points_from)
     check_folder("output", folder)
-    if config is not None and not Path(config).is_file():
-        raise ValueError(f"config: there is no file {config!r}. A run's own is config.yaml, beside its checkpoints.")
+    if run_config is not None and not run_config.startswith("@") and not Path(run_config).is_file():
+        raise ValueError(
+            f"config: there is no file {run_config!r}. A run's own is config.yaml, beside its checkpoints."
+        )
     point = _point_at_share(updates, early)
-    tried = _tried(config, updates, point, scales, num_problems) if config is not None else []
+    tried = _tried(run_config, updates, point, scales, num_problems) if run_config is not None else []
     count = iter(range(1, len(updates.matrices) + 1))
     geometry = measure(updates, where, lambda name: _say(f"{next(count)} of {len(updates.matrices)}: {name}"))
     analysis = Analysis(

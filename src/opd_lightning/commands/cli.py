@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -277,6 +278,8 @@ def main(args: list[str] | None = None) -> None:
 def _run_plain(command: str, words: list[str]) -> None:
     if command == "configs" and words and not words[0].startswith("-"):
         words = ["--name", *words]
+    if command == "analyze":  # auto_cli keeps --config for itself, and drops an argument of that name
+        words = [re.sub("^--config(?==|$)", "--run_config", word) for word in words]
     auto_cli(
         PLAIN_COMMANDS[command],
         args=words,
