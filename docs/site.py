@@ -63,6 +63,8 @@ ROOMS = {  # of the Python reference, in the order in which a reader needs them
         "callbacks.rescue",
         "callbacks.mismatch",
         "callbacks.start_validation",
+        *("callbacks.samples", "callbacks.rescue", "callbacks.mismatch", "callbacks.start_validation"),
+        "callbacks.update_recorder",
     ],
 }
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from opd_lightning.callbacks.effopd_scores import TeacherKLOnNewRollouts as TeacherKLOnNewRollouts
     from opd_lightning.callbacks.held_out_loss import HeldOutLoss as HeldOutLoss
     from opd_lightning.callbacks.samples import PrintSamples as PrintSamples
+    from opd_lightning.callbacks.update_recorder import UpdateRecorder as UpdateRecorder
     from opd_lightning.extrapolation.optimizer import EffOPDOptimizer as EffOPDOptimizer
     from opd_lightning.interfaces import Sampling as Sampling
     from opd_lightning.objectives import NLL as NLL
@@ -52,6 +53,7 @@ _HOMES = {
     "TeacherKLOnNewRollouts": "callbacks.effopd_scores",
     "HeldOutLoss": "callbacks.held_out_loss",
     "PrintSamples": "callbacks.samples",
+    "UpdateRecorder": "callbacks.update_recorder",
     "EffOPDOptimizer": "extrapolation.optimizer",
     "Sampling": "interfaces",
     "NLL": "objectives",

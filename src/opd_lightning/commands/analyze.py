@@ -38,8 +38,8 @@ def analyze(
 
     Args:
         run: Folder of the run, with checkpoints, exported folders or records of UpdateRecorder in it.
-        run_config: The run's config.yaml (--config for short): also answer its held-out problems with the early update at several sizes, and
-            with the embeddings of the start; null leaves these two out.
+        run_config: The run's config.yaml (--config for short): also answer its held-out problems with the early update
+            at several sizes, and with the embeddings of the start; null leaves these two out.
         output: Folder for analysis.json and analysis.html; null is `analysis` in the folder of the run.
         start: The weights before the first step (a model folder, a checkpoint, or a hub id that has been downloaded);
             null asks the run's files.

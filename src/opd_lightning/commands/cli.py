@@ -76,6 +76,7 @@ ROOMS_WITH_SHORT_NAMES = (  # `HFStudent` works in YAML for the whole path, but 
     "callbacks.samples",
     "callbacks.held_out_loss",
     "callbacks.mismatch",
+    "callbacks.update_recorder",
     "objectives",
     "rollouts.horizon",
     "rollouts.one_step_ahead",
