@@ -119,7 +119,8 @@ class WeightsOfVariant:
         return start + self._factor(variant, known) * updates.update(variant.point, known)
 
     def _factor(self, variant: Variant, name: str) -> float:
-        if variant.scale is None or not (variant.scales_all or kind_of(name) in AVERAGED):
+        is_averaged = kind_of(name) in AVERAGED and len(self._updates.shapes[name]) > 1  # q_norm is no matrix
+        if variant.scale is None or not (variant.scales_all or is_averaged):
             return 1.0
         own = self._size(variant.point, name)
         return variant.scale * self._size(len(self._updates.points) - 1, name) / own if own > 0 else 0.0
