@@ -24,7 +24,7 @@ from opd_lightning.training.weight_updates import WeightUpdates, kind_of, layer_
 
 AVERAGED = ("attention", "mlp")  # the matrices that the paper's figures are about
 NUM_DIRECTIONS = 20
-_ENTRIES_AT_ONCE = 2**24  # of all points together, when their inner products are taken: 128 MiB
+_ENTRIES_AT_ONCE = 2**22  # of all points together, when their inner products are taken: 32 MiB
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,9 @@ def _inner_products(updates: WeightUpdates, name: str) -> tuple[Tensor, list[flo
     height = max(1, _ENTRIES_AT_ONCE // (num_points * num_columns))
     for top in range(0, num_rows, height):
         rows = slice(top, min(top + height, num_rows))
-        block = torch.stack([updates.update(i, name, rows).flatten() for i in range(num_points)])
+        block = torch.empty(num_points, (rows.stop - top) * num_columns, dtype=torch.float64)
+        for i in range(num_points):
+            block[i] = updates.update(i, name, rows).flatten()
         gram += block @ block.T
         num_zero += (block == 0).sum(1)
     if not gram.isfinite().all():
