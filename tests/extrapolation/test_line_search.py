@@ -130,5 +130,5 @@ def test_the_pause_of_the_adaptive_schedule_follows_the_successes():
 
 @pytest.mark.parametrize("spec", ["often", 0, -1, True, 2.5, None, [], [0, 1], [4, 3], [3, 3], [1.5]])
 def test_refuses_other_schedules(spec):
-    with pytest.raises(ValueError, match="schedule: expected 'powers_of_two', 'adaptive', an integer"):
+    with pytest.raises(ValueError, match="schedule: expected 'powers_of_two', 'adaptive', 'rounds', an integer"):
         Schedule(spec)
