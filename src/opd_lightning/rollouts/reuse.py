@@ -19,6 +19,12 @@ from opd_lightning.rollouts.on_policy import OnPolicy
 from opd_lightning.rollouts.prompt_stream import join_shares
 from opd_lightning.rollouts.records import from_groups, to_groups
 
+NO_SECONDS = {
+    "sync": 0.0,
+    "generate": 0.0,
+    "grade": 0.0,
+}  # said, or loggers would repeat those of the round's first step
+
 
 @dataclass(frozen=True)
 class _Round:
@@ -193,7 +199,7 @@ class Reuse(OnPolicy):
             current.batch,
             rollouts=rollouts,
             step=step,
-            seconds=current.batch.seconds if step == current.first_step else {},
+            seconds=current.batch.seconds if step == current.first_step else dict(NO_SECONDS),
             staleness=step - current.first_step,
             round=RoundPart(
                 current.index,

@@ -138,13 +138,16 @@ class OPDModule(PairModule):
     def teacher_of(self, batch: RolloutBatch) -> Teacher | None:
         """Who scores this batch: the teacher, or what it said of the round that the batch is a part of."""
         part = batch.round
-        if self.teacher is None or self.score_request is None or part is None or part.num_passes == 1:
+        if self.teacher is None or self.score_request is None or part is None:
             return self.teacher
         if self.kept_scores is None:
             self.kept_scores = KeptScores(self.teacher)
-        with self.stopwatch("teacher"):
-            cut = self.make_micro_batches(part.rollouts)
-            self.kept_scores.score_round(part.index, cut, self.score_request, part.max_score_bytes)
+        if part.num_passes == 1:
+            self.kept_scores.forget()
+        else:
+            with self.stopwatch("teacher"):
+                cut = self.make_micro_batches(part.rollouts)
+                self.kept_scores.score_round(part.index, cut, self.score_request, part.max_score_bytes)
         self.step_metrics.update({"kept_score_bytes": (self.kept_scores.num_bytes, 1)})
         return self.kept_scores
 
@@ -283,8 +286,8 @@ class OPDModule(PairModule):
             values["round"], values["pass"] = float(batch.round.index), float(batch.round.pass_index)
         if self.data.horizon is not None:
             values["horizon"] = float(batch.sampling.max_new_tokens)
-            if batch.sampling.max_new_tokens < self.data.sampling.max_new_tokens:  # nothing is known of whole answers
-                values["horizon_cut_rate"] = values.pop("truncation_rate")
+            is_cut = batch.sampling.max_new_tokens < self.data.sampling.max_new_tokens
+            values["horizon_cut_rate"] = values.pop("truncation_rate") if is_cut else 0.0
         shown = ("reverse_kl", "accuracy")
         for name, value in values.items():
             self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=1)
