@@ -325,7 +325,7 @@ def test_scores_are_kept_between_passes_and_are_those_of_asking_again(tmp_path, 
     once, notes = fit(tmp_path, folders, 4, teacher_object=kept, **options)
     options["source"] = Reuse(2, 2)
     with pytest.warns(
-        UserWarning, match=r"data\.source: the scores of Asked cannot be kept.*asked again in every pass"
+        UserWarning, match=r"model\.teacher: the scores of Asked cannot be kept, so the teacher is asked again"
     ):
         again, _ = fit(tmp_path, folders, 4, teacher_object=asked, **options)
     assert sum(kept.num_scored) == 16 and sum(asked.num_scored[1:]) == 32  # it is asked once whether they can be kept
@@ -345,7 +345,9 @@ def test_in_one_cut_the_kept_scores_are_the_same_to_the_last_bit(tmp_path, folde
 
 def test_scores_beyond_the_bound_are_not_kept(tmp_path, folders):
     teacher = Asked(folders[1])
-    with pytest.warns(UserWarning, match=r"take about .* GB, more than data\.source\.max_score_gb=1e-05"):
+    with pytest.warns(
+        UserWarning, match=r"data\.source\.max_score_gb=1e-05: .* take about .* GB, so the teacher is asked again"
+    ):
         _, notes = fit(tmp_path, folders, 5, teacher_object=teacher, source=Reuse(2, 2, max_score_gb=1e-5))
     assert notes.metrics[-1]["train/kept_score_bytes"] == 0
     assert sum(teacher.num_scored) >= 5 * 8

@@ -59,8 +59,8 @@ class KeptScores(Teacher):
             if num_scored and self.num_bytes / num_scored * num_tokens > max_bytes:
                 needed = self.num_bytes / num_scored * num_tokens
                 self._give_up(
-                    f"data.source: a round's teacher scores take about {needed / 1e9:.2g} GB, more than"
-                    f" max_score_gb={max_bytes / 1e9:g}"
+                    f"data.source.max_score_gb={max_bytes / 1e9:g}: a round's teacher scores take about"
+                    f" {needed / 1e9:.2g} GB"
                 )
                 return
             self._kind = self._kind or scores.from_columns({name: rows[:0].clone() for name, rows in columns.items()})
@@ -103,5 +103,5 @@ class KeptScores(Teacher):
         self.forget()
         self._round = round_index
         if not self._has_told:
-            warnings.warn(f"{reason}, so it is asked again each time they are needed.", stacklevel=2)
+            warnings.warn(f"{reason}, so the teacher is asked again each time they are needed.", stacklevel=2)
         self._has_told = True
