@@ -53,6 +53,10 @@ ROOMS = {  # of the Python reference, in the order in which a reader needs them
         "tasks.cleaned",
         "tasks.sources",
     ],
+        f"rollouts.{module}"
+        for module in ("on_policy", "one_step_ahead", "reuse", "horizon", "plain_engine", "comparison")
+    ],
+    "Prompts": ["selection", "tasks.arithmetic", "tasks.mathematics", "tasks.prompts", "tasks.sources"],
     "Models and engines": [
         *("backends.hf.student", "backends.hf.teacher", "backends.hf.engine", "teachers"),
         *("backends.vllm.colocated", "backends.vllm.server.engine", "backends.vllm.server.teacher"),
