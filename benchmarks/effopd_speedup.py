@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from effopd_speedup_arms import GROUPS, METHODS, TARGETS, Arm
+from effopd_speedup_arms import GROUPS, METHODS, TARGETS, Arm, Method
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from opd_lightning.backends.hf import HFStudent
@@ -75,14 +75,17 @@ class Trajectory(Callback):
             self.tokens += report.tokens
             self.searches.append(asdict(report) | {"accepted": report.accepted})
         step = trainer.global_step
-        # a slow run far from the bar on its own rollouts is not there on held-out ones, unless a search has moved it
-        bar = TARGETS[self.arm.target].kl
-        near = float(trainer.callback_metrics["train/loss"]) < 1.5 * bar or (report and report.step == step)
-        near = near or self.arm.lr > CAUTIOUS or self.arm.method.startswith("exopd")  # its loss has another target
+        has_searched = report is not None and report.step == step
+        near = self.may_have_arrived(float(trainer.callback_metrics["train/loss"]), has_searched)
         if step % self.arm.evaluate_every == 0 and (near or step % 8 == 0 or step == self.arm.max_steps):
             self.evaluate(trainer, pl_module)
             trainer.should_stop = self.has_arrived()
         self.start_clocks()
+
+    def may_have_arrived(self, loss: float, has_searched: bool) -> bool:
+        """A slow run far from the bar on its own rollouts is not there on held-out ones, unless a search has moved it."""
+        near = loss < 1.5 * TARGETS[self.arm.target].kl or has_searched
+        return near or self.arm.lr > CAUTIOUS or self.arm.method.startswith("exopd")  # its loss has another target
 
     def evaluate(self, trainer: Trainer, module: Any) -> None:
         """Add a point: reverse KL per token and sampled accuracy on the held-out problems."""
@@ -130,12 +133,12 @@ def measure(trainer: Any, module: OPDModule, num_held_out: int) -> dict[str, flo
     return {"kl": round(total / count, 5), "accuracy": round(accuracy, 5)}
 
 
-def run(arm: Arm, seed: int) -> dict[str, Any]:
+def run(arm: Arm, seed: int, method: Method | None = None, observe: type[Trajectory] = Trajectory) -> dict[str, Any]:
     """Train one arm with one seed, which decides prompts, samples and scored prompts."""
     seed_everything(seed, verbose=False)
-    method, target = METHODS[arm.method], TARGETS[arm.target]
+    method, target = method or METHODS[arm.method], TARGETS[arm.target]
     searcher = method.make_callback() if method.make_callback else None
-    trajectory = Trajectory(arm, searcher)
+    trajectory = observe(arm, searcher)
     module = OPDModule(
         HFStudent("sandbox:student"),
         method.make_teacher(),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from opd_lightning.callbacks.effopd_scores import TeacherKLOnFixedRollouts as TeacherKLOnFixedRollouts
     from opd_lightning.callbacks.effopd_scores import TeacherKLOnNewRollouts as TeacherKLOnNewRollouts
     from opd_lightning.callbacks.held_out_loss import HeldOutLoss as HeldOutLoss
+    from opd_lightning.callbacks.learning_rate_search import LearningRateLineSearch as LearningRateLineSearch
     from opd_lightning.callbacks.samples import PrintSamples as PrintSamples
     from opd_lightning.callbacks.update_recorder import UpdateRecorder as UpdateRecorder
     from opd_lightning.extrapolation.optimizer import EffOPDOptimizer as EffOPDOptimizer
@@ -52,6 +53,7 @@ _HOMES = {
     "TeacherKLOnFixedRollouts": "callbacks.effopd_scores",
     "TeacherKLOnNewRollouts": "callbacks.effopd_scores",
     "HeldOutLoss": "callbacks.held_out_loss",
+    "LearningRateLineSearch": "callbacks.learning_rate_search",
     "PrintSamples": "callbacks.samples",
     "UpdateRecorder": "callbacks.update_recorder",
     "EffOPDOptimizer": "extrapolation.optimizer",

@@ -8,9 +8,12 @@ from opd_lightning.extrapolation.extrapolator import Extrapolator
 from opd_lightning.extrapolation.isolation import isolated_rng, undisturbed
 from opd_lightning.extrapolation.line_search import Accept, LineSearch, SearchOutcome, Trial
 from opd_lightning.extrapolation.low_rank import extrapolate_product
+from opd_lightning.extrapolation.rate_search import RateReport, RateSearch
+from opd_lightning.extrapolation.rates import peak_rate, scale_rates
 from opd_lightning.extrapolation.report import SearchReport
 from opd_lightning.extrapolation.schedule import Schedule, ScheduleSpec
 from opd_lightning.extrapolation.shards import any_sharded, reshard
+from opd_lightning.extrapolation.step_length import ScaledStep, StepLength, find_step_length
 from opd_lightning.extrapolation.weights import (
     DEFAULT_LORA_STEP,
     AnchoredWeights,
@@ -28,16 +31,23 @@ __all__ = [
     "LineSearch",
     "LoraStep",
     "ParameterFilter",
+    "RateReport",
+    "RateSearch",
+    "ScaledStep",
     "Schedule",
     "ScheduleSpec",
     "SearchOutcome",
     "SearchReport",
+    "StepLength",
     "Trial",
     "any_sharded",
     "check_device",
     "extrapolate_product",
+    "find_step_length",
     "isolated_rng",
+    "peak_rate",
     "reshard",
+    "scale_rates",
     "select_parameters",
     "undisturbed",
 ]

@@ -1,0 +1,167 @@
+"""A learning rate found in the run, as a Lightning callback: `extrapolation.RateSearch` in any fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from opd_lightning.callbacks.console import say
+from opd_lightning.callbacks.effopd import EffOPD
+from opd_lightning.extrapolation import RateReport, RateSearch, reshard, undisturbed
+from opd_lightning.interfaces import Score
+
+
+class LearningRateLineSearch(Callback):
+    """Find the learning rate from the first step's best length, so that no sweep is needed.
+
+    After the first optimiser step a line search scores multiples of that step on a small task of your choice, by
+    decades and then by parabolas, and the best one tells the rate: the weights move there, every parameter group and
+    the whole curve of its schedulers are multiplied, and the run goes on as if it had been started with that rate.
+    Five to seven scores, once. The rate that the optimiser was built with only has to be positive.
+
+    What is found is the *peak* of the schedule: with a warm-up the first step keeps its small share. When no multiple
+    beats standing still, nothing changes, to the bit, and the steps 2, 4, 8, ... are searched until one does.
+
+    The search runs in `on_train_batch_end`, before `ModelCheckpoint` saves. Scores are taken as `EffOPD` takes them: in
+    eval mode, without gradients, in the trainer's precision and from a random state that depends on the step only;
+    processes take the mean. Its state is in the checkpoint, the rates are in those of optimiser and schedulers: a
+    resumed run equals an uninterrupted one. When the module defines `on_weights_moved()`, it is called each time
+    weights were written.
+
+    Limits: the optimiser's first step has to be proportional to its rate (SGD, Adam, Adagrad, Lion, Muon; not LBFGS, nor
+    one that sets its own rate). Where a batch makes several optimiser steps, they are searched together. Weights in 16
+    bits round steps away that are much smaller than themselves: start such runs at 1e-4 or more. The rate is the best
+    one for the first steps and does not change later; a decay is the schedule's business.
+
+    Args:
+        score: What to maximise: a `Score`, or a function of the module that returns a number. It should be fine enough to
+            tell small steps apart (a loss, a divergence; not an accuracy).
+        optimizer_index: Which of several optimisers' rate is found; give each a callback of its own.
+
+    Attributes:
+        last_search: Report of the latest search, None before the first.
+
+    Raises:
+        ValueError: At the start of fit: the strategy is not supported, there is no such optimiser, the score cannot be
+            taken, two of these look at the same optimiser, or EffOPD comes first.
+    """
+
+    def __init__(self, score: Score | Callable[[LightningModule], float], optimizer_index: int = 0) -> None:
+        if not callable(score):
+            raise ValueError(
+                f"LearningRateLineSearch.score: expected a Score or a function of the module, got {score!r}."
+            )
+        self.score = score
+        self.optimizer_index = optimizer_index
+        self._key = f"learning_rate_line_search/{optimizer_index}"  # of its entry in checkpoints
+        self.last_search: RateReport | None = None
+        self._search: RateSearch | None = None
+        self._restored: dict[str, Any] | None = None
+        self._hook: RemovableHandle | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+            raise ValueError(
+                f"strategy: LearningRateLineSearch cannot edit weights under {type(trainer.strategy).__name__}. Use a"
+                " single device, DDP, or FSDP2 (ModelParallelStrategy)."
+            )
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        before = callbacks[: callbacks.index(self)]
+        if any(isinstance(other, EffOPD) for other in before):
+            raise ValueError(
+                "callbacks: EffOPD comes before LearningRateLineSearch, which would measure EffOPD's move instead of"
+                " the optimiser's step. Put LearningRateLineSearch first."
+            )
+        if any(isinstance(other, LearningRateLineSearch) and other.optimizer_index == self.optimizer_index for other in before):
+            raise ValueError(
+                f"callbacks: several LearningRateLineSearch look at optimiser {self.optimizer_index}. Keep one, or give"
+                " each an optimizer_index of its own."
+            )
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(self.score, Score):
+            self.score.check(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not 0 <= self.optimizer_index < len(trainer.optimizers):
+            raise ValueError(
+                f"LearningRateLineSearch.optimizer_index: expected a number from 0 to {len(trainer.optimizers) - 1}, one"
+                f" for each optimiser of the module, got {self.optimizer_index}."
+            )
+        state, self._restored = self._restored, None
+        if state is None and self._search is not None and trainer.global_step > 0:
+            state = self._search.state_dict()  # the same run, fitted on
+        self._search = RateSearch(trainer.optimizers[self.optimizer_index])
+        if state is not None:
+            self._search.load_state_dict(state)
+        search = self._search
+
+        def before_step(*_: Any) -> None:
+            if search.will_search:
+                reshard(pl_module)
+            search.before_step()
+
+        self._hook = search.optimizer.register_step_pre_hook(before_step)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        search = self._search
+        assert search is not None
+        if not search.is_due:
+            return
+        report = search.search(
+            lambda: self._evaluate(trainer, pl_module, seed=search.num_steps),
+            [config.scheduler for config in trainer.lr_scheduler_configs if config.scheduler.optimizer is search.optimizer],
+            before_edit=lambda: reshard(pl_module),
+            after_edit=getattr(pl_module, "on_weights_moved", lambda: None),
+            count_tokens=lambda: getattr(self.score, "tokens", 0),
+        )
+        if report is None:
+            return
+        self.last_search = report
+        say(trainer, str(report))
+        for logger in trainer.loggers:
+            logger.log_metrics(report.metrics(), step=trainer.global_step)
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, seed: int) -> float:
+        # The hook runs outside autocast, training does not: the score has to see the precision that training sees.
+        with undisturbed(pl_module, seed=seed), trainer.precision_plugin.forward_context():
+            if isinstance(self.score, Score):
+                return self.score(trainer, pl_module)
+            return self.score(pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._detach()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._detach()
+
+    def _detach(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._search is not None:
+            checkpoint[self._key] = self._search.state_dict()
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._search, self._restored = None, checkpoint.get(self._key)
