@@ -83,7 +83,7 @@ class Trajectory(Callback):
         self.start_clocks()
 
     def may_have_arrived(self, loss: float, has_searched: bool) -> bool:
-        """A slow run far from the bar on its own rollouts is not there on held-out ones, unless a search has moved it."""
+        """A slow run far from the bar on its own rollouts is not there on held-out ones, unless a search moved it."""
         near = loss < 1.5 * TARGETS[self.arm.target].kl or has_searched
         return near or self.arm.lr > CAUTIOUS or self.arm.method.startswith("exopd")  # its loss has another target
 

@@ -1,8 +1,8 @@
 """Does a learning rate found in the run cost no more than 10 % above the swept one, from any starting rate?
 
-The sandbox, the near bar, 64 rollouts a step, AdamW, as in effopd_speedup.py, whose runs these are. Seconds are processor
-seconds with all searching included. All arms of a seed run one after the other, and all are evaluated after every step
-whose own rollouts show a divergence below twice the bar.
+The sandbox, the near bar, 64 rollouts a step, AdamW, as in effopd_speedup.py, whose runs these are. Seconds are
+processor seconds with all searching included. All arms of a seed run one after the other, and all are evaluated after
+every step whose own rollouts show a divergence below twice the bar.
 
 Hardware: one x86-64 core and 1 GB, 10 to 40 seconds a run.
 Command:  python benchmarks/found_rate.py [GROUP ...]    (adds what is missing; no group: all)
@@ -11,13 +11,13 @@ Command:  python benchmarks/found_rate.py [GROUP ...]    (adds what is missing; 
 
 import json
 import logging
+import math
 import os
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -62,7 +62,8 @@ GROUPS: dict[str, tuple[Sequence[int], list[Arm]]] = {  # seeds, arms
             *arms("accepted-factors", 1e-2),
         ],
     ),
-    "fresh": ((43, 44, 40, 41, 42), [*WINNER, *arms("opd", 5e-4, 7e-4), *arms("line-search", 1e-4, 1e-3, 1e-5)]),
+    "fresh": ((42, 43, 44), [*arms("line-search", 1e-6), *arms("opd", 5e-4, 7e-4), *arms("line-search", 1e-2)]),
+    "starts": (range(40, 45), arms("line-search", 1e-5)),
 }
 
 
@@ -94,10 +95,31 @@ def read_runs() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
+def print_table() -> None:
+    """One line per arm; ratios of seconds are to plain OPD at 5e-4 with the same seed."""
+    ends: dict[str, dict[int, dict[str, float]]] = {}
+    for entry in read_runs():
+        bar, last = entry["settings"]["bar"], entry["trajectory"][-1]
+        has_arrived = last["kl"] <= bar["kl"] and last["accuracy"] >= bar["accuracy"]
+        ends.setdefault(entry["arm"], {})[entry["seed"]] = last if has_arrived else {}
+    plain = ends["opd lr=0.0005 prompts=64"]
+    print("| arm | seeds | reached | steps | seconds, of those at 5e-4 |\n|---|---|---|---|---|")
+    for arm, by_seed in ends.items():
+        there = {seed: end for seed, end in by_seed.items() if end}
+        steps = ", ".join(f"{end['step']:.0f}" if end else "-" for _, end in sorted(by_seed.items()))
+        ratios = [end["seconds"] / plain[seed]["seconds"] for seed, end in there.items() if plain.get(seed)]
+        mean, spread = interval(ratios) if ratios else (math.nan, math.nan)
+        shown = f"{mean:.2f}" + ("" if math.isnan(spread) else f" ± {spread:.2f}") + f" ({len(ratios)})"
+        print(f"| {arm} | {min(by_seed)} to {max(by_seed)} | {len(there)}/{len(by_seed)} | {steps} | {shown} |")
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     torch.set_num_threads(1)
-    measure_missing(sys.argv[1:] or list(GROUPS))
+    if sys.argv[1:] == ["table"]:
+        print_table()
+    else:
+        measure_missing(sys.argv[1:] or list(GROUPS))

@@ -28,7 +28,7 @@ class AcceptedFactors(EffOPD):
 
 
 class PolyakRate(Callback):
-    """The stochastic Polyak step in Adam's geometry (arXiv 2504.01898): rate = share x (f - 0) / (gradient . direction).
+    """The stochastic Polyak step in Adam's geometry (arXiv 2504.01898): rate = share x f / (gradient . direction).
 
     The floor of f is 0: this student can represent its teacher. At most doubled from one step to the next.
     """

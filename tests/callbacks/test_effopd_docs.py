@@ -63,7 +63,7 @@ def test_the_guide_names_every_option():
 
 
 def test_the_guide_stays_a_guide():
-    assert len(PAGE.read_text().splitlines()) <= 160
+    assert len(PAGE.read_text().splitlines()) <= 195
 
 
 def test_the_package_itself_loads_nothing_heavy():

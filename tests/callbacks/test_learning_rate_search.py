@@ -192,10 +192,10 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, callbacks, options, m
 
 def test_a_strategy_with_flat_copies_of_the_weights_is_refused():
     search = LearningRateLineSearch(held_out())
-    with pytest.raises(ValueError, match="under FSDPStrategy. Use a single device, DDP, or FSDP2"):
+    with pytest.raises(ValueError, match=r"under FSDPStrategy. Use a single device, DDP, or FSDP2"):
         search.setup(SimpleNamespace(strategy=FSDPStrategy(), callbacks=[search]), None, "fit")
 
 
 def test_a_score_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="LearningRateLineSearch.score: expected a Score or a function"):
+    with pytest.raises(ValueError, match=r"LearningRateLineSearch\.score: expected a Score or a function"):
         LearningRateLineSearch("TeacherKL")

@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     for kind in ("single", "ddp", "fsdp"):
         # a hung process ignores SIGTERM, which Lightning traps: kill it
-        command = ["timeout", "-s", "KILL", "200", sys.executable, str(PROGRAM), kind, str(folder)]
+        command = ["timeout", "-s", "KILL", "300", sys.executable, str(PROGRAM), kind, str(folder)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, kind + (done.stdout + done.stderr)[-4000:]
     return folder

@@ -29,7 +29,9 @@ def test_the_best_length_of_a_parabola_is_found_from_far_off(exponent, gain):
     assert calls[0] == 0 and calls[1:] == [trial.scale for trial in found.trials]
 
 
-@given(exponent=st.floats(-3, 3), steepness=st.sampled_from([1.0, 3.0, 8.0]), fails=st.sampled_from([math.nan, -math.inf]))
+@given(
+    exponent=st.floats(-3, 3), steepness=st.sampled_from([1.0, 3.0, 8.0]), fails=st.sampled_from([math.nan, -math.inf])
+)
 @settings(max_examples=200, deadline=None)
 def test_a_cliff_behind_the_best_length_does_no_harm(exponent, steepness, fails):
     optimum = 10.0**exponent

@@ -34,14 +34,14 @@ class LearningRateLineSearch(Callback):
     resumed run equals an uninterrupted one. When the module defines `on_weights_moved()`, it is called each time
     weights were written.
 
-    Limits: the optimiser's first step has to be proportional to its rate (SGD, Adam, Adagrad, Lion, Muon; not LBFGS, nor
-    one that sets its own rate). Where a batch makes several optimiser steps, they are searched together. Weights in 16
-    bits round steps away that are much smaller than themselves: start such runs at 1e-4 or more. The rate is the best
-    one for the first steps and does not change later; a decay is the schedule's business.
+    Limits: the optimiser's first step has to be proportional to its rate (SGD, Adam, Adagrad, Lion, Muon; not LBFGS,
+    nor one that sets its own rate). Where a batch makes several optimiser steps, they are searched together. Weights in
+    16 bits round steps away that are much smaller than themselves: start such runs at 1e-4 or more. The rate is the
+    best one for the first step and does not change later; a decay is the schedule's business.
 
     Args:
-        score: What to maximise: a `Score`, or a function of the module that returns a number. It should be fine enough to
-            tell small steps apart (a loss, a divergence; not an accuracy).
+        score: What to maximise: a `Score`, or a function of the module that returns a number. It should be fine enough
+            to tell small steps apart (a loss, a divergence; not an accuracy).
         optimizer_index: Which of several optimisers' rate is found; give each a callback of its own.
 
     Attributes:
@@ -81,7 +81,10 @@ class LearningRateLineSearch(Callback):
                 "callbacks: EffOPD comes before LearningRateLineSearch, which would measure EffOPD's move instead of"
                 " the optimiser's step. Put LearningRateLineSearch first."
             )
-        if any(isinstance(other, LearningRateLineSearch) and other.optimizer_index == self.optimizer_index for other in before):
+        if any(
+            isinstance(other, LearningRateLineSearch) and other.optimizer_index == self.optimizer_index
+            for other in before
+        ):
             raise ValueError(
                 f"callbacks: several LearningRateLineSearch look at optimiser {self.optimizer_index}. Keep one, or give"
                 " each an optimizer_index of its own."
@@ -96,8 +99,8 @@ class LearningRateLineSearch(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not 0 <= self.optimizer_index < len(trainer.optimizers):
             raise ValueError(
-                f"LearningRateLineSearch.optimizer_index: expected a number from 0 to {len(trainer.optimizers) - 1}, one"
-                f" for each optimiser of the module, got {self.optimizer_index}."
+                f"LearningRateLineSearch.optimizer_index: expected a number from 0 to {len(trainer.optimizers) - 1},"
+                f" one for each optimiser of the module, got {self.optimizer_index}."
             )
         state, self._restored = self._restored, None
         if state is None and self._search is not None and trainer.global_step > 0:
@@ -124,7 +127,11 @@ class LearningRateLineSearch(Callback):
             return
         report = search.search(
             lambda: self._evaluate(trainer, pl_module, seed=search.num_steps),
-            [config.scheduler for config in trainer.lr_scheduler_configs if config.scheduler.optimizer is search.optimizer],
+            [
+                config.scheduler
+                for config in trainer.lr_scheduler_configs
+                if config.scheduler.optimizer is search.optimizer
+            ],
             before_edit=lambda: reshard(pl_module),
             after_edit=getattr(pl_module, "on_weights_moved", lambda: None),
             count_tokens=lambda: getattr(self.score, "tokens", 0),

@@ -188,7 +188,9 @@ class RateSearch:
         )
         return self.last_search
 
-    def attach(self, score: Callable[[], float], schedulers: Iterable[Any] = (), module: nn.Module | None = None) -> None:
+    def attach(
+        self, score: Callable[[], float], schedulers: Iterable[Any] = (), module: nn.Module | None = None
+    ) -> None:
         """Search by itself inside `optimizer.step()`, in a training loop without Lightning.
 
         With `EffOPDOptimizer` make this object for the optimiser that it wraps (its attribute `optimizer`): then the
@@ -199,7 +201,10 @@ class RateSearch:
             schedulers: See `search`.
             module: The model, put into eval mode while it is scored; needed with FSDP2.
         """
-        free = (lambda: None) if module is None else (lambda: reshard(module))
+
+        def free() -> None:
+            if module is not None:
+                reshard(module)
 
         def before(*_: Any) -> None:
             free()
