@@ -75,6 +75,7 @@ ROOMS_WITH_SHORT_NAMES = (  # `HFStudent` works in YAML for the whole path, but 
     "callbacks.guards",
     "callbacks.samples",
     "callbacks.held_out_loss",
+    "callbacks.learning_rate_search",
     "callbacks.mismatch",
     "callbacks.update_recorder",
     "objectives",
