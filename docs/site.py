@@ -24,52 +24,30 @@ BORROWED = {  # page: the file that it is
 }
 LINKS = (  # from places in the repository to places on the site
     (r"\]\((?:\.\./)?benchmarks/README\.md", "](benchmarks.md"),
+    (r"\]\(\.\./README\.md", "](index.md"),
     (r"\]\((?:\.\./)?docs/", "]("),
     (r"\]\((?:\.\./)?CONTRIBUTING\.md", "](contributing.md"),
 )
-ROOMS = {  # of the Python reference, in the order in which a reader needs them
-    "Training": ["training.module", "training.datamodule", "training.schedules"],
-    "EffOPD": ["callbacks.effopd", "callbacks.effopd_scores", "callbacks.held_out_loss", "extrapolation.optimizer"],
-    "Words and seams": [
-        f"interfaces.{module}" for module in ("words", "tokens", "models", "generation", "learning", "problems")
-    ],
-    "Objectives": [
-        f"objectives.{module}"
-        for module in ("objective", "supports", "divergences", "estimators", "sampled_token", "likelihood", "facts")
-    ],
-    "Rollouts": [
-        "rollouts.on_policy",
-        "rollouts.one_step_ahead",
-        "rollouts.stored",
-        "rollouts.rejection",
-        "rollouts.plain_engine",
-        "rollouts.comparison",
-    ],
-    "Prompts": [
-        "selection",
-        "tasks.arithmetic",
-        "tasks.mathematics",
-        "tasks.prompts",
-        "tasks.cleaned",
-        "tasks.sources",
-    ],
-        f"rollouts.{module}"
-        for module in ("on_policy", "one_step_ahead", "reuse", "horizon", "plain_engine", "comparison")
-    ],
-    "Prompts": ["selection", "tasks.arithmetic", "tasks.mathematics", "tasks.prompts", "tasks.sources"],
-    "Models and engines": [
-        *("backends.hf.student", "backends.hf.teacher", "backends.hf.engine", "teachers"),
-        *("backends.vllm.colocated", "backends.vllm.server.engine", "backends.vllm.server.teacher"),
-    ],
-    "Callbacks": [
-        "callbacks.samples",
-        "callbacks.guards",
-        "callbacks.rescue",
-        "callbacks.mismatch",
-        "callbacks.start_validation",
-        *("callbacks.samples", "callbacks.rescue", "callbacks.mismatch", "callbacks.start_validation"),
-        "callbacks.update_recorder",
-    ],
+ROOMS = {  # of the Python reference, in the order in which a reader needs them: package and its modules
+    "Training": {"training": "module datamodule schedules"},
+    "EffOPD": {
+        "callbacks": "effopd effopd_scores held_out_loss learning_rate_search",
+        "extrapolation": "optimizer rate_search",
+    },
+    "Words and seams": {"interfaces": "words tokens models generation learning problems"},
+    "Objectives": {"objectives": "objective supports divergences estimators sampled_token likelihood facts"},
+    "Rollouts": {"rollouts": "on_policy one_step_ahead reuse horizon stored rejection plain_engine comparison"},
+    "Prompts": {
+        "selection": "passes difficulty filtered mixture",
+        "tasks": "arithmetic mathematics prompts cleaned sources",
+    },
+    "Models and engines": {
+        "backends.hf": "student teacher engine",
+        "teachers": "base_model kept_scores",
+        "backends.vllm": "colocated server.engine server.teacher",
+    },
+    "Callbacks": {"callbacks": "samples guards rescue mismatch start_validation update_recorder"},
+    "Geometry of updates": {"": "geometry"},
 }
 
 
@@ -95,9 +73,7 @@ def commands() -> str:
     from opd_lightning.commands.cli import COMMANDS, main
 
     os.environ |= {"NO_COLOR": "1", "COLUMNS": "110"}
-    parts = [
-        "# Commands\n\nEach command's own `--help`. Classes explain themselves: `--model.objective.help`.\n"
-    ]
+    parts = ["# Commands\n\nEach command's own `--help`. Classes explain themselves: `--model.objective.help`.\n"]
     for name in COMMANDS:
         with redirect_stdout(StringIO()) as shown, suppress(SystemExit):
             main([name, "--help"])
@@ -118,10 +94,10 @@ def configurations() -> str:
 def python_names() -> str:
     """The Python reference: directives that mkdocstrings replaces by docstrings."""
     parts = ["# Python\n\nPublic names can be imported from the top: `from opd_lightning import OPDModule, EffOPD`.\n"]
-    for title, modules in ROOMS.items():
+    for title, packages in ROOMS.items():
         parts.append(f"## {title}\n")
-        parts += [
-            f"::: opd_lightning.{module}\n    options: {{show_root_heading: false, show_root_toc_entry: false}}\n"
-            for module in modules
-        ]
+        for package, modules in packages.items():
+            for module in modules.split():
+                name = ".".join(filter(None, ("opd_lightning", package, module)))
+                parts.append(f"::: {name}\n    options: {{show_root_heading: false, show_root_toc_entry: false}}\n")
     return "\n".join(parts)
