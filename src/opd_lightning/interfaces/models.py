@@ -185,6 +185,14 @@ class TeacherScores(ABC):
         """Scores of the same kind of other tokens, from such columns."""
         raise AssertionError("defined wherever `columns` is")
 
+    def write_logits(self, out: Tensor) -> bool:
+        """Write tempered logits, or log-probabilities up to a constant per row, to `out` [N, V], where that is cheaper.
+
+        Returns:
+            Whether it was done. False leaves `out` as it is, and `full` is asked.
+        """
+        return False
+
     def hidden(self) -> tuple[Tensor, LinearHead] | None:
         """Final hidden states [N, H] and the head that turns them into logits, where this process has both."""
         return None

@@ -6,6 +6,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from opd_lightning.interfaces import TeacherScores
+from opd_lightning.objectives.top_tokens import top_tokens
 
 
 class DenseScores(TeacherScores):
@@ -34,3 +35,8 @@ class DenseScores(TeacherScores):
     @override
     def full(self) -> Tensor:
         return self._log_probs
+
+    @override
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        log_probs, ids = top_tokens(self._log_probs, min(k, self._log_probs.shape[-1]))
+        return ids, log_probs

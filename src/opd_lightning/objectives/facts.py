@@ -6,6 +6,8 @@ Definitions follow arXiv 2604.13016, not its code, where the two differ.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from opd_lightning.objectives.divergences import ReverseKL
 from opd_lightning.objectives.logprobs import close_slots, entropy
 from opd_lightning.objectives.normalization import normalize
 from opd_lightning.objectives.supports import look_up
+from opd_lightning.objectives.top_tokens import top_tokens
 
 STUDENT_FACTS = ("student_top_mass", "student_entropy", "rollout_mismatch", "rollout_kl")
 SAMPLED_FACTS = ("sampled_log_ratio",)
@@ -74,25 +77,53 @@ def token_facts(
         float32 [n] for each name of `known_facts`.
     """
     student = close_slots(student_log_probs.detach())
-    top_log_probs, top_ids = student.topk(min(k, student.shape[-1]), dim=-1)
+    wanted = known_facts(asked, k) if teacher is not None else known_facts(None, k)
+    if teacher is not None and "reverse_kl" in wanted:
+        sums = vocabulary_facts(student, close_slots(teacher.full().to(student)))
+    else:
+        sums = {"student_entropy": entropy(student)}
+    top_log_probs, top_ids = top_tokens(student, min(k, student.shape[-1]))
     sampled = student.gather(-1, tokens.ids[:, None]).squeeze(-1)
+    return facts_from_few(take_few(sampled, top_ids, top_log_probs, teacher, wanted) | sums, tokens)
+
+
+def take_few(
+    sampled: Tensor, top_ids: Tensor, top_log_probs: Tensor, teacher: TeacherScores | None, wanted: Sequence[str]
+) -> dict[str, Tensor]:
+    """The few numbers per token that `facts_from_few` reads besides the sums over the vocabulary.
+
+    Args:
+        sampled: [n] log p of the sampled tokens.
+        top_ids: int64 [n, k], the student's likeliest tokens.
+        top_log_probs: [n, k] of `top_ids`.
+        teacher: Scores of the n tokens; None without a teacher.
+        wanted: Names of facts.
+    """
+    few = {"sampled": sampled, "top_ids": top_ids, "top_log_probs": top_log_probs}
+    if teacher is not None and "sampled_log_ratio" in wanted:
+        few["teacher_sampled"] = close_slots(teacher.sampled().to(sampled))
+    if teacher is not None and "overlap_ratio" in wanted:
+        few["teacher_top_ids"], teacher_top = teacher.topk(top_ids.shape[-1])
+        few["teacher_top_log_probs"] = close_slots(teacher_top.to(sampled))
+    return few
+
+
+def facts_from_few(few: Mapping[str, Tensor], tokens: ResponseTokens) -> dict[str, Tensor]:
+    """The facts of `token_facts`, from the numbers of `take_few` and the sums over the vocabulary, which are facts."""
+    few = dict(few)
+    sampled, top_ids, top_log_probs = few.pop("sampled"), few.pop("top_ids"), few.pop("top_log_probs")
     mismatch = sampled - tokens.rollout_log_probs.to(sampled)
     facts = {
         "student_top_mass": top_log_probs.exp().sum(-1),
         "rollout_mismatch": mismatch.abs(),
         "rollout_kl": mismatch.expm1() - mismatch,
     }
-    wanted = known_facts(asked, k)
-    if teacher is not None and "sampled_log_ratio" in wanted:
-        facts["sampled_log_ratio"] = sampled - close_slots(teacher.sampled().to(sampled))
-    if teacher is not None and "overlap_ratio" in wanted:
-        teacher_ids, teacher_top = teacher.topk(top_ids.shape[-1])
-        facts |= overlap_facts(top_ids, top_log_probs, teacher_ids, close_slots(teacher_top.to(student)))
-    if teacher is not None and "reverse_kl" in wanted:
-        facts |= vocabulary_facts(student, close_slots(teacher.full().to(student)))
-    else:
-        facts["student_entropy"] = entropy(student)
-    return {name: values.float() for name, values in facts.items()}
+    if "teacher_sampled" in few:
+        facts["sampled_log_ratio"] = sampled - few.pop("teacher_sampled")
+    if "teacher_top_ids" in few:
+        listed = few.pop("teacher_top_ids"), few.pop("teacher_top_log_probs")
+        facts |= overlap_facts(top_ids, top_log_probs, *listed)
+    return {name: values.float() for name, values in (facts | few).items()}
 
 
 def vocabulary_facts(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from opd_lightning.interfaces import LinearHead, TeacherScores
+from opd_lightning.objectives.head_products import write_logits
 
 _ENTRIES_AT_ONCE = 2**27  # float32 log-probabilities held at a time: 512 MiB
 
@@ -64,8 +66,8 @@ class HiddenScores(TeacherScores):
     @override
     def full(self) -> Tensor:
         if self._log_probs is None:
-            with torch.no_grad():
-                logits = self._logits()
+            with torch.no_grad(), self._precision():
+                logits = self._head(self._input())
                 if self._temperature != 1:
                     logits = logits / self._temperature
                 self._log_probs = logits.log_softmax(dim=-1)
@@ -86,11 +88,19 @@ class HiddenScores(TeacherScores):
     def _like(self, hidden: Tensor, response_ids: Tensor) -> HiddenScores:
         return HiddenScores(hidden, response_ids, self._head, self._temperature, in_autocast=self._in_autocast)
 
-    def _logits(self) -> Tensor:
-        if self._in_autocast:
-            return self._head(self._hidden)
-        with torch.autocast(self._hidden.device.type, enabled=False):
-            return self._head(self._hidden.to(self._head.weight.dtype))
+    @override
+    def write_logits(self, out: Tensor) -> bool:
+        with torch.no_grad(), self._precision():
+            write_logits(self._head, self._input(), out)
+            if self._temperature != 1:
+                out.div_(self._temperature)
+        return True
+
+    def _input(self) -> Tensor:
+        return self._hidden if self._in_autocast else self._hidden.to(self._head.weight.dtype)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._in_autocast else torch.autocast(self._hidden.device.type, enabled=False)
 
     def _parts(self) -> Iterator[tuple[builtins.slice, HiddenScores]]:
         """This object itself when its log-probabilities are small enough to keep, else slices that are."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import override
 
-from opd_lightning.interfaces import Objective, ResponseTokens, TeacherScores
+from opd_lightning.interfaces import ResponseTokens, TeacherScores
 from opd_lightning.interfaces.arguments import check_at_least
-from opd_lightning.objectives.logprobs import log_probs_at
+from opd_lightning.objectives.student_scores import ScoreObjective, StudentScores
 
 
-class NLL(Objective):
+class NLL(ScoreObjective):
     """-log p(y) of every response token, in nats: supervised fine-tuning on what the rollout source gives.
 
     Needs no teacher. For responses that a teacher or a person wrote; on the student's own rollouts its gradient is 0 in
@@ -32,5 +32,5 @@ class NLL(Objective):
         return None
 
     @override
-    def token_losses(self, student_logits: Tensor, teacher: TeacherScores | None, tokens: ResponseTokens) -> Tensor:
-        return -log_probs_at(student_logits, tokens.ids)
+    def losses_from(self, student: StudentScores, teacher: TeacherScores | None, tokens: ResponseTokens) -> Tensor:
+        return -student.at(tokens.ids[:, None]).squeeze(-1)

@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from opd_lightning.interfaces import Objective, ResponseTokens, Sampling, ScoreRequest, TeacherScores
+from opd_lightning.interfaces import ResponseTokens, Sampling, ScoreRequest, TeacherScores
 from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.objectives.arguments import check_factor, check_temperatures, check_whole_distribution
 from opd_lightning.objectives.divergences import Divergence, ReverseKL
 from opd_lightning.objectives.estimators import Direct, Estimator
-from opd_lightning.objectives.logprobs import full_log_probs, log_probs_at
 from opd_lightning.objectives.normalization import (
     log_mass_outside,
     normalize,
     settle_unknown_tails,
     with_tail_slot,
 )
+from opd_lightning.objectives.student_scores import ScoreObjective, StudentScores
 from opd_lightning.objectives.supports import Candidates, FullVocabulary, Support
 
 
-class DivergenceObjective(Objective):
+class DivergenceObjective(ScoreObjective):
     """Pulls the student towards the teacher at every response token by a divergence over candidate tokens.
 
     The default is the full-vocabulary reverse KL, differentiated directly: its gradient is that of the stated quantity,
@@ -96,33 +96,30 @@ class DivergenceObjective(Objective):
         check_whole_distribution(sampling, self.student_temperature, self.allow_biased_sampling)
 
     @override
-    def token_losses(self, student_logits: Tensor, teacher: TeacherScores | None, tokens: ResponseTokens) -> Tensor:
-        assert teacher is not None and student_logits.shape[0] == teacher.num_tokens == len(tokens)
+    def losses_from(self, student: StudentScores, teacher: TeacherScores | None, tokens: ResponseTokens) -> Tensor:
+        assert teacher is not None
         with torch.no_grad():
-            candidates = self.support.select(student_logits, teacher, tokens.ids)
+            candidates = self.support.select(student.tempered(), teacher, tokens.ids)
         mask, normalization = candidates.mask, self.support.normalization
         if normalization == "tail":
-            student, scores = self._with_tails(student_logits, teacher, candidates)
-            return self.estimator.losses(student, scores, with_tail_slot(mask), self.divergence)
-        if candidates.ids is None:
-            student = full_log_probs(student_logits, self.student_temperature)
-        else:
-            student = log_probs_at(student_logits, candidates.ids, self.student_temperature)
-        scores = candidates.teacher_log_probs.to(student)
-        student, scores = normalize(student, mask, normalization), normalize(scores, mask, normalization)
-        return self.estimator.losses(student, scores, mask, self.divergence)
+            scores, log_probs = self._with_tails(student, teacher, candidates)
+            return self.estimator.losses(log_probs, scores, with_tail_slot(mask), self.divergence)
+        log_probs = student.full() if candidates.ids is None else student.at(candidates.ids)
+        scores = candidates.teacher_log_probs.to(log_probs)
+        log_probs, scores = normalize(log_probs, mask, normalization), normalize(scores, mask, normalization)
+        return self.estimator.losses(log_probs, scores, mask, self.divergence)
 
     def _with_tails(
-        self, student_logits: Tensor, teacher: TeacherScores, candidates: Candidates
+        self, student: StudentScores, teacher: TeacherScores, candidates: Candidates
     ) -> tuple[Tensor, Tensor]:
-        """Both with the tail bucket, whose mass is summed over its tokens where they are at hand."""
+        """Teacher and student with the tail bucket, whose mass is summed over its tokens where they are at hand."""
         ids, mask = candidates.ids, candidates.mask
         assert ids is not None, "the whole vocabulary has no tail"
-        whole = full_log_probs(student_logits, self.student_temperature)
-        student = normalize(whole.gather(-1, ids), mask, "tail", log_mass_outside(whole, ids, mask))
-        scores = candidates.teacher_log_probs.to(student)
+        tail = student.log_mass_outside(ids, mask)
+        log_probs = normalize(student.at(ids), mask, "tail", tail)
+        scores = candidates.teacher_log_probs.to(log_probs)
         if not teacher.knows_full:
-            return student, settle_unknown_tails(normalize(scores, mask, "tail"), student)
+            return settle_unknown_tails(normalize(scores, mask, "tail"), log_probs), log_probs
         with torch.no_grad():
-            teacher_tail = log_mass_outside(teacher.full().to(student), ids, mask)
-        return student, normalize(scores, mask, "tail", teacher_tail)
+            teacher_tail = log_mass_outside(teacher.full().to(log_probs), ids, mask)
+        return normalize(scores, mask, "tail", teacher_tail), log_probs

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from opd_lightning.interfaces import Advantage, Objective, ResponseTokens, Sampling, ScoreRequest, TeacherScores
+from opd_lightning.interfaces import Advantage, ResponseTokens, Sampling, ScoreRequest, TeacherScores
 from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.objectives.arguments import (
     check_advantage_clip,
@@ -19,7 +19,8 @@ from opd_lightning.objectives.arguments import (
     check_whole_distribution,
 )
 from opd_lightning.objectives.divergences import Divergence, ReverseKL
-from opd_lightning.objectives.logprobs import clip_reward, close_slots, log_probs_at, temper
+from opd_lightning.objectives.logprobs import clip_reward, close_slots
+from opd_lightning.objectives.student_scores import ScoreObjective, StudentScores
 
 LARGEST_LOG_IMPORTANCE = 20.0
 """Bound on |log p - rollout log-probability| before the exponential."""
@@ -125,7 +126,7 @@ class Clipped(Importance):
         return -torch.minimum(ratio * advantages, ratio.clamp(1 - self.low, 1 + self.high) * advantages)
 
 
-class SampledTokenObjective(Objective):
+class SampledTokenObjective(ScoreObjective):
     """Score-function losses -sg[A] log p(y) of the sampled tokens y, whose expectation is the divergence's gradient.
 
     A is the divergence's reward (log q - log p for the reverse KL), clipped first, then given to `advantage`. Rewards
@@ -186,15 +187,14 @@ class SampledTokenObjective(Objective):
         check_whole_distribution(sampling, self.student_temperature, self.allow_biased_sampling)
 
     @override
-    def token_losses(self, student_logits: Tensor, teacher: TeacherScores | None, tokens: ResponseTokens) -> Tensor:
-        assert teacher is not None and student_logits.shape[0] == teacher.num_tokens == len(tokens)
-        log_probs = close_slots(log_probs_at(student_logits, tokens.ids, self.student_temperature))
+    def losses_from(self, student: StudentScores, teacher: TeacherScores | None, tokens: ResponseTokens) -> Tensor:
+        assert teacher is not None
+        log_probs = close_slots(student.at(tokens.ids[:, None]).squeeze(-1))
         with torch.no_grad():
             rewards = self.divergence.reward(log_probs.detach(), teacher.sampled().to(log_probs))
             advantages = clip_reward(rewards, self.advantage_clip)
             if self.advantage is not None:
-                tempered = temper(student_logits.detach(), self.student_temperature)
-                advantages = self.advantage(advantages, tempered, teacher, tokens)
+                advantages = self.advantage(advantages, student.tempered(), teacher, tokens)
         if self.importance is None:
             return -advantages * log_probs
         log_ratio = (log_probs - tokens.rollout_log_probs.to(log_probs)).clamp(

@@ -15,6 +15,7 @@ from opd_lightning.interfaces import ScoreRequest, TeacherScores
 from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.objectives.arguments import check_one_of
 from opd_lightning.objectives.normalization import Normalization
+from opd_lightning.objectives.top_tokens import top_tokens
 
 DEFAULT_K = 16
 
@@ -137,7 +138,7 @@ class _TopK(Support):
         return self.k == 1
 
     def _student_ids(self, student_logits: Tensor) -> Tensor:
-        return student_logits.topk(min(self.k, student_logits.shape[-1]), dim=-1).indices
+        return top_tokens(student_logits, min(self.k, student_logits.shape[-1]))[1]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,188 @@
+"""Losses, facts and gradients of many response tokens in one pass over them, one chunk's logits at a time.
+
+The gradients of the hidden states and of the head are formed while a chunk's logits are there, so no logits are kept
+and no head runs twice.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opd_lightning.interfaces import LinearHead, Objective, ResponseTokens, ScoreRequest, TeacherScores
+from opd_lightning.objectives.blocks import Block, Scratch
+from opd_lightning.objectives.dense_scores import DenseScores
+from opd_lightning.objectives.facts import facts_from_few, known_facts, take_few
+from opd_lightning.objectives.gradients import gradient_rule
+from opd_lightning.objectives.head_products import (
+    HeadGradients,
+    in_surrounding_precision,
+    write_logits,
+    write_uncapped,
+)
+from opd_lightning.objectives.top_tokens import top_tokens
+
+_ENTRIES_PER_BLOCK = 2**16  # logits for each core: a block's buffers stay in its cache
+_ENTRIES_PER_BLOCK_ON_GPU = 2**24
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about N response tokens.
+
+    Attributes:
+        objective: Gives the losses.
+        teacher: Scores of the tokens; None without a teacher.
+        tokens: The tokens.
+        asked: What the teacher was asked for; facts are computed from that.
+        facts_k: Size of the top-k lists of the facts; 0 computes none.
+    """
+
+    objective: Objective
+    teacher: TeacherScores | None
+    tokens: ResponseTokens
+    asked: ScoreRequest | None
+    facts_k: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients are formed; those of the hidden states are always among them.
+
+    Attributes:
+        weight: That of the head's weight.
+        bias: That of the head's bias.
+        factors: [N], by which losses are multiplied before they are summed up in these two; None for 1.
+    """
+
+    weight: bool = False
+    bias: bool = False
+    factors: Tensor | None = None
+
+
+class OnePass:
+    """One pass; run it once.
+
+    Args:
+        question: What is asked about the tokens.
+        hidden: [N, H] final hidden states.
+        head: Turns hidden states into logits.
+        wanted: Which gradients are formed; None forms none.
+    """
+
+    def __init__(self, question: Question, hidden: Tensor, head: LinearHead, wanted: Wanted | None) -> None:
+        self._question = question
+        self._head = in_surrounding_precision(head, hidden.device.type)
+        self._hidden = hidden.detach().to(self._head.weight.dtype)
+        self._wanted = wanted
+        self._rule = gradient_rule(question.objective)
+        dtype = torch.promote_types(self._head.weight.dtype, torch.float32)
+        self._size = question.objective.chunk_tokens
+        self._logits = torch.empty(min(self._size, len(hidden)), head.num_rows, dtype=dtype, device=hidden.device)
+        requests = [question.objective.request(), question.asked if question.facts_k else None]
+        self._asks_teacher = any(each is not None for each in requests)
+        is_whole = question.teacher is not None and (
+            any(each is not None and each.full_vocabulary for each in requests)
+            or (self._asks_teacher and question.teacher.hidden() is not None)
+        )
+        self._teacher_logits = torch.empty_like(self._logits) if is_whole else None
+        is_cut = not self._rule.takes_whole_chunks
+        self._block_rows = max(1, _block_entries(hidden.device) // head.num_rows) if is_cut else self._size
+        self._scratch = Scratch(self._logits[: self._block_rows])
+        self._losses: list[Tensor] = []
+        self._few: dict[str, list[Tensor]] = defaultdict(list)
+        self.gradients: HeadGradients | None = None
+        if wanted is not None:
+            self.gradients = HeadGradients(self._head, hidden, wanted.weight, wanted.bias)
+
+    @torch.no_grad()
+    def run(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses [N] and facts [N] by name; afterwards `gradients` are there, if any were wanted."""
+        for rows in _cut(len(self._hidden), self._size):
+            self._run_chunk(rows)
+        if self.gradients is not None:
+            self.gradients.multiply(self._head.scale * self._rule.factor)
+        few = {name: torch.cat(parts) for name, parts in self._few.items()}
+        return torch.cat(self._losses), facts_from_few(few, self._question.tokens) if few else {}
+
+    def _run_chunk(self, rows: slice) -> None:
+        hidden, tokens = self._hidden[rows], self._question.tokens[rows]
+        logits = self._logits[: len(hidden)]
+        write_logits(self._head, hidden, logits)
+        teacher, whole, is_normalized = self._teacher_of(rows)
+        for place in _cut(len(hidden), self._block_rows):
+            block = Block(
+                logits[place],
+                self._question.objective.student_temperature,
+                None if whole is None else whole[place],
+                is_normalized,
+                self._scratch,
+            )
+            scores = None if teacher is None else teacher.slice(place.start, place.stop)
+            if whole is not None:
+                scores = DenseScores(block.log_q, tokens.ids[place])
+            self._run_block(block, scores, tokens[place])
+        if self.gradients is not None and self._wanted is not None:
+            factors = self._wanted.factors
+            self.gradients.add(logits, hidden, rows, None if factors is None else factors[rows])
+
+    def _teacher_of(self, rows: slice) -> tuple[TeacherScores | None, Tensor | None, bool]:
+        """The teacher's scores of a chunk, all of its logits where they are needed, and whether they are normalised."""
+        if self._question.teacher is None or not self._asks_teacher:
+            return None, None, False
+        teacher = self._question.teacher.slice(rows.start, rows.stop)
+        if self._teacher_logits is None:
+            return teacher, None, False
+        logits = self._teacher_logits[: rows.stop - rows.start]
+        if teacher.write_logits(logits):
+            return teacher, logits, False
+        return teacher, teacher.full().to(logits), True
+
+    def _run_block(self, block: Block, teacher: TeacherScores | None, tokens: ResponseTokens) -> None:
+        question = self._question
+        if question.facts_k:  # first: the gradient is written over the logits
+            for name, values in _read(block, teacher, tokens, question.asked, question.facts_k).items():
+                self._few[name].append(values)
+        if question.objective.request() is None:
+            teacher = None
+        if self.gradients is None:
+            self._losses.append(self._rule(block, teacher, tokens, None))
+        elif self._head.softcap is None:
+            self._losses.append(self._rule(block, teacher, tokens, block.logits))
+        else:
+            gradient = block.buffer("gradient")
+            self._losses.append(self._rule(block, teacher, tokens, gradient))
+            write_uncapped(self._head.softcap, block.logits, gradient)
+
+
+def _read(
+    block: Block, teacher: TeacherScores | None, tokens: ResponseTokens, asked: ScoreRequest | None, k: int
+) -> dict[str, Tensor]:
+    """The few numbers per token that the facts are made of."""
+    wanted = known_facts(asked if teacher is not None else None, k)
+    top_ids = top_tokens(block.logits, min(k, block.logits.shape[-1]))[1]
+    sampled = block.log_p.gather(-1, tokens.ids[:, None]).squeeze(-1)
+    few = take_few(sampled, top_ids, block.log_p.gather(-1, top_ids), teacher, wanted)
+    few["student_entropy"] = block.student_entropy
+    if "reverse_kl" in wanted:
+        few |= {
+            "reverse_kl": block.reverse_kl,
+            "forward_kl": block.forward_kl,
+            "teacher_entropy": block.teacher_entropy,
+            "entropy_gap": (block.teacher_entropy - block.student_entropy).abs(),
+        }
+    return few
+
+
+def _cut(num_rows: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` rows, one at least."""
+    for start in range(0, max(num_rows, 1), size):
+        yield slice(start, min(start + size, num_rows))
+
+
+def _block_entries(device: torch.device) -> int:
+    return _ENTRIES_PER_BLOCK_ON_GPU if device.type == "cuda" else _ENTRIES_PER_BLOCK * torch.get_num_threads()
