@@ -6,7 +6,7 @@ Definitions follow arXiv 2604.13016, not its code, where the two differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -83,33 +83,25 @@ def token_facts(
     else:
         sums = {"student_entropy": entropy(student)}
     top_log_probs, top_ids = top_tokens(student, min(k, student.shape[-1]))
-    sampled = student.gather(-1, tokens.ids[:, None]).squeeze(-1)
-    return facts_from_few(take_few(sampled, top_ids, top_log_probs, teacher, wanted) | sums, tokens)
-
-
-def take_few(
-    sampled: Tensor, top_ids: Tensor, top_log_probs: Tensor, teacher: TeacherScores | None, wanted: Sequence[str]
-) -> dict[str, Tensor]:
-    """The few numbers per token that `facts_from_few` reads besides the sums over the vocabulary.
-
-    Args:
-        sampled: [n] log p of the sampled tokens.
-        top_ids: int64 [n, k], the student's likeliest tokens.
-        top_log_probs: [n, k] of `top_ids`.
-        teacher: Scores of the n tokens; None without a teacher.
-        wanted: Names of facts.
-    """
-    few = {"sampled": sampled, "top_ids": top_ids, "top_log_probs": top_log_probs}
+    few = {"top_ids": top_ids, "top_log_probs": top_log_probs}
+    few["sampled"] = student.gather(-1, tokens.ids[:, None]).squeeze(-1)
     if teacher is not None and "sampled_log_ratio" in wanted:
-        few["teacher_sampled"] = close_slots(teacher.sampled().to(sampled))
+        few["teacher_sampled"] = close_slots(teacher.sampled().to(student))
     if teacher is not None and "overlap_ratio" in wanted:
         few["teacher_top_ids"], teacher_top = teacher.topk(top_ids.shape[-1])
-        few["teacher_top_log_probs"] = close_slots(teacher_top.to(sampled))
-    return few
+        few["teacher_top_log_probs"] = close_slots(teacher_top.to(student))
+    return facts_from_few(few | sums, tokens)
 
 
 def facts_from_few(few: Mapping[str, Tensor], tokens: ResponseTokens) -> dict[str, Tensor]:
-    """The facts of `token_facts`, from the numbers of `take_few` and the sums over the vocabulary, which are facts."""
+    """The facts of `token_facts`, from a few numbers per token.
+
+    Args:
+        few: By name, [n] or [n, k]: `sampled` log p of the sampled tokens; `top_ids` and `top_log_probs` of the
+            student's likeliest; the same of the teacher (`teacher_...`) where it tells them. What has another name is
+            the fact of that name.
+        tokens: The n tokens.
+    """
     few = dict(few)
     sampled, top_ids, top_log_probs = few.pop("sampled"), few.pop("top_ids"), few.pop("top_log_probs")
     mismatch = sampled - tokens.rollout_log_probs.to(sampled)

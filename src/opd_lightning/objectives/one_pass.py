@@ -6,7 +6,6 @@ and no head runs twice.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from opd_lightning.interfaces import LinearHead, Objective, ResponseTokens, ScoreRequest, TeacherScores
 from opd_lightning.objectives.blocks import Block, Scratch
 from opd_lightning.objectives.dense_scores import DenseScores
-from opd_lightning.objectives.facts import facts_from_few, known_facts, take_few
+from opd_lightning.objectives.fact_readings import FactReadings
 from opd_lightning.objectives.gradients import gradient_rule
 from opd_lightning.objectives.head_products import (
     HeadGradients,
@@ -24,7 +23,6 @@ from opd_lightning.objectives.head_products import (
     write_logits,
     write_uncapped,
 )
-from opd_lightning.objectives.top_tokens import top_tokens
 
 _ENTRIES_PER_BLOCK = 2**16  # logits for each core: a block's buffers stay in its cache
 _ENTRIES_PER_BLOCK_ON_GPU = 2**24
@@ -84,6 +82,7 @@ class OnePass:
         self._size = question.objective.chunk_tokens
         self._logits = torch.empty(min(self._size, len(hidden)), head.num_rows, dtype=dtype, device=hidden.device)
         requests = [question.objective.request(), question.asked if question.facts_k else None]
+        self._needs_teacher = requests[0] is not None
         self._asks_teacher = any(each is not None for each in requests)
         is_whole = question.teacher is not None and (
             any(each is not None and each.full_vocabulary for each in requests)
@@ -94,7 +93,8 @@ class OnePass:
         self._block_rows = max(1, _block_entries(hidden.device) // head.num_rows) if is_cut else self._size
         self._scratch = Scratch(self._logits[: self._block_rows])
         self._losses: list[Tensor] = []
-        self._few: dict[str, list[Tensor]] = defaultdict(list)
+        asked = None if question.teacher is None else question.asked
+        self._readings = FactReadings(asked, question.facts_k) if question.facts_k else None
         self.gradients: HeadGradients | None = None
         if wanted is not None:
             self.gradients = HeadGradients(self._head, hidden, wanted.weight, wanted.bias)
@@ -106,14 +106,16 @@ class OnePass:
             self._run_chunk(rows)
         if self.gradients is not None:
             self.gradients.multiply(self._head.scale * self._rule.factor)
-        few = {name: torch.cat(parts) for name, parts in self._few.items()}
-        return torch.cat(self._losses), facts_from_few(few, self._question.tokens) if few else {}
+        facts = {} if self._readings is None else self._readings.facts(self._question.tokens)
+        return torch.cat(self._losses), facts
 
     def _run_chunk(self, rows: slice) -> None:
         hidden, tokens = self._hidden[rows], self._question.tokens[rows]
         logits = self._logits[: len(hidden)]
         write_logits(self._head, hidden, logits)
         teacher, whole, is_normalized = self._teacher_of(rows)
+        if self._readings is not None:
+            self._readings.begin_chunk(logits, whole, teacher, tokens)
         for place in _cut(len(hidden), self._block_rows):
             block = Block(
                 logits[place],
@@ -122,9 +124,14 @@ class OnePass:
                 is_normalized,
                 self._scratch,
             )
-            scores = None if teacher is None else teacher.slice(place.start, place.stop)
-            if whole is not None:
-                scores = DenseScores(block.log_q, tokens.ids[place])
+            scores: TeacherScores | None = None
+            if teacher is not None and self._needs_teacher:
+                is_part = whole is None
+                scores = (
+                    teacher.slice(place.start, place.stop) if is_part else DenseScores(block.log_q, tokens.ids[place])
+                )
+            if self._readings is not None:  # before the gradient is written over the logits
+                self._readings.read(block, place)
             self._run_block(block, scores, tokens[place])
         if self.gradients is not None and self._wanted is not None:
             factors = self._wanted.factors
@@ -143,12 +150,6 @@ class OnePass:
         return teacher, teacher.full().to(logits), True
 
     def _run_block(self, block: Block, teacher: TeacherScores | None, tokens: ResponseTokens) -> None:
-        question = self._question
-        if question.facts_k:  # first: the gradient is written over the logits
-            for name, values in _read(block, teacher, tokens, question.asked, question.facts_k).items():
-                self._few[name].append(values)
-        if question.objective.request() is None:
-            teacher = None
         if self.gradients is None:
             self._losses.append(self._rule(block, teacher, tokens, None))
         elif self._head.softcap is None:
@@ -157,25 +158,6 @@ class OnePass:
             gradient = block.buffer("gradient")
             self._losses.append(self._rule(block, teacher, tokens, gradient))
             write_uncapped(self._head.softcap, block.logits, gradient)
-
-
-def _read(
-    block: Block, teacher: TeacherScores | None, tokens: ResponseTokens, asked: ScoreRequest | None, k: int
-) -> dict[str, Tensor]:
-    """The few numbers per token that the facts are made of."""
-    wanted = known_facts(asked if teacher is not None else None, k)
-    top_ids = top_tokens(block.logits, min(k, block.logits.shape[-1]))[1]
-    sampled = block.log_p.gather(-1, tokens.ids[:, None]).squeeze(-1)
-    few = take_few(sampled, top_ids, block.log_p.gather(-1, top_ids), teacher, wanted)
-    few["student_entropy"] = block.student_entropy
-    if "reverse_kl" in wanted:
-        few |= {
-            "reverse_kl": block.reverse_kl,
-            "forward_kl": block.forward_kl,
-            "teacher_entropy": block.teacher_entropy,
-            "entropy_gap": (block.teacher_entropy - block.student_entropy).abs(),
-        }
-    return few
 
 
 def _cut(num_rows: int, size: int) -> Iterator[slice]:
