@@ -8,6 +8,7 @@ of memory are of one fresh process each, above what weights and hidden states ta
 
     pip install --no-deps --target /tmp/peers trl==1.16.0 liger-kernel==0.8.5 triton    # optional
     PYTHONPATH=/tmp/peers python benchmarks/loss_floor.py     # result in benchmarks/results/loss_floor_<hardware>.json
+    PYTHONPATH=/tmp/peers python benchmarks/loss_floor.py --peaks
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ def installed(package: str) -> str | None:
 def measure(case: Case, repeats: int, only: list[str]) -> dict[str, list[float]]:
     """Processor seconds of every arm, `repeats` turns."""
     material = Material(case)
-    works = {name: work for name, work in arms(material).items() if not only or name in only}
+    works = {name: work for name, work in arms(material).items() if name in only}
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeats + 1):
         for name, work in works.items():
@@ -176,47 +177,44 @@ def peak(case: Case, name: str) -> float:
     return round(int(status.split("VmHWM:")[1].split()[0]) / 1024 - there, 1)
 
 
-def peaks(name: str, factor: int) -> dict[str, float]:
+def peaks(name: str, factor: int) -> float:
     """Peaks of an arm at so many times the tokens, in fresh processes."""
     command = [sys.executable, __file__, "--peak", name, "--tokens", str(factor)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:
-    """Measure, print the table, keep the raw values."""
+    """Measure, print the table, add the raw values to the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--case", action="append", choices=list(CASES))
-    parser.add_argument("--only", action="append", default=[])
+    parser.add_argument("--only", action="append", default=[], help="arms beside the four products")
     parser.add_argument("--out", type=Path, default=RESULTS / "loss_floor_cpu-2core.json")
-    parser.add_argument("--peak")
-    parser.add_argument("--tokens", type=int, default=1)
+    parser.add_argument("--peaks", action="store_true", help="measure memory instead of time")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, default=1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.peak:
-        case = CASES["V 32,000"]
-        case = Case(case.vocabulary, case.student, case.teacher, arguments.tokens * case.num_tokens // 2, case.chunk)
+        wide = CASES["V 32,000"]
+        case = Case(wide.vocabulary, wide.student, wide.teacher, arguments.tokens * 1024, wide.chunk)
         print(json.dumps(peak(case, arguments.peak)))
         return
-    result: dict[str, object] = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, 1 thread",
-        "versions": {name: installed(name) for name in ("torch", "trl", "liger-kernel")},
-    }
-    for case_name in arguments.case or ["V 32,000", "V 151,936"]:
-        seconds = measure(CASES[case_name], arguments.repeats, arguments.only)
-        floor = seconds.get("four products")
+    result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    result["machine"] = f"{platform.machine()}, {os.cpu_count()} cores shared with other work, 1 thread"
+    result["versions"] = {name: installed(name) for name in ("torch", "trl", "liger-kernel")}
+    names = ["four products", *(arguments.only or list(arms(Material(CASES["small"])))[1:])]
+    if arguments.peaks:
+        result["peak MiB, V 32,000, 1,024 and 4,096 tokens"] = found = {}
+        for name in names:
+            found[name] = [peaks(name, 1), peaks(name, 4)]
+            print(name, found[name], flush=True)
+    for case_name in [] if arguments.peaks else arguments.case or ["V 32,000", "V 151,936"]:
+        result[f"seconds, {case_name}"] = seconds = measure(CASES[case_name], arguments.repeats, names)
         for name, values in seconds.items():
-            ratios = [value / least for value, least in zip(values, floor or values, strict=True)]
-            print(
-                f"{case_name}: {name}: {statistics.median(values):.2f} s, {statistics.median(ratios):.2f} x", flush=True
-            )
-        result[case_name] = seconds
-    if not arguments.only:
-        result["peak MiB, V 32,000, 1,024 and 4,096 tokens"] = {
-            name: [peaks(name, 1), peaks(name, 4)] for name in arms(Material(CASES["small"]))
-        }
-        print(json.dumps(result["peak MiB, V 32,000, 1,024 and 4,096 tokens"], indent=1))
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+            ratios = [value / least for value, least in zip(values, seconds["four products"], strict=True)]
+            print(f"{case_name}: {name}: {statistics.median(ratios):.2f} x of {sorted(ratios)}", flush=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

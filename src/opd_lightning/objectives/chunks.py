@@ -103,19 +103,17 @@ class _Compared(torch.autograd.Function):
         hidden, weight, bias = ctx.saved_tensors
         gradients: HeadGradients | None = ctx.gradients
         ctx.gradients = None  # scaled in place: another backward pass through the same losses computes them again
-        factor = _same_for_all(outer_gradient) if ctx.trains_head else outer_gradient[:, None]
-        if gradients is None or factor is None:
+        each = outer_gradient[:, None]
+        factor = _same_for_all(outer_gradient) if ctx.trains_head else None
+        if gradients is None or (ctx.trains_head and factor is None):
             wanted = Wanted(ctx.needs_input_grad[1], ctx.needs_input_grad[2], outer_gradient)
             with ctx.surroundings.again():
                 once = OnePass(ctx.question, hidden, replace(ctx.head, weight=weight, bias=bias), wanted)
                 once.run()
-            gradients = once.gradients
-            assert gradients is not None
-            gradients.hidden.mul_(outer_gradient[:, None])
-        else:
-            gradients.multiply(factor)
-        each = (gradients.hidden, gradients.weight, gradients.bias)
-        typed = [g if g is None else g.to(of.dtype) for g, of in zip(each, (hidden, weight, bias), strict=True)]
+            assert once.gradients is not None
+            gradients, factor = once.gradients, None
+        finished = gradients.finish(each, factor)
+        typed = [g if g is None else g.to(of.dtype) for g, of in zip(finished, (hidden, weight, bias), strict=True)]
         return *typed, None, None, None, None
 
 

@@ -1,4 +1,4 @@
-"""What the facts of tokens are made of, read chunk by chunk and block by block while both models' logits are there."""
+"""What the facts of tokens are made of, read while both models' logits are there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opd_lightning.objectives.top_tokens import top_tokens
 
 
 class FactReadings:
-    """A few numbers of every token so far.
+    """A few numbers of every token so far, block by block.
 
     Args:
         asked: What the teacher was asked for, and so can tell; None without a teacher.
@@ -29,10 +29,10 @@ class FactReadings:
         self._student_ids: Tensor | None = None
         self._teacher_ids: Tensor | None = None
 
-    def begin_chunk(
+    def begin(
         self, logits: Tensor, teacher_logits: Tensor | None, teacher: TeacherScores | None, tokens: ResponseTokens
     ) -> None:
-        """Find the likeliest tokens of a chunk's n positions.
+        """Find the likeliest tokens of n positions, whose blocks will then be read.
 
         Args:
             logits: [n, V] of the student, tempered or not.
@@ -53,7 +53,7 @@ class FactReadings:
                 self._few["teacher_top_log_probs"].append(close_slots(log_probs.to(logits)))
 
     def read(self, block: Block, rows: slice) -> None:
-        """Read one block of the chunk, at its rows."""
+        """Read one block, at its rows of these positions."""
         assert self._student_ids is not None
         self._few["log_probs"].append(block.log_p.gather(-1, self._student_ids[rows]))
         self._few["student_entropy"].append(block.student_entropy)

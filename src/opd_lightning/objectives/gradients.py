@@ -25,9 +25,11 @@ class GradientRule(ABC):
 
     Attributes:
         takes_whole_chunks: Whether it must see the chunks that `chunk_tokens` cuts, not smaller blocks of them.
+        reads_tokens: Whether it reads more than the block; otherwise teacher and tokens are not cut for it.
     """
 
     takes_whole_chunks: bool = False
+    reads_tokens: bool = True
 
     @property
     def factor(self) -> float:
@@ -42,7 +44,7 @@ class GradientRule(ABC):
 
         Args:
             block: The n tokens.
-            teacher: Its scores of them.
+            teacher: Its scores of them; None where the losses need none.
             tokens: The n tokens.
             out: [n, V], where the gradient of the losses' sum in the (untempered) logits goes, up to `factor`; may be
                 the memory of `block.logits`, so it is written last. None computes no gradient.
@@ -75,6 +77,7 @@ class WholeVocabulary(GradientRule):
 
     divergence: Divergence
     temperature: float
+    reads_tokens = False
 
     @property
     @override

@@ -52,13 +52,15 @@ class HeadGradients:
         hidden: [N, H].
         wants_weight: Sum up the gradient of the weight.
         wants_bias: Sum up the gradient of the bias.
+        factor: What the gradients of the logits that are added must still be multiplied by, the head's scale aside.
     """
 
-    def __init__(self, head: LinearHead, hidden: Tensor, wants_weight: bool, wants_bias: bool) -> None:
+    def __init__(self, head: LinearHead, hidden: Tensor, wants_weight: bool, wants_bias: bool, factor: float) -> None:
         wide = torch.promote_types(head.weight.dtype, torch.float32)
         # float16 would lose what a gradient scaler saves only later
         self._dtype = wide if head.weight.dtype == torch.float16 else head.weight.dtype
         self._head = head
+        self._factor = head.scale * factor  # multiplied in at the end, with what the losses are multiplied by
         self.hidden = torch.empty_like(hidden)
         self.weight = torch.zeros_like(head.weight, dtype=wide) if wants_weight else None
         self.bias = torch.zeros_like(head.bias, dtype=wide) if wants_bias and head.bias is not None else None
@@ -85,8 +87,15 @@ class HeadGradients:
         if self.bias is not None:
             self.bias[:num_rows] += gradient.sum(0) if factors is None else factors.to(gradient) @ gradient
 
-    def multiply(self, factor: float | Tensor) -> None:
-        """Multiply all of them."""
-        for each in (self.hidden, self.weight, self.bias):
-            if each is not None:
-                each.mul_(factor)
+    def finish(self, of_hidden: Tensor, of_head: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gradients of hidden states, weight and bias, once and for all.
+
+        Args:
+            of_hidden: Number or [N, 1], what that of the hidden states is multiplied by.
+            of_head: Number, what the sums over tokens are multiplied by; None leaves them.
+        """
+        self.hidden.mul_(of_hidden * self._factor)
+        for each in (self.weight, self.bias):
+            if each is not None and (of_head is not None or self._factor != 1):
+                each.mul_(self._factor if of_head is None else of_head * self._factor)
+        return self.hidden, self.weight, self.bias

@@ -26,6 +26,7 @@ from opd_lightning.objectives.head_products import (
 
 _ENTRIES_PER_BLOCK = 2**16  # logits for each core: a block's buffers stay in its cache
 _ENTRIES_PER_BLOCK_ON_GPU = 2**24
+_BLOCKS_AT_ONCE = 4  # whose likeliest tokens are looked for together: logits stay in the cache, and calls stay few
 
 
 @dataclass(frozen=True)
@@ -97,15 +98,13 @@ class OnePass:
         self._readings = FactReadings(asked, question.facts_k) if question.facts_k else None
         self.gradients: HeadGradients | None = None
         if wanted is not None:
-            self.gradients = HeadGradients(self._head, hidden, wanted.weight, wanted.bias)
+            self.gradients = HeadGradients(self._head, hidden, wanted.weight, wanted.bias, self._rule.factor)
 
     @torch.no_grad()
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses [N] and facts [N] by name; afterwards `gradients` are there, if any were wanted."""
         for rows in _cut(len(self._hidden), self._size):
             self._run_chunk(rows)
-        if self.gradients is not None:
-            self.gradients.multiply(self._head.scale * self._rule.factor)
         facts = {} if self._readings is None else self._readings.facts(self._question.tokens)
         return torch.cat(self._losses), facts
 
@@ -114,25 +113,22 @@ class OnePass:
         logits = self._logits[: len(hidden)]
         write_logits(self._head, hidden, logits)
         teacher, whole, is_normalized = self._teacher_of(rows)
-        if self._readings is not None:
-            self._readings.begin_chunk(logits, whole, teacher, tokens)
-        for place in _cut(len(hidden), self._block_rows):
-            block = Block(
-                logits[place],
-                self._question.objective.student_temperature,
-                None if whole is None else whole[place],
-                is_normalized,
-                self._scratch,
-            )
-            scores: TeacherScores | None = None
-            if teacher is not None and self._needs_teacher:
-                is_part = whole is None
-                scores = (
-                    teacher.slice(place.start, place.stop) if is_part else DenseScores(block.log_q, tokens.ids[place])
+        for place in _cut(len(hidden), _BLOCKS_AT_ONCE * self._block_rows):
+            if self._readings is not None:
+                part = None if teacher is None else teacher.slice(place.start, place.stop)
+                self._readings.begin(logits[place], None if whole is None else whole[place], part, tokens[place])
+            for inner in _cut(place.stop - place.start, self._block_rows):
+                at = slice(place.start + inner.start, place.start + inner.stop)
+                block = Block(
+                    logits[at],
+                    self._question.objective.student_temperature,
+                    None if whole is None else whole[at],
+                    is_normalized,
+                    self._scratch,
                 )
-            if self._readings is not None:  # before the gradient is written over the logits
-                self._readings.read(block, place)
-            self._run_block(block, scores, tokens[place])
+                if self._readings is not None:  # before the gradient is written over the logits
+                    self._readings.read(block, inner)
+                self._finish_block(block, teacher, tokens, at)
         if self.gradients is not None and self._wanted is not None:
             factors = self._wanted.factors
             self.gradients.add(logits, hidden, rows, None if factors is None else factors[rows])
@@ -149,14 +145,23 @@ class OnePass:
             return teacher, logits, False
         return teacher, teacher.full().to(logits), True
 
-    def _run_block(self, block: Block, teacher: TeacherScores | None, tokens: ResponseTokens) -> None:
+    def _finish_block(
+        self, block: Block, teacher: TeacherScores | None, chunk_tokens: ResponseTokens, at: slice
+    ) -> None:
+        """Take the losses of a block at some rows of its chunk, and write their gradient over the logits."""
+        scores, tokens = None, chunk_tokens
+        if self._rule.reads_tokens:
+            tokens = chunk_tokens[at]
+            if teacher is not None and self._needs_teacher:
+                is_whole = self._teacher_logits is not None
+                scores = DenseScores(block.log_q, tokens.ids) if is_whole else teacher.slice(at.start, at.stop)
         if self.gradients is None:
-            self._losses.append(self._rule(block, teacher, tokens, None))
+            self._losses.append(self._rule(block, scores, tokens, None))
         elif self._head.softcap is None:
-            self._losses.append(self._rule(block, teacher, tokens, block.logits))
+            self._losses.append(self._rule(block, scores, tokens, block.logits))
         else:
             gradient = block.buffer("gradient")
-            self._losses.append(self._rule(block, teacher, tokens, gradient))
+            self._losses.append(self._rule(block, scores, tokens, gradient))
             write_uncapped(self._head.softcap, block.logits, gradient)
 
 

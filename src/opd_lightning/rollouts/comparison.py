@@ -59,6 +59,7 @@ def compare(
     request: ScoreRequest | None = None,
     *,
     facts_k: int = 0,
+    counts_alike: bool = True,
     clock: Clock = lambda part: nullcontext(),
 ) -> Iterator[Comparison]:
     """Compare student and teacher on the response tokens of micro-batches, one after the other.
@@ -74,6 +75,7 @@ def compare(
         teacher: Scores the tokens; None when the objective needs no teacher.
         request: What the teacher is asked; None without one.
         facts_k: Size of the top-k lists of the facts; 0 computes none.
+        counts_alike: Whether losses will be summed up as they are (`compare_in_chunks`).
         clock: Measures the parts "teacher" and "student".
     """
     scores = iter(teacher.score_all(micro_batches, request)) if teacher is not None and request is not None else None
@@ -89,5 +91,6 @@ def compare(
                 micro_batch.tokens,
                 asked=request,
                 facts_k=facts_k,
+                counts_alike=counts_alike,
             )
         yield Comparison(micro_batch, results.losses, results.facts)

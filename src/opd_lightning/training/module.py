@@ -161,7 +161,13 @@ class OPDModule(PairModule):
         total_weight = torch.zeros((), device=self.device)
         trained: list[TrainedRollout] = []
         comparisons = self.compare(
-            micro_batches, self.objective, self.score_request, teacher, facts_k=self.facts_k, clock=self.stopwatch
+            micro_batches,
+            self.objective,
+            self.score_request,
+            teacher,
+            facts_k=self.facts_k,
+            counts_alike=self.token_weighting is None,
+            clock=self.stopwatch,
         )
         for i, compared in enumerate(comparisons):
             is_last = i == len(micro_batches) - 1
