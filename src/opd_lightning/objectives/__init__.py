@@ -1,7 +1,7 @@
 """Pure maths of what is minimised: log-probabilities, divergences, supports, estimators, and the facts of tokens.
 
 Depends on torch and on the interfaces only. `DivergenceObjective`, `SampledTokenObjective` and `NLL` join the factors;
-`compare_in_chunks` applies one of them to many tokens.
+`compare_in_chunks` applies one of them to many tokens; `gradients.py` has what it knows of their gradients.
 """
 
 from opd_lightning.objectives.chunks import TokenResults, compare_in_chunks
@@ -14,6 +14,7 @@ from opd_lightning.objectives.likelihood import NLL
 from opd_lightning.objectives.logprobs import entropy, full_log_probs, log_probs_at
 from opd_lightning.objectives.objective import DivergenceObjective
 from opd_lightning.objectives.sampled_token import Clipped, Importance, Masked, SampledTokenObjective, Truncated
+from opd_lightning.objectives.student_scores import ScoreObjective, StudentScores
 from opd_lightning.objectives.supports import (
     FullVocabulary,
     Intersection,
@@ -44,6 +45,8 @@ __all__ = [
     "ReverseKL",
     "SampledToken",
     "SampledTokenObjective",
+    "ScoreObjective",
+    "StudentScores",
     "StudentTopK",
     "Support",
     "SymmetricDifference",

@@ -55,7 +55,7 @@ class DivergenceObjective(ScoreObjective):
         teacher_temperature: Divides the teacher's logits.
         allow_biased_sampling: Accept rollouts that are not drawn from the student's whole distribution at
             `student_temperature`.
-        chunk_tokens: Response tokens whose logits exist at once, at some 20 to 50 bytes per vocabulary entry of each.
+        chunk_tokens: Response tokens whose logits exist at once, at 8 bytes per vocabulary entry of each.
 
     Raises:
         ValueError: A setting is outside its range, or support and estimator contradict each other; the message says
