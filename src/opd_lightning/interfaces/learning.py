@@ -20,8 +20,8 @@ class Objective(ABC):
 
     Attributes:
         student_temperature: Divides the student's logits; the metrics use the same.
-        chunk_tokens: Response tokens whose logits exist at once: 8 bytes per vocabulary entry of each, with a teacher; an
-            objective whose gradient goes through autograd (docs/objectives.md) takes some 40 to 80.
+        chunk_tokens: Response tokens whose logits exist at once: 8 bytes per vocabulary entry of each, with a teacher;
+            an objective whose gradient goes through autograd (docs/objectives.md) takes some 40 to 80.
         value_is_divergence: Whether the losses are a divergence from the teacher, so that smaller is closer; the values
             of score functions are surrogates, of which only the gradient means something.
         needs_rollout_log_probs: Whether the losses read the log-probabilities that rollouts were drawn with.
@@ -40,8 +40,8 @@ class Objective(ABC):
     def token_losses(self, student_logits: Tensor, teacher: TeacherScores | None, tokens: ResponseTokens) -> Tensor:
         """Losses [n] of n response tokens, in nats, differentiable in the student's logits.
 
-        Called for one chunk at a time, once, and differentiated at once. The loss of a token may read the logits of that
-        token only: what it counts for is multiplied in afterwards.
+        Called for one chunk at a time, once, and differentiated at once. The loss of a token may read the logits of
+        that token only: what it counts for is multiplied in afterwards.
 
         Args:
             student_logits: [n, V] untempered; half precision is upcast to float32.
