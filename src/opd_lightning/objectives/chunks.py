@@ -106,12 +106,13 @@ class _Compared(torch.autograd.Function):
         each = outer_gradient[:, None]
         factor = _same_for_all(outer_gradient) if ctx.trains_head else None
         if gradients is None or (ctx.trains_head and factor is None):
-            wanted = Wanted(ctx.needs_input_grad[1], ctx.needs_input_grad[2], outer_gradient)
+            factors = outer_gradient if factor is None else None  # weights that are all 1 change no bit
+            wanted = Wanted(ctx.needs_input_grad[1], ctx.needs_input_grad[2], factors)
             with ctx.surroundings.again():
                 once = OnePass(ctx.question, hidden, replace(ctx.head, weight=weight, bias=bias), wanted)
                 once.run()
             assert once.gradients is not None
-            gradients, factor = once.gradients, None
+            gradients = once.gradients
         finished = gradients.finish(each, factor)
         typed = [g if g is None else g.to(of.dtype) for g, of in zip(finished, (hidden, weight, bias), strict=True)]
         return *typed, None, None, None, None
