@@ -114,8 +114,7 @@ def run(order):
 if __name__ == "__main__":
     import_module("torchmetrics")
     cli = import_module("opd_lightning.commands.cli")
-    for room in cli.ROOMS_WITH_SHORT_NAMES:
-        import_module(f"opd_lightning.{room}")
+    import_module("opd_lightning.commands.short_names").import_rooms()
     main, sys.argv = cli.main, ["opd-lightning"]
     for line in sys.stdin:
         Path(EVENTS).write_text("0")

@@ -9,7 +9,6 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from typing import Any, NoReturn
 
 import torch
@@ -40,6 +39,7 @@ from opd_lightning.commands.parser import PROGRAM, OneLineParser, explain, optio
 from opd_lightning.commands.quiet import be_quiet
 from opd_lightning.commands.rollout import RolloutTrainer
 from opd_lightning.commands.run_records import RunRecords, keep_logs_in_root, run_folder
+from opd_lightning.commands.short_names import import_rooms
 from opd_lightning.commands.suggestions import nearest
 from opd_lightning.commands.trainer_settings import check_trainer
 from opd_lightning.interfaces.addresses import check_nothing_left_out, without_secrets
@@ -66,29 +66,6 @@ COMMANDS = ("fit", "validate", "test", "predict", *OWN_VERBS, *PLAIN_COMMANDS)
 DESCRIPTION = f"On-policy distillation of language models. Commands without a trainer: {', '.join(PLAIN_COMMANDS)}."
 DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 MISTAKES_AS_RUNTIME_ERRORS = ("Early stopping conditioned on metric",)  # how Lightning says that there is none
-ROOMS_WITH_SHORT_NAMES = (  # `HFStudent` works in YAML for the whole path, but only once its room was imported
-    "backends.hf",
-    "backends.vllm.colocated",
-    "backends.vllm.server",
-    "callbacks.effopd",
-    "callbacks.effopd_scores",
-    "callbacks.guards",
-    "callbacks.samples",
-    "callbacks.held_out_loss",
-    "callbacks.learning_rate_search",
-    "callbacks.mismatch",
-    "callbacks.update_recorder",
-    "objectives",
-    "rollouts.horizon",
-    "rollouts.one_step_ahead",
-    "rollouts.plain_engine",
-    "rollouts.reuse",
-    "rollouts.stored",
-    "training.schedules",
-    "selection",
-    "tasks",
-    "teachers",
-)
 
 
 def _as_data_seed(seed_everything: bool | int) -> int:
@@ -109,8 +86,7 @@ class OPDCLI(LightningCLI):
     """LightningCLI with one seed for everything, no abbreviations, and a configuration that wins over checkpoints."""
 
     def __init__(self, args: list[str] | None = None) -> None:
-        for room in ROOMS_WITH_SHORT_NAMES:
-            import_module(f"opd_lightning.{room}")
+        import_rooms()
         self._words = sys.argv[1:] if args is None else args
         super().__init__(
             OPDModule,

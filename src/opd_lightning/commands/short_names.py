@@ -1,0 +1,33 @@
+"""Rooms whose classes have short names in YAML."""
+
+from importlib import import_module
+
+ROOMS = (  # `HFStudent` works in YAML for the whole path, but only once its room was imported
+    "backends.hf",
+    "backends.vllm.colocated",
+    "backends.vllm.server",
+    "callbacks.effopd",
+    "callbacks.effopd_scores",
+    "callbacks.guards",
+    "callbacks.samples",
+    "callbacks.held_out_loss",
+    "callbacks.learning_rate_search",
+    "callbacks.mismatch",
+    "callbacks.update_recorder",
+    "objectives",
+    "rollouts.horizon",
+    "rollouts.one_step_ahead",
+    "rollouts.plain_engine",
+    "rollouts.reuse",
+    "rollouts.stored",
+    "training.schedules",
+    "selection",
+    "tasks",
+    "teachers",
+)
+
+
+def import_rooms() -> None:
+    """Make `HFStudent` do for its whole path: jsonargparse knows the subclasses of what has been imported."""
+    for room in ROOMS:
+        import_module(f"opd_lightning.{room}")
