@@ -42,8 +42,8 @@ def table(target: str, runs: list[dict[str, Any]]) -> str:
     for run in runs:
         if run["settings"]["target"] == target:
             by_arm[run["arm"]].append(run)
-    plain = [run for members in by_arm.values() for run in members if run["settings"]["passes"] == 1]
-    rest, generation = seconds_per_token([r for r in plain if r["settings"]["mini_batches"] == 1] or plain)
+    plain = [run for members in by_arm.values() for run in members if " U=" not in run["arm"]]
+    rest, generation = seconds_per_token(plain)
     heads = ["arm", "reached", *COSTS, *(f"seconds if {share:.0%}" for share in SHARES)]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for arm, members in by_arm.items():
