@@ -183,6 +183,10 @@ def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     not_compared: tuple[str, ...] = (
         (_OPTIMIZER_SETTINGS, _SCHEDULER, _OVERRIDE) if current.get(_OVERRIDE) else (_OVERRIDE,)
     )
+    for name in sorted(saved.keys() - current.keys()):
+        warnings.warn(
+            f"{name}: the checkpoint was written with {saved[name]}, and this version has no such setting.", stacklevel=2
+        )
     for name, old, new in _differences(saved, current):
         if name.startswith(not_compared):
             continue
