@@ -40,7 +40,9 @@ class Outer:
 
 
 def test_a_setting_that_is_gone_is_said():
-    with pytest.warns(UserWarning, match=r"model\.updates_per_batch: the checkpoint was written with 2, and this version"):
+    with pytest.warns(
+        UserWarning, match=r"model\.updates_per_batch: the checkpoint was written with 2, and this version"
+    ):
         check_resume({"model.updates_per_batch": 2, "data.rollouts_per_prompt": 1}, {"data.rollouts_per_prompt": 1})
 
 

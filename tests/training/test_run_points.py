@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from opd_lightning.backends.hf import LoraSettings
 from opd_lightning.callbacks.update_recorder import UpdateRecorder
 from opd_lightning.training.checkpoints import export
 from opd_lightning.training.run_points import find_updates
-from opd_lightning.training.weight_updates import kind_of, layer_of, plain_name
+from opd_lightning.training.stored_tensors import StoredTensors
+from opd_lightning.training.weight_updates import WeightPoint, kind_of, layer_of, plain_name
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 
@@ -195,3 +197,10 @@ def test_checkpoints_of_any_module_need_only_the_start(tmp_path):
 )
 def test_names(name, plain, kind, layer):
     assert (plain_name(name), kind_of(plain), layer_of(plain)) == (plain, kind, layer)
+
+
+def test_an_adapter_on_an_embedding_is_refused():
+    shapes = {"base_model.model.model.embed_tokens.lora_embedding_A": (2, 8)}
+    stored = StoredTensors(Path("x"), shapes, dict.fromkeys(shapes, torch.float32))
+    with pytest.raises(ValueError, match="lora_embedding_A is a part of an adapter .* Export the checkpoints"):
+        WeightPoint(1, stored, lora_scale=1.0).shapes  # noqa: B018

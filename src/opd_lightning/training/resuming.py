@@ -185,7 +185,8 @@ def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     )
     for name in sorted(saved.keys() - current.keys()):
         warnings.warn(
-            f"{name}: the checkpoint was written with {saved[name]}, and this version has no such setting.", stacklevel=2
+            f"{name}: the checkpoint was written with {saved[name]}, and this version has no such setting.",
+            stacklevel=2,
         )
     for name, old, new in _differences(saved, current):
         if name.startswith(not_compared):

@@ -63,11 +63,20 @@ class WeightPoint:
 
     @cached_property
     def factors(self) -> dict[str, dict[str, str]]:
-        """Stored names of the LoRA factors A [r, in] and B [out, r], by the plain name of their matrix."""
+        """Stored names of the LoRA factors A [r, in] and B [out, r], by the plain name of their matrix.
+
+        Raises:
+            ValueError: There is a part of an adapter that is no such factor.
+        """
         found: dict[str, dict[str, str]] = {}
         for name in self.stored.shapes:
             if match := _FACTOR.search(name):
                 found.setdefault(f"{plain_name(name[: match.start()])}.weight", {})[match[1]] = name
+            elif "lora_" in name:
+                raise ValueError(
+                    f"run: {name} is a part of an adapter (on an embedding, or more than plain LoRA) that is not merged"
+                    " here. Export the checkpoints with the adapter merged (opd-lightning export), and analyse those."
+                )
         return {name: pair for name, pair in found.items() if len(pair) == 2}
 
     @cached_property
