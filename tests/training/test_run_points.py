@@ -202,5 +202,5 @@ def test_names(name, plain, kind, layer):
 def test_an_adapter_on_an_embedding_is_refused():
     shapes = {"base_model.model.model.embed_tokens.lora_embedding_A": (2, 8)}
     stored = StoredTensors(Path("x"), shapes, dict.fromkeys(shapes, torch.float32))
-    with pytest.raises(ValueError, match="lora_embedding_A is a part of an adapter .* Export the checkpoints"):
+    with pytest.raises(ValueError, match=r"lora_embedding_A is a part of an adapter .* Export the checkpoints"):
         WeightPoint(1, stored, lora_scale=1.0).shapes  # noqa: B018
