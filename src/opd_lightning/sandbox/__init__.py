@@ -1,27 +1,38 @@
-"""A student and a teacher small enough to ship, in Hugging Face format, for `opd_lightning.tasks.arithmetic`.
+"""Students and teachers small enough to ship, in Hugging Face format: a short pair and a long one.
 
-Wherever a model is named, ``sandbox:student`` and ``sandbox:teacher`` stand for the folders in this package.
-`python -m opd_lightning.sandbox.make` made them.
+Wherever a model is named, ``sandbox:student`` and ``sandbox:teacher`` stand for the folders in this package that belong
+to `opd_lightning.tasks.arithmetic` (`python -m opd_lightning.sandbox.make` made them), ``sandbox:long-student`` and
+``sandbox:long-teacher`` for those that belong to `opd_lightning.tasks.ledger` (`... .sandbox.make_long`).
 """
 
 from pathlib import Path
 
 _PREFIX = "sandbox:"
-_NAMES = ("student", "teacher")
+_NAMES = ("student", "teacher", "long-student", "long-teacher")
 
 
 def student_path() -> Path:
-    """Return the folder of the student, which often forgets to carry."""
-    return Path(__file__).parent / "student"
+    """Return the folder of the student of the short sandbox, which often forgets to carry."""
+    return _folder("student")
 
 
 def teacher_path() -> Path:
-    """Return the folder of the teacher, the same model tuned further on right sums."""
-    return Path(__file__).parent / "teacher"
+    """Return the folder of the teacher of the short sandbox, the same model tuned further on right sums."""
+    return _folder("teacher")
+
+
+def long_student_path() -> Path:
+    """Return the folder of the student of the long sandbox, which has habits in every section of a ledger."""
+    return _folder("long-student")
+
+
+def long_teacher_path() -> Path:
+    """Return the folder of the teacher of the long sandbox, which books rightly from any state."""
+    return _folder("long-teacher")
 
 
 def resolve(path: str) -> str:
-    """Turn ``sandbox:student`` or ``sandbox:teacher`` into its folder and return any other path or hub id unchanged.
+    """Turn the name of a sandbox model into its folder and return any other path or hub id unchanged.
 
     Raises:
         ValueError: There is no such sandbox model.
@@ -30,5 +41,10 @@ def resolve(path: str) -> str:
         return path
     name = path.removeprefix(_PREFIX)
     if name not in _NAMES:
-        raise ValueError(f"model path: expected {' or '.join(_PREFIX + known for known in _NAMES)}, got {path!r}.")
-    return str(student_path() if name == "student" else teacher_path())
+        known = ", ".join(_PREFIX + known for known in _NAMES[:-1])
+        raise ValueError(f"model path: expected {known} or {_PREFIX}{_NAMES[-1]}, got {path!r}.")
+    return str(_folder(name))
+
+
+def _folder(name: str) -> Path:
+    return Path(__file__).parent / name.replace("-", "_")

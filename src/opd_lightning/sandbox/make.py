@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from opd_lightning.interfaces import Problem
+from opd_lightning.interfaces import Problem, Task
 from opd_lightning.sandbox.tokenizer import END_OF_TEXT, build_tokenizer
 from opd_lightning.tasks.arithmetic import NUM_LEVELS, ArithmeticTask, calculate, draw_expression, split_expression
 
@@ -70,8 +70,9 @@ def write_solution(expression: str, carelessness: float, rng: random.Random) -> 
 
 def draw_batches(
     tokenizer: PreTrainedTokenizerFast, carelessness: float, held_out: set[str], rng: random.Random
-) -> Iterator[Tensor]:
-    """Yield right-padded conversations [B, L], rows of about one length together, without end."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield right-padded conversations [B, L], rows of about one length together, and which tokens are learnt."""
+    assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
     while True:
         texts: list[str] = []
         while len(texts) < 16 * BATCH_SIZE:
@@ -84,7 +85,9 @@ def draw_batches(
         rng.shuffle(starts)
         for start in starts:
             batch = [torch.tensor(row) for row in rows[start : start + BATCH_SIZE]]
-            yield torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=tokenizer.pad_token_id)
+            ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=tokenizer.pad_token_id)
+            is_answer = ((ids == assistant).cumsum(1) > 0) & (ids != assistant)
+            yield ids, is_answer & (ids != tokenizer.pad_token_id)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -117,23 +120,20 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 def train(
     model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    batches: Iterator[Tensor],
+    batches: Iterator[tuple[Tensor, Tensor]],
     num_steps: int,
     learning_rate: float,
+    num_warmup_steps: int = 100,
 ) -> None:
-    """Minimise the cross-entropy of the answers; warm-up over 100 steps, linear decay over the second half."""
+    """Minimise the cross-entropy of what is learnt; linear decay over the second half."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
     model.train()
     for step in range(num_steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min((step + 1) / 100, 2 * (1 - step / num_steps), 1.0)
-        ids = next(batches)
-        inputs, targets = ids[:, :-1], ids[:, 1:]
-        is_answer = ((inputs == assistant).cumsum(1) > 0) & (targets != tokenizer.pad_token_id)
-        logits = model(input_ids=inputs, use_cache=False).logits
-        loss = cross_entropy(logits[is_answer], targets[is_answer])
+            group["lr"] = learning_rate * min((step + 1) / num_warmup_steps, 2 * (1 - step / num_steps), 1.0)
+        ids, is_learnt = next(batches)
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        loss = cross_entropy(logits[is_learnt[:, 1:]], ids[:, 1:][is_learnt[:, 1:]])
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -144,7 +144,13 @@ def train(
 
 @torch.no_grad()
 def measure_accuracy(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], *, sampled: bool
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Sequence[Problem],
+    *,
+    sampled: bool,
+    task: Task | None = None,
+    max_new_tokens: int = 64,
 ) -> float:
     """Return the share of problems answered right, one answer each, sampled at temperature 1 or greedy."""
     torch.manual_seed(0)
@@ -157,9 +163,9 @@ def measure_accuracy(
         return_dict=True,
     )
     choice = {"do_sample": True} if sampled else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    ids = model.generate(**prompts, max_new_tokens=64, **choice)
+    ids = model.generate(**prompts, max_new_tokens=max_new_tokens, **choice)
     responses = tokenizer.batch_decode(ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-    task = ArithmeticTask(0, 0, 0)
+    task = task if task is not None else ArithmeticTask(0, 0, 0)
     grades = [task.grade(problem, response) for problem, response in zip(problems, responses, strict=True)]
     return sum(grades) / len(grades)
 
@@ -201,11 +207,11 @@ def make(output: Path, seed: int = 0, steps: Sequence[int] = (1600, 300, 600), n
     careless = draw_batches(tokenizer, CARELESSNESS, held_out, rng)
     history = f"--seed {seed} --steps {' '.join(map(str, steps))}"
 
-    train(model, tokenizer, right, steps[0], learning_rate=3e-3)
-    train(model, tokenizer, careless, steps[1], learning_rate=1e-3)
+    train(model, right, steps[0], learning_rate=3e-3)
+    train(model, careless, steps[1], learning_rate=1e-3)
     story = f"It learnt right sums, then a careless pupil's: no carry or borrow in {CARELESSNESS:.0%} of the steps."
     save(output / "student", model, tokenizer, problems, {"name": "student", "story": story, "history": history})
-    train(model, tokenizer, right, steps[2], learning_rate=1e-3)
+    train(model, right, steps[2], learning_rate=1e-3)
     story = "It is the sandbox student tuned on right sums again."
     save(output / "teacher", model, tokenizer, problems, {"name": "teacher", "story": story, "history": history})
 
