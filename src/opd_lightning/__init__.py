@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from opd_lightning.rollouts.plain_engine import PlainEngine as PlainEngine
     from opd_lightning.rollouts.reuse import Reuse as Reuse
     from opd_lightning.tasks import ArithmeticTask as ArithmeticTask
-    from opd_lightning.tasks import MathTask as MathTask
     from opd_lightning.tasks import LedgerTask as LedgerTask
+    from opd_lightning.tasks import MathTask as MathTask
     from opd_lightning.teachers import BaseModelTeacher as BaseModelTeacher
     from opd_lightning.training.datamodule import OPDDataModule as OPDDataModule
     from opd_lightning.training.module import OPDModule as OPDModule

@@ -82,7 +82,9 @@ def test_faults_before_the_teacher_are_read_and_not_learnt(monkeypatch):
     monkeypatch.setattr(make_long, "FAULTS", ((1.0, 0.0, 0.0),))
     pieces = make_long.write_right(LEDGER, random.Random(0))
     assert text_of(pieces) != solve_ledger(LEDGER)
-    assert [text for text, is_learnt in pieces if not is_learnt] == [line[-2:] for line in text_of(pieces).split(";")[:-1]]
+    assert [text for text, is_learnt in pieces if not is_learnt] == [
+        line[-2:] for line in text_of(pieces).split(";")[:-1]
+    ]
 
 
 def test_the_pupil_stops_at_the_end_of_a_section_unless_it_is_led(monkeypatch):

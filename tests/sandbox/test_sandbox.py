@@ -36,7 +36,9 @@ def test_names_stand_for_folders_and_other_paths_pass_through():
 
 @pytest.mark.parametrize("path", ["sandbox:", "sandbox:Student", "sandbox:student/..", "sandbox:judge"])
 def test_unknown_sandbox_models_are_refused(path):
-    with pytest.raises(ValueError, match=f"expected sandbox:student, .* or sandbox:long-teacher, got '{re.escape(path)}'"):
+    with pytest.raises(
+        ValueError, match=f"expected sandbox:student, .* or sandbox:long-teacher, got '{re.escape(path)}'"
+    ):
         sandbox.resolve(path)
 
 

@@ -180,15 +180,24 @@ def make(output: Path, seed: int = 0, steps: Sequence[int] = (200, 250, 100), nu
     story = "It is the teacher of the short sandbox tuned on long ledgers."
     facts = {"name": "teacher", "story": story, "history": history}
     save(output / "long_teacher", model, tokenizer, problems, facts)
-    train(model, draw_batches(tokenizer, write_pupil, held_out, rng), steps[-1], learning_rate=1e-3, num_warmup_steps=20)
-    facts |= {"name": "student", "story": "It is the teacher of the long sandbox tuned on the work of a pupil with habits."}
+    train(
+        model, draw_batches(tokenizer, write_pupil, held_out, rng), steps[-1], learning_rate=1e-3, num_warmup_steps=20
+    )
+    facts |= {
+        "name": "student",
+        "story": "It is the teacher of the long sandbox tuned on the work of a pupil with habits.",
+    }
     save(output / "long_student", model, tokenizer, problems, facts)
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
-    ids = [tokenizer(text)["input_ids"] for text, _ in pieces]
-    is_learnt = [[piece[1]] * len(part) for piece, part in zip(pieces, ids, strict=True)]
-    return sum(ids, []), sum(is_learnt, [])
+    ids: list[int] = []
+    is_learnt: list[bool] = []
+    for text, learnt in pieces:
+        part = tokenizer(text)["input_ids"]
+        ids += part
+        is_learnt += [learnt] * len(part)
+    return ids, is_learnt
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
@@ -201,7 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make the teacher and the student of the long sandbox.")
     parser.add_argument("--output", type=Path, required=True, help="folder for long_teacher/ and long_student/")
     parser.add_argument("--seed", type=int, default=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, nargs=3, default=argparse.SUPPRESS, metavar=("TEACHER", "AGAIN", "STUDENT"))
+    parser.add_argument(
+        "--steps", type=int, nargs=3, default=argparse.SUPPRESS, metavar=("TEACHER", "AGAIN", "STUDENT")
+    )
     parser.add_argument("--num-problems", type=int, default=argparse.SUPPRESS, help="test problems to measure on")
     make(**vars(parser.parse_args(arguments)))
 
