@@ -4,14 +4,18 @@ import random
 import pytest
 import torch
 from safetensors.torch import load_file
+from toys import make_trainer
 from transformers import AutoModelForCausalLM
 
 from opd_lightning import sandbox
 from opd_lightning.backends.hf import HFStudent, HFTeacher
+from opd_lightning.interfaces import Sampling
 from opd_lightning.sandbox import make_long
 from opd_lightning.sandbox.make import measure_accuracy
 from opd_lightning.sandbox.tokenizer import build_tokenizer
 from opd_lightning.tasks.ledger import LedgerTask, solve_ledger
+from opd_lightning.training.datamodule import OPDDataModule
+from opd_lightning.training.module import OPDModule
 
 PATHS = {"student": sandbox.long_student_path(), "teacher": sandbox.long_teacher_path()}
 LEDGER = "16+23+11+14-19-25-15+18+17+16-26-13-18"
@@ -48,7 +52,7 @@ def test_the_pair_shares_everything_but_weights_and_card():
 
 
 def test_the_student_stops_early_and_the_teacher_goes_on(models):
-    task = LedgerTask(num_train=0, num_validation=0, num_test=24)
+    task = LedgerTask(num_train=0, num_validation=0, num_test=16)
     accuracy = {
         name: measure_accuracy(
             model, build_tokenizer(), task.problems("test"), sampled=True, task=task, max_new_tokens=128
@@ -56,7 +60,15 @@ def test_the_student_stops_early_and_the_teacher_goes_on(models):
         for name, model in models.items()
     }
     assert accuracy["student"] <= 0.1
-    assert accuracy["teacher"] >= 0.8
+    assert accuracy["teacher"] >= 0.4
+
+
+def test_one_step_of_distillation(tmp_path):
+    module = OPDModule(HFStudent("sandbox:long-student"), HFTeacher("sandbox:long-teacher", dtype="float32"))
+    data = OPDDataModule(LedgerTask(num_train=4), sampling=Sampling(max_new_tokens=16), prompts_per_step=2)
+    trainer = make_trainer(tmp_path, 1)
+    trainer.fit(module, data)
+    assert trainer.callback_metrics["train/reverse_kl"] > 0
 
 
 @pytest.mark.parametrize(
@@ -94,13 +106,14 @@ def test_the_pupil_stops_at_the_end_of_a_section_unless_it_is_led(monkeypatch):
     assert num_lines == {3, 6, 9, 12}
 
 
-def test_held_out_ledgers_stay_out_of_the_training_data():
+def test_held_out_ledgers_stay_out_of_the_training_data(monkeypatch):
+    monkeypatch.setattr(make_long, "BATCH_SIZE", 2)
     tokenizer = build_tokenizer()
 
     def drawn(held_out):
         ids, is_learnt = next(make_long.draw_batches(tokenizer, make_long.write_right, held_out, random.Random(0)))
         assert ids.shape == is_learnt.shape and is_learnt.any(1).all()
-        return {tokenizer.decode(row).split("=")[0] for row in ids}
+        return {tokenizer.decode(row).split("=")[0].removeprefix("<|user|>") for row in ids}
 
     ledgers = drawn(set())
     assert ledgers and not ledgers & drawn(ledgers)

@@ -36,6 +36,7 @@ STOPPING = 0.9  # at the end of a section
 SLIPPING = (0.6, 0.85, 0.85, 0.85)  # per line, by section
 SKIPPING = 0.04  # per line
 FAULTS = ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), (0.5, 0.1, 0.02), (0.2, 0.1, 0.0))  # before the teacher: slip, skip, stop
+SHARPENING = 2.0
 CARD = """---
 library_name: transformers
 license: apache-2.0
@@ -177,9 +178,9 @@ def make(output: Path, seed: int = 0, steps: Sequence[int] = (200, 250, 100), nu
     right = draw_batches(tokenizer, write_right, held_out, rng)
     for num_steps in steps[:-1]:
         train(model, right, num_steps, learning_rate=2e-3, num_warmup_steps=20)
-    story = "It is the teacher of the short sandbox tuned on long ledgers."
+    story = f"It is the teacher of the short sandbox tuned on long ledgers, its logits then multiplied by {SHARPENING}."
     facts = {"name": "teacher", "story": story, "history": history}
-    save(output / "long_teacher", model, tokenizer, problems, facts)
+    save(output / "long_teacher", _sharpened(model), tokenizer, problems, facts)
     train(
         model, draw_batches(tokenizer, write_pupil, held_out, rng), steps[-1], learning_rate=1e-3, num_warmup_steps=20
     )
@@ -188,6 +189,14 @@ def make(output: Path, seed: int = 0, steps: Sequence[int] = (200, 250, 100), nu
         "story": "It is the teacher of the long sandbox tuned on the work of a pupil with habits.",
     }
     save(output / "long_student", model, tokenizer, problems, facts)
+
+
+def _sharpened(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
+    """A copy that is surer of the same answers: trained so shortly, it is right more often than it is sure."""
+    sharpened = copy.deepcopy(model)
+    with torch.no_grad():
+        sharpened.model.norm.weight.mul_(SHARPENING)  # the head is linear
+    return sharpened
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
