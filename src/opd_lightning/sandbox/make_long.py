@@ -92,8 +92,8 @@ def write_pupil(ledger: str, rng: random.Random) -> list[Piece]:
         is_led = on_right_lines and section < led_until
         slips = not is_led and rng.random() < SLIPPING[section]
         result = mistake(balance, entry, section) if slips else book(balance, entry)
-        tens, units = f"{balance:02d}"
-        pieces += [(tens, is_decision), (f"{units}{entry}=", True), (f"{result:02d}", not is_led), (";", True)]
+        line = f"{balance:02d}{entry}="
+        pieces += [(line[0], is_decision), (line[1:], True), (f"{result:02d}", not is_led), (";", True)]
         balance = result
     return [*pieces, (f"#{balance:02d}", True)]
 
@@ -143,7 +143,7 @@ def save(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     problems: Sequence[Problem],
-    facts: dict[str, object],
+    facts: dict[str, str],
 ) -> None:
     """Write the model folder in bfloat16, tokenizer and model card included."""
     rounded = copy.deepcopy(model).to(torch.bfloat16)
