@@ -162,7 +162,7 @@ def save(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def make(output: Path, seed: int = 0, steps: Sequence[int] = (200, 250, 100), num_problems: int = 128) -> None:
+def make(output: Path, seed: int = 0, steps: Sequence[int] = (1200, 1000, 400), num_problems: int = 128) -> None:
     """Train, measure and write `output/long_teacher` (trained twice, so many steps) and `output/long_student`."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)
