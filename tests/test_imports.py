@@ -120,6 +120,7 @@ def test_rooms_have_telling_names():
         assert path.stem not in sys.stdlib_module_names or path.stem.startswith("__"), room_of(path)
 
 
+@pytest.mark.slow
 def test_the_package_loads_neither_transformers_nor_vllm():
     # Lightning itself imports torchmetrics, which imports transformers where it is installed: that is not our doing
     code = (
