@@ -1,6 +1,7 @@
 """What is rescued resumes exactly; what could not is not saved, and said."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,3 +135,8 @@ def test_an_interrupted_search_is_not_saved(tmp_path, folders, rescue_first, cap
         fit(tmp_path, folders, callbacks=callbacks if rescue_first else callbacks[::-1])
     assert "no rescue is saved, since a search" in capsys.readouterr().out
     assert rescued(tmp_path) == []
+
+
+def test_a_mistake_found_before_anything_is_set_up_stays_the_error():
+    trainer = SimpleNamespace(world_size=2, global_rank=1)
+    RescueCheckpoint().on_exception(trainer, None, ValueError("a setting"))  # raises nothing of its own

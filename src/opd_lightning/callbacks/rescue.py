@@ -51,7 +51,7 @@ class RescueCheckpoint(Callback):
         self.patience = patience
         self.is_between_steps = True
         self.loop_after_step: dict[str, Any] | None = None  # of the training loop, at the end of the last step
-        self._is_saving = False
+        self._is_saving = self._is_set_up = False
         self._folder: str | Path | None = None
 
     @override
@@ -60,6 +60,7 @@ class RescueCheckpoint(Callback):
         if not isinstance(trainer._signal_connector, StopSignals):  # the command adds one to that of the user
             trainer._signal_connector = StopSignals(trainer, self.patience)
         self.signals = trainer._signal_connector
+        self._is_set_up = True
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -111,6 +112,8 @@ class RescueCheckpoint(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if not self._is_set_up:  # a mistake was found before: there is nothing to rescue
+            return
         if isinstance(exception, SIGTERMException):
             # Lightning's launcher kills the first process, with the status, when one that it started ends with another
             exception.code = self.signals.status if trainer.local_rank == 0 else 0
