@@ -244,6 +244,16 @@ CASES = [
         command="fitt",
     ),
     bad(
+        "null for a number",
+        r"model.max_tokens_per_micro_batch: expected int, got null. Leave it out for 16384",
+        {"model.max_tokens_per_micro_batch": None},
+    ),
+    bad(
+        "null for a number of a class",
+        r"data.task.num_train: expected int, got null. Leave it out for",
+        {f"{TASK}.num_train": None},
+    ),
+    bad(
         "unknown teacher",
         r"model.teacher: there is no class HFTeachr here; expected one of .*HFTeacher",
         {"model.teacher": of_class("HFTeachr")},

@@ -35,6 +35,7 @@ from opd_lightning.commands.analyze import analyze
 from opd_lightning.commands.ckpt_path import WORDS, check_checkpoint, find_checkpoint
 from opd_lightning.commands.completion import PrintAndExit, completion_script
 from opd_lightning.commands.diagnose import DiagnosingTrainer
+from opd_lightning.commands.null_settings import check_nulls
 from opd_lightning.commands.parser import PROGRAM, OneLineParser, explain, options_of
 from opd_lightning.commands.quiet import be_quiet
 from opd_lightning.commands.rollout import RolloutTrainer
@@ -153,6 +154,7 @@ class OPDCLI(LightningCLI):
         dump = self._parser(self.config.subcommand).dump(settings, skip_unset=False, skip_validation=True)
         check_nothing_left_out(yaml.safe_load(dump))
         check_trainer(settings.trainer)
+        check_nulls(settings)
         keep_logs_in_root(settings.trainer)
         if settings.num_threads:
             torch.set_num_threads(settings.num_threads)
