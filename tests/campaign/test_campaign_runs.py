@@ -98,7 +98,8 @@ def rows(folder):
 
 
 def newest(folder):
-    path = max(folder.rglob("*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name == "last.ckpt"))
+    there = filter(Path.exists, folder.rglob("*.ckpt"))  # a kill may leave the link last.ckpt without its target
+    path = max(there, key=lambda path: (path.stat().st_mtime_ns, path.name == "last.ckpt"))
     content = torch.load(path, weights_only=True)
     return {name: content[name] for name in ("global_step", "state_dict", "optimizer_states")}
 
