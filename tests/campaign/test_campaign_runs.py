@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
