@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import rich
 import torch
+from browser import browser as browser  # a fixture
 from hypothesis import settings
 
 torch.set_num_threads(1)  # several workers share the cores; tiny models lose time on a second thread
