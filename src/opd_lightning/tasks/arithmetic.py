@@ -6,7 +6,9 @@ import random
 import re
 from collections.abc import Sequence
 
-from opd_lightning.interfaces import Problem, Split, Task
+from typing_extensions import override
+
+from opd_lightning.tasks.made_up import MadeUpTask
 
 NUM_LEVELS = 4
 LARGEST_NUMBER = 99
@@ -15,7 +17,7 @@ _TERM = re.compile(r"([-+*])([0-9]+)")
 _ANSWER_SHEET = re.compile(r"(?:[0-9]{1,4}[-+*][0-9]{1,4}=[0-9]{1,4};){1,16}#([0-9]{1,4})")
 
 
-class ArithmeticTask(Task):
+class ArithmeticTask(MadeUpTask):
     """Sums of two-digit numbers, answered in visible steps: ``17+25-8=`` wants ``17+25=42;42-8=34;#34``.
 
     A problem of level l has l + 1 operations, worked from left to right; only the first may be a product, so the usual
@@ -36,6 +38,11 @@ class ArithmeticTask(Task):
         ValueError: A size is negative, a level is unknown, or more problems are asked for than are sure to differ.
     """
 
+    name = "arithmetic"
+    num_levels = NUM_LEVELS
+    most = 50_000
+    answer_sheet = _ANSWER_SHEET
+
     def __init__(
         self,
         num_train: int = 4096,
@@ -44,34 +51,17 @@ class ArithmeticTask(Task):
         levels: Sequence[int] = (1, 2, 3, 4),
         seed: int = 0,
     ) -> None:
-        sizes = {"test": num_test, "validation": num_validation, "train": num_train}
-        for split, size in sizes.items():
-            if size < 0:
-                raise ValueError(f"num_{split}: expected 0 or more problems, got {size}.")
-        if not levels or any(level not in range(1, NUM_LEVELS + 1) for level in levels):
-            raise ValueError(f"levels: expected at least one level out of 1 to {NUM_LEVELS}, got {list(levels)}.")
-        if sum(sizes.values()) > 50_000:
-            raise ValueError(
-                f"num_train + num_validation + num_test: expected at most 50000 problems, got {sum(sizes.values())}; "
-                "ask for fewer."
-            )
-        taken: set[str] = set()
-        self._problems = {
-            split: _draw_problems(random.Random(f"{seed}/{split}"), size, levels, taken)
-            for split, size in sizes.items()
-        }
+        super().__init__(num_train, num_validation, num_test, levels, seed)
 
-    def problems(self, split: Split) -> list[Problem]:
-        """All problems of a split, in a fixed order."""
-        return list(self._problems["test" if split == "predict" else split])
+    @staticmethod
+    @override
+    def draw(rng: random.Random, level: int) -> str:
+        return draw_expression(rng, level)
 
-    def grade(self, problem: Problem, response: str) -> float:
-        """Return 1 when the response is steps followed by ``#`` and the right number, and nothing else; otherwise 0.
-
-        Only the final number is marked, as the steps are for the reader; it must be written as the reference is.
-        """
-        sheet = _ANSWER_SHEET.fullmatch(response)
-        return float(sheet is not None and sheet[1] == problem.answer)
+    @staticmethod
+    @override
+    def solve(question: str) -> str:
+        return solve(question)
 
 
 def draw_expression(rng: random.Random, level: int) -> str:
@@ -112,24 +102,3 @@ def solve(expression: str) -> str:
         steps.append(f"{value}{sign}{number}={result};")
         value = result
     return "".join(steps) + f"#{value}"
-
-
-def _draw_problems(rng: random.Random, num_problems: int, levels: Sequence[int], taken: set[str]) -> list[Problem]:
-    problems = []
-    for index in range(num_problems):
-        level = levels[index % len(levels)]
-        expression = draw_expression(rng, level)
-        while expression in taken:
-            expression = draw_expression(rng, level)
-        taken.add(expression)
-        solution = solve(expression)
-        problems.append(
-            Problem(
-                uid=f"arithmetic/{expression}",
-                messages=({"role": "user", "content": f"{expression}="},),
-                answer=solution.rpartition("#")[2],
-                source="arithmetic",
-                columns={"level": level, "solution": solution},
-            )
-        )
-    return problems

@@ -6,7 +6,9 @@ import random
 import re
 from collections.abc import Sequence
 
-from opd_lightning.interfaces import Problem, Split, Task
+from typing_extensions import override
+
+from opd_lightning.tasks.made_up import MadeUpTask
 
 SIGNS = "+-+-"  # of the four sections
 NUM_LEVELS = 2
@@ -15,7 +17,7 @@ _TERM = re.compile(r"[-+][0-9]{2}")
 _ANSWER_SHEET = re.compile(r"(?:[0-9]{2}[-+][0-9]{2}=[0-9]{2};){1,40}#([0-9]{2})")
 
 
-class LedgerTask(Task):
+class LedgerTask(MadeUpTask):
     """Balances of four sections, booked line by line: ``16+23+...=`` wants ``16+23=39;39+11=50;...;#10``.
 
     A ledger of level l has 2 + l entries in each of four sections: receipts, payments, receipts, payments. No entry
@@ -36,6 +38,11 @@ class LedgerTask(Task):
         ValueError: A size is negative, a level is unknown, or more than 500,000 problems are asked for.
     """
 
+    name = "ledger"
+    num_levels = NUM_LEVELS
+    most = 500_000
+    answer_sheet = _ANSWER_SHEET
+
     def __init__(
         self,
         num_train: int = 8192,
@@ -44,34 +51,17 @@ class LedgerTask(Task):
         levels: Sequence[int] = (1,),
         seed: int = 0,
     ) -> None:
-        sizes = {"test": num_test, "validation": num_validation, "train": num_train}
-        for split, size in sizes.items():
-            if size < 0:
-                raise ValueError(f"num_{split}: expected 0 or more problems, got {size}.")
-        if not levels or any(level not in range(1, NUM_LEVELS + 1) for level in levels):
-            raise ValueError(f"levels: expected at least one level out of 1 to {NUM_LEVELS}, got {list(levels)}.")
-        if sum(sizes.values()) > 500_000:
-            raise ValueError(
-                "num_train + num_validation + num_test: expected at most 500000 problems, got"
-                f" {sum(sizes.values())}; ask for fewer."
-            )
-        taken: set[str] = set()
-        self._problems = {
-            split: _draw_problems(random.Random(f"{seed}/{split}"), size, levels, taken)
-            for split, size in sizes.items()
-        }
+        super().__init__(num_train, num_validation, num_test, levels, seed)
 
-    def problems(self, split: Split) -> list[Problem]:
-        """All problems of a split, in a fixed order."""
-        return list(self._problems["test" if split == "predict" else split])
+    @staticmethod
+    @override
+    def draw(rng: random.Random, level: int) -> str:
+        return draw_ledger(rng, level)
 
-    def grade(self, problem: Problem, response: str) -> float:
-        """Return 1 when the response is lines followed by ``#`` and the right balance, and nothing else; otherwise 0.
-
-        Only the final balance is marked, as the lines are for the reader.
-        """
-        sheet = _ANSWER_SHEET.fullmatch(response)
-        return float(sheet is not None and sheet[1] == problem.answer)
+    @staticmethod
+    @override
+    def solve(question: str) -> str:
+        return solve_ledger(question)
 
 
 def draw_ledger(rng: random.Random, level: int) -> str:
@@ -105,24 +95,3 @@ def solve_ledger(ledger: str) -> str:
         written += f"{balance:02d}{entry}={result:02d};"
         balance = result
     return f"{written}#{balance:02d}"
-
-
-def _draw_problems(rng: random.Random, num_problems: int, levels: Sequence[int], taken: set[str]) -> list[Problem]:
-    problems = []
-    for index in range(num_problems):
-        level = levels[index % len(levels)]
-        ledger = draw_ledger(rng, level)
-        while ledger in taken:
-            ledger = draw_ledger(rng, level)
-        taken.add(ledger)
-        solution = solve_ledger(ledger)
-        problems.append(
-            Problem(
-                uid=f"ledger/{ledger}",
-                messages=({"role": "user", "content": f"{ledger}="},),
-                answer=solution.rpartition("#")[2],
-                source="ledger",
-                columns={"level": level, "solution": solution},
-            )
-        )
-    return problems
