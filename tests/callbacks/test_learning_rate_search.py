@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 
 from opd_lightning import EffOPD, HeldOutLoss, LearningRateLineSearch
+from opd_lightning.interfaces import Score
 from opd_lightning.training.schedules import WarmupDecay
 
 NUM_STEPS = 8
@@ -199,3 +200,18 @@ def test_a_strategy_with_flat_copies_of_the_weights_is_refused():
 def test_a_score_that_is_none_is_refused():
     with pytest.raises(ValueError, match=r"LearningRateLineSearch\.score: expected a Score or a function"):
         LearningRateLineSearch("TeacherKL")
+
+
+def test_the_score_hears_of_each_search_before_it_is_asked(tmp_path):
+    heard = []
+
+    class OnNewData(Score):
+        def begin(self, trainer, module):
+            heard.append("begin")
+
+        def __call__(self, trainer, module):
+            heard.append("score")
+            return held_out()(trainer, module)
+
+    fit(tmp_path, Regression(1e-4), LearningRateLineSearch(OnNewData()), max_steps=3)
+    assert heard[0] == "begin" and heard.count("begin") == 1 and heard.count("score") >= 5

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from opd_lightning.callbacks.console import say
+from opd_lightning.callbacks.weight_search import WeightSearch
 from opd_lightning.extrapolation import (
     DEFAULT_LORA_STEP,
     Accept,
@@ -26,12 +26,11 @@ from opd_lightning.extrapolation import (
     check_device,
     reshard,
     select_parameters,
-    undisturbed,
 )
 from opd_lightning.interfaces import Score
 
 
-class EffOPD(Callback):
+class EffOPD(WeightSearch):
     """Move the weights along their recent update direction while a score does not get worse (arXiv 2605.11739, 4.1).
 
     After optimiser steps 1, 2, 4, 8, ... (or another schedule) Delta is the change of the weights since the search
@@ -92,16 +91,13 @@ class EffOPD(Callback):
         optimizer_index: int = 0,
         name: str | None = None,
     ) -> None:
-        if not callable(score):
-            raise ValueError(f"score: expected a Score or a function of the module, got {score!r}.")
+        super().__init__(score, optimizer_index)
         if name is not None and (not name or "/" in name):
             raise ValueError(f"name: expected a word without slashes, or null, got {name!r}.")
         self.name = name
         self._key = "effopd" if name is None else f"effopd/{name}"
         self._anchor_device = anchor_device
-        self.score = score
         self.parameters = parameters
-        self.optimizer_index = optimizer_index
         self._extrapolator = Extrapolator(
             LineSearch(candidates, backward, accept, min_improvement),
             Schedule(schedule),
@@ -110,7 +106,6 @@ class EffOPD(Callback):
         )
         self._restored = False
         self._fitted: weakref.ref[LightningModule] | None = None
-        self._step_counter: RemovableHandle | None = None
         self.last_search: SearchReport | None = None
 
     @property
@@ -118,28 +113,16 @@ class EffOPD(Callback):
         """Whether optimiser steps call for a search that has not been finished."""
         return self._extrapolator.is_due
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse strategies whose weights cannot be edited in place, absent devices, and twins."""
-        if stage != "fit":
-            return
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
-            raise ValueError(
-                f"strategy: EffOPD cannot edit weights under {type(trainer.strategy).__name__}. Use a single device, "
-                "DDP, or FSDP2 (ModelParallelStrategy)."
-            )
+    @override
+    def check_setup(self, callbacks: list[Callback]) -> None:
+        """Refuse absent devices, and twins."""
         check_device(self._anchor_device)
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if sum(isinstance(other, EffOPD) and other.name == self.name for other in callbacks) > 1:
             shared = "no name" if self.name is None else f"the name {self.name!r}"
             raise ValueError(
                 f"callbacks: several EffOPD callbacks have {shared}, so that checkpoints and logs could not tell them "
                 "apart. Give each a name of its own (EffOPD.name)."
             )
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask the score whether it can be taken here, before anything is trained."""
-        if isinstance(self.score, Score):
-            self.score.check(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the older point: from the checkpoint, from the last fit of the same run, or where the weights are."""
@@ -154,13 +137,8 @@ class EffOPD(Callback):
             self._extrapolator.reset()
             self._extrapolator.start(weights)
         self._restored, self._fitted = False, weakref.ref(pl_module)
-        if not 0 <= self.optimizer_index < len(trainer.optimizers):
-            raise ValueError(
-                f"optimizer_index: expected a number from 0 to {len(trainer.optimizers) - 1}, one for each optimiser "
-                f"of the module, got {self.optimizer_index}."
-            )
-        optimizer = trainer.optimizers[self.optimizer_index]
-        self._step_counter = optimizer.register_step_post_hook(lambda *_: self._extrapolator.count_step())
+        optimizer = self.find_optimizer(trainer)
+        self._hook = optimizer.register_step_post_hook(lambda *_: self._extrapolator.count_step())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -170,13 +148,10 @@ class EffOPD(Callback):
             self._extrapolator.ask()
         if not self._extrapolator.is_due:
             return
-        if isinstance(self.score, Score):
-            self.score.begin(trainer, pl_module)
+        self.begin_scores(trainer, pl_module)
         report = self._extrapolator.search(
-            lambda: self._evaluate(trainer, pl_module),
-            before_edit=lambda: reshard(pl_module),
-            after_edit=getattr(pl_module, "on_weights_moved", lambda: None),
-            count_tokens=lambda: getattr(self.score, "tokens", 0),
+            lambda: self.take_score(trainer, pl_module, seed=self._extrapolator.num_steps),
+            **self.around_search(pl_module),
         )
         if report is None:
             return
@@ -186,16 +161,9 @@ class EffOPD(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(report.metrics(self._key), step=trainer.global_step)
 
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> float:
-        # The hook runs outside autocast, training does not: the score has to see the precision that training sees.
-        with undisturbed(pl_module, seed=self._extrapolator.num_steps), trainer.precision_plugin.forward_context():
-            if isinstance(self.score, Score):
-                return self.score(trainer, pl_module)
-            return self.score(pl_module)
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop counting and say what the searches of the run amounted to."""
-        self._stop_counting()
+        super().on_train_end(trainer, pl_module)
         self._extrapolator.pause()
         say(trainer, self._signed(self._extrapolator.summary()))
         for logger in trainer.loggers:
@@ -203,15 +171,6 @@ class EffOPD(Callback):
 
     def _signed(self, line: str) -> str:
         return line if self.name is None else f"{self.name}: {line}"
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop counting."""
-        self._stop_counting()
-
-    def _stop_counting(self) -> None:
-        if self._step_counter is not None:
-            self._step_counter.remove()
-            self._step_counter = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the older point and the counters into the checkpoint (tensors, numbers and containers only)."""

@@ -6,18 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from opd_lightning.callbacks.console import say
 from opd_lightning.callbacks.effopd import EffOPD
-from opd_lightning.extrapolation import RateReport, RateSearch, reshard, undisturbed
+from opd_lightning.callbacks.weight_search import WeightSearch
+from opd_lightning.extrapolation import RateReport, RateSearch, reshard
 from opd_lightning.interfaces import Score
 
 
-class LearningRateLineSearch(Callback):
+class LearningRateLineSearch(WeightSearch):
     """Find the learning rate from the first step's best length, so that no sweep is needed.
 
     After the first optimiser step a line search scores multiples of that step on a small task of your choice, by
@@ -53,28 +52,14 @@ class LearningRateLineSearch(Callback):
     """
 
     def __init__(self, score: Score | Callable[[LightningModule], float], optimizer_index: int = 0) -> None:
-        if not callable(score):
-            raise ValueError(
-                f"LearningRateLineSearch.score: expected a Score or a function of the module, got {score!r}."
-            )
-        self.score = score
-        self.optimizer_index = optimizer_index
+        super().__init__(score, optimizer_index)
         self._key = f"learning_rate_line_search/{optimizer_index}"  # of its entry in checkpoints
         self.last_search: RateReport | None = None
         self._search: RateSearch | None = None
         self._restored: dict[str, Any] | None = None
-        self._hook: RemovableHandle | None = None
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
-            raise ValueError(
-                f"strategy: LearningRateLineSearch cannot edit weights under {type(trainer.strategy).__name__}. Use a"
-                " single device, DDP, or FSDP2 (ModelParallelStrategy)."
-            )
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    def check_setup(self, callbacks: list[Callback]) -> None:
         before = callbacks[: callbacks.index(self)]
         if any(isinstance(other, EffOPD) for other in before):
             raise ValueError(
@@ -91,21 +76,12 @@ class LearningRateLineSearch(Callback):
             )
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(self.score, Score):
-            self.score.check(trainer, pl_module)
-
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not 0 <= self.optimizer_index < len(trainer.optimizers):
-            raise ValueError(
-                f"LearningRateLineSearch.optimizer_index: expected a number from 0 to {len(trainer.optimizers) - 1},"
-                f" one for each optimiser of the module, got {self.optimizer_index}."
-            )
+        optimizer = self.find_optimizer(trainer)
         state, self._restored = self._restored, None
         if state is None and self._search is not None and trainer.global_step > 0:
             state = self._search.state_dict()  # the same run, fitted on
-        self._search = RateSearch(trainer.optimizers[self.optimizer_index])
+        self._search = RateSearch(optimizer)
         if state is not None:
             self._search.load_state_dict(state)
         search = self._search
@@ -125,16 +101,15 @@ class LearningRateLineSearch(Callback):
         assert search is not None
         if not search.is_due:
             return
+        self.begin_scores(trainer, pl_module)
         report = search.search(
-            lambda: self._evaluate(trainer, pl_module, seed=search.num_steps),
+            lambda: self.take_score(trainer, pl_module, seed=search.num_steps),
             [
                 config.scheduler
                 for config in trainer.lr_scheduler_configs
                 if config.scheduler.optimizer is search.optimizer
             ],
-            before_edit=lambda: reshard(pl_module),
-            after_edit=getattr(pl_module, "on_weights_moved", lambda: None),
-            count_tokens=lambda: getattr(self.score, "tokens", 0),
+            **self.around_search(pl_module),
         )
         if report is None:
             return
@@ -142,26 +117,6 @@ class LearningRateLineSearch(Callback):
         say(trainer, str(report))
         for logger in trainer.loggers:
             logger.log_metrics(report.metrics(), step=trainer.global_step)
-
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, seed: int) -> float:
-        # The hook runs outside autocast, training does not: the score has to see the precision that training sees.
-        with undisturbed(pl_module, seed=seed), trainer.precision_plugin.forward_context():
-            if isinstance(self.score, Score):
-                return self.score(trainer, pl_module)
-            return self.score(pl_module)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._detach()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._detach()
-
-    def _detach(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
