@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from opd_lightning.backends.hf.anatomy import body_states, decoder_config
+from opd_lightning.backends.hf.cache import RoomyCache
 from opd_lightning.interfaces import Sampling, Student
 from opd_lightning.randomness import hashed_uniforms
 from opd_lightning.rollouts.sampling import draw_tokens
@@ -86,26 +85,6 @@ class NonFiniteLogits(FloatingPointError):
         self.position = position
 
 
-class _Cache(DynamicCache):  # type: ignore[misc]
-    """Keys and values in the dtype that attention takes them in.
-
-    Under autocast a float32 model makes float32 keys (the rotation promotes them), and growing the cache promotes the
-    values too: twice the memory, cast again for every token. Attention is in the dtype of autocast either way.
-    """
-
-    def __init__(self, config: Any, device_type: str) -> None:
-        super().__init__(config=config)
-        is_cast = torch.is_autocast_enabled(device_type)
-        self._dtype = torch.get_autocast_dtype(device_type) if is_cast else torch.float32
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys, values = (
-            states.to(self._dtype) if states.dtype == torch.float32 else states for states in (key_states, value_states)
-        )
-        grown: tuple[Tensor, Tensor] = super().update(keys, values, *args, **kwargs)
-        return grown
-
-
 class _LiveRows:
     """The rows still being written: their cache, and where their results go.
 
@@ -125,7 +104,7 @@ class _LiveRows:
         self.mask = torch.tensor(masks, device=device) if has_padding else None
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.rows = torch.arange(len(prompts), device=device)
-        self.cache = _Cache(decoder_config(model), device.type)
+        self.cache = RoomyCache(decoder_config(model), device.type, most=width + room)
         positions = torch.arange(width, device=device) - (width - self.lengths[:, None])
         self.hidden = self._run(torch.tensor(padded, device=device), positions.clamp_(min=0))
 
