@@ -9,6 +9,7 @@ import pytest
 import rich
 import torch
 from browser import browser as browser  # a fixture
+from forks import forks as forks  # another
 from hypothesis import settings
 
 torch.set_num_threads(1)  # several workers share the cores; tiny models lose time on a second thread

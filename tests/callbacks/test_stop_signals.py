@@ -1,52 +1,42 @@
 """Real processes, the real command: a signal ends a run with its own status, after a rescue, and never hangs it."""
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+TWO_PROCESSES = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 
 
-def run(folder, *arguments, command="fit", sender=None, nohup=False):
+SMALL = (
+    *("--data.num_validation_problems", "6", "--data.prompts_per_step", "8", "--data.sampling.max_new_tokens", "24"),
+    *("--data.validation_batch_size", "2", "--trainer.val_check_interval", "2", "--trainer.max_steps", "4"),
+    *("--trainer.enable_progress_bar", "false"),
+)
+
+
+@pytest.fixture
+def run(forks):
     """Run the command on the quickstart, made smaller; returns the process, ended in good time."""
-    words = [
-        *(
-            "timeout",
-            "-s",
-            "ABRT",
-            "400",
-        ),  # which the run does not trap; the status is 124 then (and the machine may be busy)
-        *(["nohup"] if nohup else []),
-        *(sys.executable, "-m", "opd_lightning", command, "--config", str(ROOT / "configs" / "quickstart.yaml")),
-        *(
-            "--data.num_validation_problems",
-            "6",
-            "--data.prompts_per_step",
-            "8",
-            "--data.sampling.max_new_tokens",
-            "24",
-        ),
-        *("--data.validation_batch_size", "2", "--trainer.val_check_interval", "2"),
-        *("--trainer.max_steps", "4", "--trainer.default_root_dir", str(folder)),
-        *("--trainer.enable_progress_bar", "false"),
-    ]
-    if sender is not None:
-        words.append("--trainer.callbacks+=signal_sender.SendSignal")
-        words += [f"--trainer.callbacks.{name}={value}" for name, value in sender.items()]
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return subprocess.run([*words, *map(str, arguments)], env=environment, capture_output=True, text=True)
+
+    def run(folder, *arguments, command="fit", sender=None, ignored=None):
+        words = [command, "--config", ROOT / "configs" / "quickstart.yaml", *SMALL]
+        words += ["--trainer.default_root_dir", folder]
+        if sender is not None:
+            words.append("--trainer.callbacks+=signal_sender.SendSignal")
+            words += [f"--trainer.callbacks.{name}={value}" for name, value in sender.items()]
+        processes = 2 if TWO_PROCESSES[0] in arguments else 1
+        return forks.run("opd-lightning", *words, *arguments, ignored=ignored, processes=processes)
+
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 @pytest.mark.parametrize("in_validation", [False, True], ids=["step", "validation"])
-def test_a_run_ended_by_a_signal_says_so_in_its_status(tmp_path, name, status, in_validation):
+def test_a_run_ended_by_a_signal_says_so_in_its_status(run, tmp_path, name, status, in_validation):
     sender = {"name": name, "step": 2, "in_validation": in_validation}
     done = run(tmp_path, sender=sender)
     assert done.returncode == status, done.stdout + done.stderr
@@ -57,25 +47,22 @@ def test_a_run_ended_by_a_signal_says_so_in_its_status(tmp_path, name, status, i
 
 
 @pytest.mark.slow
-def test_an_evaluation_ended_by_a_signal_says_so_in_its_status(tmp_path):
+def test_an_evaluation_ended_by_a_signal_says_so_in_its_status(run, tmp_path):
     sender = {"name": "SIGTERM", "step": 0, "in_validation": True}
     assert run(tmp_path, command="validate", sender=sender).returncode == 143
 
 
 @pytest.mark.slow
-def test_a_signal_that_is_to_be_ignored_is_ignored(tmp_path):
-    done = run(tmp_path, sender={"name": "SIGHUP", "step": 2}, nohup=True)
+def test_a_signal_that_is_to_be_ignored_is_ignored(run, tmp_path):
+    done = run(tmp_path, sender={"name": "SIGHUP", "step": 2}, ignored="SIGHUP")
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(tmp_path.rglob("rescue.ckpt")) == []
-
-
-TWO_PROCESSES = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("in_validation", [False, True], ids=["step", "validation"])
 @pytest.mark.parametrize("rank", [-1, 0, 1], ids=["all", "first", "second"])
-def test_two_processes_agree_to_stop_and_the_rescue_resumes(tmp_path, rank, in_validation):
+def test_two_processes_agree_to_stop_and_the_rescue_resumes(run, tmp_path, rank, in_validation):
     sender = {"name": "SIGTERM", "step": 2, "rank": rank, "in_validation": in_validation}
     done = run(tmp_path, *TWO_PROCESSES, sender=sender)
     assert done.returncode == 143, done.stdout + done.stderr
@@ -97,7 +84,7 @@ def rows(folder):
 
 
 @pytest.mark.slow
-def test_an_exception_on_one_of_two_processes_ends_both_and_loses_nothing(tmp_path):
+def test_an_exception_on_one_of_two_processes_ends_both_and_loses_nothing(run, tmp_path):
     for rank in (0, 1):
         folder = tmp_path / f"rank{rank}"
         done = run(folder, *TWO_PROCESSES, sender={"name": "exception", "step": 2, "rank": rank})
@@ -113,7 +100,7 @@ def test_an_exception_on_one_of_two_processes_ends_both_and_loses_nothing(tmp_pa
 
 
 @pytest.mark.slow
-def test_what_lies_on_the_other_process_too_is_not_rescued_alone(tmp_path):
+def test_what_lies_on_the_other_process_too_is_not_rescued_alone(run, tmp_path):
     sender = {"name": "exception", "step": 2, "rank": 1}
     source = ("--data.source", "Reuse", "--data.source.mini_batches", "2", "--data.source.passes", "2")
     done = run(tmp_path, *TWO_PROCESSES, *source, sender=sender)
@@ -124,7 +111,7 @@ def test_what_lies_on_the_other_process_too_is_not_rescued_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_waits_in_vain_gives_up(tmp_path):
+def test_a_process_that_waits_in_vain_gives_up(run, tmp_path):
     absent = ("--trainer.callbacks+=signal_sender.SendSignal", "--trainer.callbacks.name=absence")
     absent += ("--trainer.callbacks.step=2", "--trainer.callbacks.rank=1")
     patience = ("--trainer.callbacks+=RescueCheckpoint", "--trainer.callbacks.patience=4")

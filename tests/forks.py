@@ -1,0 +1,202 @@
+"""Processes that have imported everything before they start: an import of Lightning and transformers takes 10 seconds.
+
+`forks` is the fixture for tests. Run as a program, this file imports what a run imports and then forks one process for
+each order on its standard input. What happens in them is real: signals, status, output, a second process under DDP.
+What they share is the hash seed of strings and what imports do, so some tests start Python itself.
+"""
+
+import gc
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+IMPORTED = (
+    "torchmetrics",
+    "opd_lightning.commands.cli",
+    "torch.utils.tensorboard",
+    "transformers.models.qwen3.modeling_qwen3",
+)
+HANGS = 400  # seconds, of a busy machine too
+
+
+class Fork:
+    """What tests use of `subprocess.Popen`; the output is in files."""
+
+    def __init__(self, ask, words, log, **order):
+        self._ask, self._log, self.args, self.returncode = ask, log, words, None
+        self.pid = ask(words=list(map(str, words)), log=str(log), **order)
+
+    def poll(self):
+        return self.wait(seconds=0)
+
+    def wait(self, seconds=HANGS):
+        """The status, or None."""
+        if self.returncode is None:
+            self.returncode = self._ask(wait=self.pid, seconds=seconds)
+        return self.returncode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)  # nobody else gets this number before the status was asked for
+
+    @property
+    def stdout(self):
+        return self._log.with_suffix(".out").read_text(errors="replace")
+
+    @property
+    def stderr(self):
+        return self._log.with_suffix(".err").read_text(errors="replace")
+
+
+class Forks:
+    def __init__(self, folder):
+        self._folder, self._server, self._number = folder, None, 0
+
+    def _ask(self, **order):
+        if self._server is None:
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+            self._server = subprocess.Popen(
+                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            )
+        print(json.dumps(order), file=self._server.stdin, flush=True)
+        return json.loads(self._server.stdout.readline())
+
+    def start(self, *words, cwd=".", ignored=None, processes=1):
+        """`python *words`, where the first word is a program or `opd-lightning`, and Lightning may start others."""
+        self._number += 1
+        return Fork(
+            self._ask,
+            words,
+            self._folder / str(self._number),
+            cwd=os.path.abspath(cwd),
+            path=sys.path,
+            environment=os.environ | {"OMP_NUM_THREADS": "1"},
+            ignored=ignored,
+            processes=processes,
+        )
+
+    def run(self, *words, seconds=HANGS, **options):
+        """Start it and wait for its end; the status of what takes longer is 124, and a signal that nobody traps."""
+        process = self.start(*words, **options)
+        if process.wait(seconds) is None:
+            os.killpg(process.pid, signal.SIGABRT)
+            process.wait()
+            process.returncode = 124
+        return process
+
+    def close(self):
+        if self._server is not None:
+            self._server.communicate()
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
+
+
+# ------------------------------------------------------------------------------------------------------- as a program
+
+
+def serve():
+    """Obey orders; returns, with its order, in each process that is forked, and without at the end of the input."""
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "wait" in order:
+            answer = ended(order["wait"], order["seconds"])
+        elif (answer := os.fork()) == 0:
+            return order
+        print(json.dumps(answer), flush=True)
+    return None
+
+
+def ended(pid, seconds):
+    handle = os.pidfd_open(pid)
+    try:
+        has_ended = select.select([handle], [], [], seconds)[0]
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) if has_ended else None
+    finally:
+        os.close(handle)
+
+
+def begin(order):
+    """Make of this process what a start of Python with this order would have made."""
+    os.setpgid(0, 0)  # a run that hangs is ended with those that it started
+    log = Path(order["log"])
+    for number, name in ((0, os.devnull), (1, log.with_suffix(".out")), (2, log.with_suffix(".err"))):
+        handle = os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, number)
+        os.close(handle)
+    sys.stdin = open(0, closefd=False)
+    if order["ignored"]:
+        signal.signal(getattr(signal, order["ignored"]), signal.SIG_IGN)
+    os.chdir(order["cwd"])
+    sys.path[:] = order["path"]
+    set_environment(order["environment"])
+    for _ in range(1, order["processes"]):
+        keep_spare()
+
+
+def set_environment(environment):
+    os.environ.clear()
+    os.environ.update(environment)
+    random.seed()
+    import_module("numpy").random.seed()
+    ranks = import_module("lightning.fabric.utilities.rank_zero")
+    ranks.rank_zero_only.rank = ranks._get_rank() or 0  # the import has looked for it
+
+
+def keep_spare():
+    """Fork the process that Lightning will start as the second one: it waits for its environment."""
+    waiting, telling = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(telling)
+        with open(waiting) as pipe:
+            environment = pipe.read()
+        if not environment:  # the first one has ended
+            os._exit(0)
+        set_environment(json.loads(environment))
+        return
+    os.close(waiting)
+
+    class Spare(subprocess.Popen):
+        def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *_):
+            self.pid, self._child_created = pid, True
+            with open(telling, "w") as pipe:
+                json.dump(env, pipe)
+
+    for package in ("fabric", "pytorch"):
+        launcher = import_module(f"lightning.{package}.strategies.launchers.subprocess_script")
+        launcher.subprocess = SimpleNamespace(Popen=Spare)
+
+
+def run(words):
+    import runpy
+
+    if words[0] == "opd-lightning":
+        sys.argv = words
+        runpy.run_module("opd_lightning", run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    for name in IMPORTED:
+        import_module(name)
+    import_module("opd_lightning.commands.short_names").import_rooms()
+    gc.freeze()
+    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
+    if (order := serve()) is not None:
+        begin(order)
+        run(order["words"])
