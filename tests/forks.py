@@ -31,9 +31,9 @@ HANGS = 400  # seconds, of a busy machine too
 class Fork:
     """What tests use of `subprocess.Popen`; the output is in files."""
 
-    def __init__(self, ask, words, log, **order):
-        self._ask, self._log, self.args, self.returncode = ask, log, words, None
-        self.pid = ask(words=list(map(str, words)), log=str(log), **order)
+    def __init__(self, ask, log, **order):
+        self._ask, self._log, self.returncode = ask, log, None
+        self.pid = ask(log=str(log), **order)
 
     def poll(self):
         return self.wait(seconds=0)
@@ -69,19 +69,21 @@ class Forks:
         print(json.dumps(order), file=self._server.stdin, flush=True)
         return json.loads(self._server.stdout.readline())
 
-    def start(self, *words, cwd=".", ignored=None, processes=1):
-        """`python *words`, where the first word is a program or `opd-lightning`, and Lightning may start others."""
+    def start(self, *words, **options):
+        """Start `opd-lightning` or a program, the first of the words.
+
+        Options are `cwd`, the name of a signal to be `ignored` from the start (as after `nohup`), and `processes`, how
+        many Lightning may make of it.
+        """
         self._number += 1
-        return Fork(
-            self._ask,
-            words,
-            self._folder / str(self._number),
-            cwd=os.path.abspath(cwd),
-            path=sys.path,
-            environment=os.environ | {"OMP_NUM_THREADS": "1"},
-            ignored=ignored,
-            processes=processes,
-        )
+        order = {"cwd": os.getcwd(), "ignored": None, "processes": 1} | options
+        order |= {"words": list(map(str, words)), "cwd": str(order["cwd"]), "path": sys.path}
+        order["environment"] = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        return Fork(self._ask, self._folder / str(self._number), **order)
+
+    def start_python(self, *words, **options):
+        """The same, in a Python that was started for it."""
+        return self.start(*words, **options, is_new=True)
 
     def run(self, *words, seconds=HANGS, **options):
         """Start it and wait for its end; the status of what takes longer is 124, and a signal that nobody traps."""
@@ -129,17 +131,21 @@ def ended(pid, seconds):
 
 
 def begin(order):
-    """Make of this process what a start of Python with this order would have made."""
+    """Make of this process what a start of Python with this order would have made, or start it."""
     os.setpgid(0, 0)  # a run that hangs is ended with those that it started
     log = Path(order["log"])
     for number, name in ((0, os.devnull), (1, log.with_suffix(".out")), (2, log.with_suffix(".err"))):
         handle = os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, number)
         os.close(handle)
-    sys.stdin = open(0, closefd=False)
+    sys.stdin = os.fdopen(0, closefd=False)
     if order["ignored"]:
         signal.signal(getattr(signal, order["ignored"]), signal.SIG_IGN)
     os.chdir(order["cwd"])
+    if order.get("is_new"):
+        module, *words = order["words"]
+        assert module == "opd-lightning"
+        os.execve(sys.executable, [sys.executable, "-m", "opd_lightning", *words], order["environment"])
     sys.path[:] = order["path"]
     set_environment(order["environment"])
     for _ in range(1, order["processes"]):
@@ -183,11 +189,10 @@ def keep_spare():
 def run(words):
     import runpy
 
+    sys.argv = words
     if words[0] == "opd-lightning":
-        sys.argv = words
         runpy.run_module("opd_lightning", run_name="__main__", alter_sys=True)
     else:
-        sys.argv = words
         runpy.run_path(words[0], run_name="__main__")
 
 

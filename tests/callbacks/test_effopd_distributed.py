@@ -1,9 +1,6 @@
 """One process, two with copies (DDP), two with shards (FSDP2): the same searches, the same weights, the same resume."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,13 +12,10 @@ KINDS = ("ddp", "fsdp", "fsdp_file")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(forks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("effopd")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     for kind in ("single", *KINDS):
-        # a hung process ignores SIGTERM, which Lightning traps: kill it
-        command = ["timeout", "-s", "KILL", "200", sys.executable, str(PROGRAM), kind, str(folder)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = forks.run(PROGRAM, kind, folder, processes=1 if kind == "single" else 2)
         assert done.returncode == 0, kind + (done.stdout + done.stderr)[-4000:]
     return folder
 

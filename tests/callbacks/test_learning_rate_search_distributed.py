@@ -1,9 +1,6 @@
 """One process, two with copies (DDP), two with shards (FSDP2): the same learning rate, the same weights."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,13 +11,10 @@ PROGRAM = Path(__file__).parent / "learning_rate_search_distributed_run.py"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(forks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rate")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     for kind in ("single", "ddp", "fsdp"):
-        # a hung process ignores SIGTERM, which Lightning traps: kill it
-        command = ["timeout", "-s", "KILL", "300", sys.executable, str(PROGRAM), kind, str(folder)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = forks.run(PROGRAM, kind, folder, processes=1 if kind == "single" else 2)
         assert done.returncode == 0, kind + (done.stdout + done.stderr)[-4000:]
     return folder
 

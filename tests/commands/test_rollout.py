@@ -3,8 +3,6 @@
 import json
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -200,19 +198,18 @@ def _folder(folder, name):
 
 
 @pytest.mark.slow
-def test_the_command_killed_by_the_system_and_given_again(tmp_path):
+def test_the_command_killed_by_the_system_and_given_again(forks, tmp_path):
     """SIGKILL leaves no time for anything."""
     words = ["rollout", "--config", "@quickstart", "--num_problems", "96", "--data.validation_batch_size", "16"]
-    command = [sys.executable, "-m", "opd_lightning", *words, "--output"]
-    process = subprocess.Popen([*command, "cut.jsonl"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = forks.start("opd-lightning", *words, "--output", "cut.jsonl", cwd=tmp_path)
     progress = tmp_path / "cut.jsonl.progress"
     while not progress.exists() or progress.read_bytes().count(b"\n") < 3:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     assert not (tmp_path / "cut.jsonl").exists()
-    result = subprocess.run([*command, "cut.jsonl"], cwd=tmp_path, capture_output=True, text=True)
+    result = forks.run("opd-lightning", *words, "--output", "cut.jsonl", cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "goes on after" in result.stdout
     header = json.loads((tmp_path / "cut.jsonl.header.json").read_text())

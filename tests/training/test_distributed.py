@@ -1,9 +1,6 @@
 """One process or two: the same rollouts, the same gradient, the same metrics."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,16 +11,12 @@ PER_PROCESS = ("seconds/", "tokens_per_second/", "padding_share")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_qwen3_folder, tiny_teacher_folder):
+def runs(forks, tmp_path_factory, tiny_qwen3_folder, tiny_teacher_folder):
     folders = {}
     for num_processes in (1, 2):
         folder = folders[num_processes] = tmp_path_factory.mktemp(f"processes{num_processes}")
-        command = [sys.executable, PROGRAM, str(num_processes), tiny_qwen3_folder, tiny_teacher_folder, folder]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        # a hung process ignores SIGTERM, which Lightning traps: kill it
-        done = subprocess.run(
-            ["timeout", "-s", "KILL", "150", *map(str, command)], env=environment, capture_output=True, text=True
-        )
+        words = [PROGRAM, num_processes, tiny_qwen3_folder, tiny_teacher_folder, folder]
+        done = forks.run(*words, processes=num_processes)
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return folders
 

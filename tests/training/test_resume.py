@@ -1,11 +1,9 @@
 """A run that is killed and resumed equals the uninterrupted one, bit for bit."""
 
 import csv
-import os
 import signal
-import subprocess
-import sys
 import time
+from functools import cache
 
 import pytest
 import torch
@@ -31,14 +29,31 @@ def module_and_data(folders, selector=Shuffled, lora=False, seed=0, **options):
     return module, make_data(selector=selector(), **options)
 
 
+def assert_equal(weights, expected):
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.fixture(scope="module")
+def whole_weights(tmp_path_factory, tiny_qwen3_folder, tiny_teacher_folder):
+    """Weights after so many steps without a stop, trained once for each question."""
+
+    @cache
+    def train(max_steps, *options):
+        module, data = module_and_data((tiny_qwen3_folder, tiny_teacher_folder), *options)
+        make_trainer(tmp_path_factory.mktemp("whole"), max_steps).fit(module, data)
+        return weights_of(module)
+
+    return train
+
+
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
 @pytest.mark.parametrize("selector", [Shuffled, InOrder, DifficultyPool])
 @pytest.mark.parametrize("stop", [1, 4])  # an epoch is 3 steps: stop inside the first and inside the second
-def test_stop_and_resume_equals_one_run(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, selector, lora, stop):
+def test_stop_and_resume_equals_one_run(
+    tmp_path, tiny_qwen3_folder, tiny_teacher_folder, whole_weights, selector, lora, stop
+):
     folders = tiny_qwen3_folder, tiny_teacher_folder
-    whole, data = module_and_data(folders, selector, lora)
-    make_trainer(tmp_path, 6).fit(whole, data)
-
     first, data = module_and_data(folders, selector, lora)
     trainer = make_trainer(tmp_path, stop)
     trainer.fit(first, data)
@@ -49,8 +64,7 @@ def test_stop_and_resume_equals_one_run(tmp_path, tiny_qwen3_folder, tiny_teache
 
     assert trainer.global_step == 6
     assert second.weight_version == 6
-    for name, weight in weights_of(second).items():
-        assert torch.equal(weight, weights_of(whole)[name]), name
+    assert_equal(weights_of(second), whole_weights(6, selector, lora))
 
 
 class Interrupt(ModelCheckpoint):
@@ -67,12 +81,9 @@ class Interrupt(ModelCheckpoint):
 
 @pytest.mark.parametrize("at_step", [1, 2, 3])
 def test_a_step_that_failed_is_rescued_and_done_again(
-    tmp_path, tiny_qwen3_folder, tiny_teacher_folder, at_step, capsys
+    tmp_path, tiny_qwen3_folder, tiny_teacher_folder, whole_weights, at_step, capsys
 ):
     folders = tiny_qwen3_folder, tiny_teacher_folder
-    whole, data = module_and_data(folders, DifficultyPool)
-    make_trainer(tmp_path, 5).fit(whole, data)
-
     broken, data = module_and_data(folders, DifficultyPool)
     callbacks = [Interrupt(at_step), RescueCheckpoint()]
     with pytest.raises(RuntimeError, match="server is gone"):
@@ -82,7 +93,7 @@ def test_a_step_that_failed_is_rescued_and_done_again(
     (path,) = tmp_path.rglob("rescue.ckpt")
     assert f"Stopped by RuntimeError after step {at_step}; resume with --ckpt_path {path}\n" in capsys.readouterr().out
     make_trainer(tmp_path, 5).fit(resumed, data, ckpt_path=path)
-    assert all(torch.equal(w, weights_of(whole)[n]) for n, w in weights_of(resumed).items())
+    assert_equal(weights_of(resumed), whole_weights(5, DifficultyPool))
 
 
 @pytest.mark.parametrize(("interval", "every_n_epochs"), [(2, None), (1.0, 1), (2, 1), (1.0, 2)])
@@ -120,61 +131,54 @@ def test_the_predicate_agrees_with_lightning(
     assert validated
 
 
+class NoteValidations(StartValidation):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_validation_end(self, trainer, pl_module):
+        super().on_validation_end(trainer, pl_module)
+        self.seen.append((trainer.global_step, float(trainer.callback_metrics["val/avg_at_1"])))
+
+
+EVERY_SECOND = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory, tiny_qwen3_folder, tiny_teacher_folder):
+    """The validations of a whole run, and the folder with a checkpoint of each step."""
+    folder, notes = tmp_path_factory.mktemp("validated"), NoteValidations()
+    module, data = module_and_data((tiny_qwen3_folder, tiny_teacher_folder))
+    saver = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    make_trainer(folder, 6, callbacks=[notes, saver], enable_checkpointing=True, **EVERY_SECOND).fit(module, data)
+    assert [step for step, _ in notes.seen] == [0, 2, 4, 6]
+    return notes.seen, folder
+
+
 @pytest.mark.parametrize("stop", [2, 3, 4])
-def test_no_validation_is_lost_at_a_resume(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, stop):
+def test_no_validation_is_lost_at_a_resume(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, validated, stop):
     """Lightning saves a step's checkpoint before its validation and takes that validation for done."""
-    folders = tiny_qwen3_folder, tiny_teacher_folder
-    seen = []
-
-    class Note(StartValidation):
-        def on_validation_end(self, trainer, pl_module):
-            super().on_validation_end(trainer, pl_module)
-            seen.append((trainer.global_step, float(trainer.callback_metrics["val/avg_at_1"])))
-
-    options = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
-    module, data = module_and_data(folders)
-    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    make_trainer(tmp_path, 6, callbacks=[Note(), saver], enable_checkpointing=True, **options).fit(module, data)
-    whole, seen[:] = list(seen), []
-    assert [step for step, _ in whole] == [0, 2, 4, 6]
-
-    module, data = module_and_data(folders)
-    make_trainer(tmp_path, 6, callbacks=[Note()], **options).fit(module, data, ckpt_path=tmp_path / f"step={stop}.ckpt")
-    assert seen == [entry for entry in whole if entry[0] >= stop]
+    (whole, folder), notes = validated, NoteValidations()
+    module, data = module_and_data((tiny_qwen3_folder, tiny_teacher_folder))
+    trainer = make_trainer(tmp_path, 6, callbacks=[notes], **EVERY_SECOND)
+    trainer.fit(module, data, ckpt_path=folder / f"step={stop}.ckpt")
+    assert notes.seen == [entry for entry in whole if entry[0] >= stop]
 
 
-def test_another_number_of_prompts_per_step_is_refused(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
-    folders = tiny_qwen3_folder, tiny_teacher_folder
-    module, data = module_and_data(folders)
-    trainer = make_trainer(tmp_path, 1)
-    trainer.fit(module, data)
-    trainer.save_checkpoint(tmp_path / "stop.ckpt")
-    module, data = module_and_data(folders, prompts_per_step=6)
-    with pytest.raises(ValueError, match="prompts_per_step: the checkpoint was written with 4, this run has 6"):
-        make_trainer(tmp_path, 2).fit(module, data, ckpt_path=tmp_path / "stop.ckpt")
-
-
-def test_another_data_set_is_refused(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
-    folders = tiny_qwen3_folder, tiny_teacher_folder
-    module, data = module_and_data(folders)
-    trainer = make_trainer(tmp_path, 1)
-    trainer.fit(module, data)
-    trainer.save_checkpoint(tmp_path / "stop.ckpt")
-    module, data = module_and_data(folders, task=LetterTask(num_train=8))
-    with pytest.raises(ValueError, match=r"12.*8|8.*12"):
-        make_trainer(tmp_path, 2).fit(module, data, ckpt_path=tmp_path / "stop.ckpt")
-
-
-def test_another_seed_is_refused(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
-    folders = tiny_qwen3_folder, tiny_teacher_folder
-    module, data = module_and_data(folders)
-    trainer = make_trainer(tmp_path, 1)
-    trainer.fit(module, data)
-    trainer.save_checkpoint(tmp_path / "stop.ckpt")
-    module, data = module_and_data(folders)
-    data.seed = 5
-    with pytest.raises(ValueError, match=r"seed.*the checkpoint was written with 0, this run has 5"):
-        make_trainer(tmp_path, 2).fit(module, data, ckpt_path=tmp_path / "stop.ckpt")
+@pytest.mark.parametrize(
+    ("options", "seed", "told"),
+    [
+        ({"prompts_per_step": 6}, 0, "prompts_per_step: the checkpoint was written with 4, this run has 6"),
+        ({"task": LetterTask(num_train=8)}, 0, r"12.*8|8.*12"),
+        ({}, 5, r"seed.*the checkpoint was written with 0, this run has 5"),
+    ],
+    ids=["number of prompts", "data", "seed"],
+)
+def test_another_run_is_refused(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, validated, options, seed, told):
+    module, data = module_and_data((tiny_qwen3_folder, tiny_teacher_folder), **options)
+    data.seed = seed
+    with pytest.raises(ValueError, match=told):
+        make_trainer(tmp_path, 6).fit(module, data, ckpt_path=validated[1] / "step=2.ckpt")
 
 
 # ------------------------------------------------------------------------------------- real processes, the real command
@@ -208,26 +212,30 @@ trainer:
 SOURCES = {"reuse": "{class_path: Reuse, init_args: {mini_batches: 2, passes: 3, max_kl: 1.0}}"}
 
 
-def start(root, kind, *arguments):
-    root.mkdir(exist_ok=True)
-    config = root / "config.yaml"
-    student = ", lora: {r: 4}" if kind == "lora" else ""
-    config.write_text(CONFIG % {"root": root, "student": student, "source": SOURCES.get(kind, "OnPolicy")})
-    command = [sys.executable, "-m", "opd_lightning", "fit", "--config", str(config), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+@pytest.fixture(scope="module")
+def start(forks):
+    """Start the command; `is_new`: with Python, so that strings have other hashes than in the runs it is equal to."""
+
+    def start(root, kind, *arguments, is_new=False):
+        root.mkdir(exist_ok=True)
+        config = root / "config.yaml"
+        student = ", lora: {r: 4}" if kind == "lora" else ""
+        config.write_text(CONFIG % {"root": root, "student": student, "source": SOURCES.get(kind, "OnPolicy")})
+        start_process = forks.start_python if is_new else forks.start
+        return start_process("opd-lightning", "fit", "--config", config, *arguments, cwd=root)
+
+    return start
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output.decode()[-3000:]
+    assert process.wait() == 0, process.stdout[-3000:] + process.stderr[-3000:]
 
 
 def wait_for_step(process, root, step):
     """Wait until the log shows that so many steps are done."""
     deadline = time.time() + 120
     while time.time() < deadline:
-        assert process.poll() is None, process.stdout.read().decode()[-3000:]
+        assert process.poll() is None, process.stdout[-3000:] + process.stderr[-3000:]
         for path in root.rglob("metrics.csv"):
             with path.open() as file:
                 if sum(bool(row.get("train/loss")) for row in csv.DictReader(file)) >= step:
@@ -243,7 +251,7 @@ def trained_weights(root):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(tmp_path_factory, start):
     """Weights of whole runs, made once each."""
     weights = {}
 
@@ -257,14 +265,9 @@ def uninterrupted(tmp_path_factory):
     return run
 
 
-def assert_equal(weights, expected):
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "kill_after"), [("full", (2, 3)), ("lora", (4,)), ("reuse", (3,))])
-def test_kill_9_and_resume_equals_one_run(tmp_path, uninterrupted, kind, kill_after):
+def test_kill_9_and_resume_equals_one_run(tmp_path, start, uninterrupted, kind, kill_after):
     root = tmp_path / "killed"
     resume = []
     for step in kill_after:  # the delay puts the kill somewhere inside a step
@@ -272,25 +275,24 @@ def test_kill_9_and_resume_equals_one_run(tmp_path, uninterrupted, kind, kill_af
         wait_for_step(process, root, step)
         time.sleep(0.05 * step)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        assert process.wait() == -signal.SIGKILL
         newest = max((root / "saved").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
         check_checkpoint_file(newest)
         resume = ["--ckpt_path", str(newest)]
         for path in root.rglob("metrics.csv"):
             path.unlink()
-    finish(start(root, kind, *resume))
+    finish(start(root, kind, *resume, is_new=kind == "lora"))
     assert_equal(trained_weights(root), uninterrupted(kind))
 
 
 @pytest.mark.slow
-def test_sigterm_saves_first_and_the_rescue_resumes_exactly(tmp_path, uninterrupted):
+def test_sigterm_saves_first_and_the_rescue_resumes_exactly(tmp_path, start, uninterrupted):
     root = tmp_path / "stopped"
     process = start(root, "full")
     wait_for_step(process, root, 2)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 143
+    assert process.wait() == 143
     (rescue,) = root.rglob("rescue.ckpt")
-    assert f"resume with --ckpt_path {rescue}\n".encode() in output
+    assert f"resume with --ckpt_path {rescue}\n" in process.stdout
     finish(start(root, "full", "--ckpt_path", str(rescue)))
     assert_equal(trained_weights(root), uninterrupted("full"))

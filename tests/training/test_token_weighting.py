@@ -1,8 +1,5 @@
 """Weighted steps of the whole trainer against a float64 model that knows nothing of micro-batches."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -150,18 +147,12 @@ def test_reading_what_cannot_be_known_is_refused_before_anything_is_loaded(train
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_weighted_steps_of_one(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
+def test_two_processes_make_the_weighted_steps_of_one(forks, tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
     folders = {}
     for num_processes in (1, 2):
         folder = folders[num_processes] = tmp_path / str(num_processes)
-        command = [sys.executable, PROGRAM, str(num_processes), tiny_qwen3_folder, tiny_teacher_folder, folder]
-        # a hung process ignores SIGTERM, which Lightning traps: kill it
-        done = subprocess.run(
-            ["timeout", "-s", "KILL", "150", *map(str, command)],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True,
-            text=True,
-        )
+        words = [PROGRAM, num_processes, tiny_qwen3_folder, tiny_teacher_folder, folder]
+        done = forks.run(*words, processes=num_processes)
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     for normalizer in NORMALIZERS:
         one = torch.load(folders[1] / f"{normalizer}_rank0.pt")
