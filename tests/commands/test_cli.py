@@ -1,6 +1,8 @@
+import gc
 import json
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import yaml
@@ -52,6 +54,14 @@ def test_a_second_file_goes_on_top_of_the_first(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "max_steps: 7" in shown
     assert "prompts_per_step: 2" in shown
+
+
+def test_what_was_imported_is_not_searched_for_garbage(monkeypatch):
+    monkeypatch.delitem(sys.modules, "opd_lightning.__main__", raising=False)
+    gc.unfreeze()
+    import_module("opd_lightning.__main__")
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 100_000
 
 
 MODULES = {"AnswersWriter": "answers", "RescueCheckpoint": "rescue", "StartValidation": "start_validation"}
