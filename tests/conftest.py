@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,22 @@ from browser import browser as browser  # a fixture
 from forks import forks as forks  # another
 from hypothesis import settings
 
+gc.disable()  # until all is imported: half a million objects that stay, which would be looked through again and again
 torch.set_num_threads(1)  # several workers share the cores; tiny models lose time on a second thread
 
 # A busy machine is not a failure: the first example of a test also pays for torch's lazy initialisation.
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
+    # Lightning walks through the metric of each logged value to move it, which on the CPU is a seventh of a short fit.
+    logging = sys.modules.get("lightning.pytorch.trainer.connectors.logger_connector.result")
+    if logging is not None and not torch.cuda.is_available():
+        logging._ResultMetric.to = lambda metric, *_: metric
+
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

@@ -1,3 +1,4 @@
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -136,16 +137,31 @@ def test_impossible_sizes_are_refused(score):
         score(num_prompts=0)
 
 
+@pytest.fixture(scope="module")
+def whole_weights(tmp_path_factory, tiny_qwen3_folder, tiny_teacher_folder):
+    """Weights of runs without a stop, trained once each."""
+
+    @cache
+    def train(name, lora):
+        folder = tmp_path_factory.mktemp("whole")
+        module, _, _ = fit(folder, tiny_qwen3_folder, tiny_teacher_folder, SCORES[name](), steps=5, lora=lora)
+        return weights_of(module)
+
+    return train
+
+
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
 @pytest.mark.parametrize("stop", [2, 3])  # at a trigger and between two
 @pytest.mark.parametrize("name", SCORES)
-def test_resume_with_a_search_equals_one_run(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, name, stop, lora):
+def test_resume_with_a_search_equals_one_run(
+    tmp_path, tiny_qwen3_folder, tiny_teacher_folder, whole_weights, name, stop, lora
+):
     folders = tiny_qwen3_folder, tiny_teacher_folder
-    whole, _, _ = fit(tmp_path, *folders, SCORES[name](), steps=5, lora=lora)
     _, _, trainer = fit(tmp_path, *folders, SCORES[name](), steps=stop, lora=lora)
     trainer.save_checkpoint(tmp_path / "stop.ckpt")
     resumed, _, _ = fit(tmp_path, *folders, SCORES[name](), steps=5, lora=lora, ckpt_path=tmp_path / "stop.ckpt")
-    assert all(torch.equal(weight, weights_of(whole)[n]) for n, weight in weights_of(resumed).items())
+    whole = whole_weights(name, lora)
+    assert all(torch.equal(weight, whole[n]) for n, weight in weights_of(resumed).items())
 
 
 def test_an_accuracy_that_is_0_everywhere_equals_plain_distillation(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):

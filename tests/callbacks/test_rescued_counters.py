@@ -10,6 +10,7 @@ from toys import adamw, make_data, make_module, make_trainer
 
 from opd_lightning.callbacks.rescue import RescueCheckpoint
 from opd_lightning.callbacks.start_validation import StartValidation
+from opd_lightning.interfaces import Sampling
 
 NOT_REPEATED = ("seconds/", "tokens_per_second/")
 
@@ -44,7 +45,8 @@ def fit(folder, folders, *callbacks, steps=5, ckpt_path=None, **options):
     last = [each for each in callbacks if each.place == "in a save"]
     callbacks = [StartValidation(), *(each for each in callbacks if each not in last), RescueCheckpoint(), *last]
     trainer = make_trainer(folder, steps, callbacks=callbacks, logger=logger, log_every_n_steps=1, **settings)
-    trainer.fit(module, make_data(), ckpt_path=ckpt_path)
+    data = make_data(sampling=Sampling(max_new_tokens=3), rollouts_per_prompt=1)  # what they say does not matter
+    trainer.fit(module, data, ckpt_path=ckpt_path)
     return trainer
 
 
