@@ -28,7 +28,7 @@ def fast(session):
 @nox.session
 def slow(session):
     """Run the tests that start processes, kill them, or take long."""
-    session.run("pytest", "-m", "slow", "-n", "0", *session.posargs)
+    session.run("pytest", "-m", "slow", "--dist", "loadfile", "--no-loadscope-reorder", *session.posargs)
 
 
 @nox.session
