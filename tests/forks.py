@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,13 +112,20 @@ def forks(tmp_path_factory):
 
 def serve():
     """Obey orders; returns, with its order, in each process that is forked, and without at the end of the input."""
+    running = set()
     for line in sys.stdin:
         order = json.loads(line)
         if "wait" in order:
-            answer = ended(order["wait"], order["seconds"])
+            if (answer := ended(order["wait"], order["seconds"])) is not None:
+                running.discard(order["wait"])
         elif (answer := os.fork()) == 0:
             return order
+        else:
+            running.add(answer)
         print(json.dumps(answer), flush=True)
+    for pid in running:  # of a test that failed before it had waited
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
     return None
 
 
