@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,6 @@ settings.load_profile("busy machine")
 def pytest_collection_finish():
     gc.freeze()
     gc.enable()
-    # Lightning walks through the metric of each logged value to move it, which on the CPU is a seventh of a short fit.
-    logging = sys.modules.get("lightning.pytorch.trainer.connectors.logger_connector.result")
-    if logging is not None and not torch.cuda.is_available():
-        logging._ResultMetric.to = lambda metric, *_: metric
 
 
 CHAT_TEMPLATE = (
