@@ -254,6 +254,16 @@ CASES = [
         {f"{TASK}.num_train": None},
     ),
     bad(
+        "null for a number of a dataclass",
+        r"data.sampling.top_k: expected int, got null. Leave it out for 0",
+        {"data.sampling.top_k": None},
+    ),
+    bad(
+        "null for a setting of a callback",
+        r"trainer.callbacks.0.schedule: expected .*, got null. Leave it out for",
+        {"trainer.callbacks": [of_class("EffOPD", score=of_class("TeacherKL"), schedule=None)]},
+    ),
+    bad(
         "unknown teacher",
         r"model.teacher: there is no class HFTeachr here; expected one of .*HFTeacher",
         {"model.teacher": of_class("HFTeachr")},

@@ -51,6 +51,9 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
         most: Columns that will be needed at most.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, most: int) -> None:
         super().__init__()
         self._most = most
