@@ -31,7 +31,8 @@ class RoomyCache(DynamicCache):  # type: ignore[misc]
     def __init__(self, config: Any, device_type: str, most: int) -> None:
         super().__init__(config=config)
         # windows keep a fixed number of columns, and states of linear attention do not grow
-        self.layers = [_RoomyLayer(most) if type(layer) is DynamicLayer else layer for layer in self.layers]
+        layers: list[Any] = self.layers  # type: ignore[has-type]
+        self.layers = [_RoomyLayer(most) if type(layer) is DynamicLayer else layer for layer in layers]
         is_cast = torch.is_autocast_enabled(device_type)
         self._dtype = torch.get_autocast_dtype(device_type) if is_cast else torch.float32
 
