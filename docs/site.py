@@ -1,15 +1,12 @@
-"""What the documentation site shows and nobody writes by hand: pages made of the README, the parser and the docstrings.
+"""What the documentation site shows and nobody writes by hand: pages made of the README, and of docs/reference.py.
 
 MkDocs calls these hooks (mkdocs.yml).
 """
 
 from __future__ import annotations
 
-import os
 import re
 import sys
-from contextlib import redirect_stdout, suppress
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -28,76 +25,48 @@ LINKS = (  # from places in the repository to places on the site
     (r"\]\((?:\.\./)?docs/", "]("),
     (r"\]\((?:\.\./)?CONTRIBUTING\.md", "](contributing.md"),
 )
-ROOMS = {  # of the Python reference, in the order in which a reader needs them: package and its modules
-    "Training": {"training": "module datamodule schedules"},
-    "EffOPD": {
-        "callbacks": "effopd effopd_scores held_out_loss learning_rate_search",
-        "extrapolation": "optimizer rate_search",
-    },
-    "Words and seams": {"interfaces": "words tokens models generation learning problems"},
-    "Objectives": {"objectives": "objective supports divergences estimators sampled_token likelihood facts"},
-    "Rollouts": {"rollouts": "on_policy one_step_ahead reuse horizon stored rejection plain_engine comparison"},
-    "Prompts": {
-        "selection": "passes difficulty filtered mixture",
-        "tasks": "arithmetic mathematics prompts cleaned sources",
-    },
-    "Models and engines": {
-        "backends.hf": "student teacher engine",
-        "teachers": "base_model kept_scores",
-        "backends.vllm": "colocated server.engine server.teacher",
-    },
-    "Callbacks": {"callbacks": "samples guards rescue mismatch start_validation update_recorder"},
-    "Geometry of updates": {"": "geometry"},
-}
+
+
+def on_config(config: Any) -> Any:
+    """Put the reference's pages into the navigation, in the place that mkdocs.yml keeps for them."""
+    for entry in config.nav:
+        if "Reference" in entry:
+            entry["Reference"] = _reference().nav()
+    return config
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are made."""
     for page, source in BORROWED.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
-    for page, make in (("commands", commands), ("configurations", configurations), ("python", python_names)):
-        files.append(File.generated(config, f"reference/{page}.md", content=make()))
+    for page, text in _reference().pages().items():
+        files.append(File.generated(config, page, content=text))
     return files
 
 
-def on_page_markdown(markdown: str, **unused: Any) -> str:
-    """Links inside the repository become links inside the site."""
+def on_page_markdown(markdown: str, page: Any, **unused: Any) -> str:
+    """Links inside the repository become links inside the site; every metric gets an address."""
     for pattern, replacement in LINKS:
         markdown = re.sub(pattern, replacement, markdown)
-    return markdown
+    return with_addresses(markdown) if page.file.src_uri == "metrics.md" else markdown
 
 
-def commands() -> str:
-    """What each command says of itself."""
-    sys.path.insert(0, str(ROOT / "src"))
-    from opd_lightning.commands.cli import COMMANDS, main
+def with_addresses(table: str) -> str:
+    """Give every name in the first column of a table an id: `metrics.md#reverse_kl`."""
+    seen: set[str] = set()
 
-    os.environ |= {"NO_COLOR": "1", "COLUMNS": "110"}
-    parts = ["# Commands\n\nEach command's own `--help`. Classes explain themselves: `--model.objective.help`.\n"]
-    for name in COMMANDS:
-        with redirect_stdout(StringIO()) as shown, suppress(SystemExit):
-            main([name, "--help"])
-        parts.append(f"## {name}\n\n```text\n{shown.getvalue().strip()}\n```\n")
-    return "\n".join(parts)
+    def named(match: re.Match[str]) -> str:
+        name = match[1].strip("/")
+        if name in seen or not name.isidentifier():
+            return match[0]
+        seen.add(name)
+        return f"{match[0]}{{#{name}}}"
 
-
-def configurations() -> str:
-    """The shipped configurations as they are."""
-    parts = [
-        "# Shipped configurations\n\nUse one with `--config @NAME`; a second `--config` goes on top of the first.\n"
-    ]
-    for path in sorted((ROOT / "configs").glob("*.yaml")):
-        parts.append(f"## @{path.stem}\n\n```yaml\n{path.read_text(encoding='utf-8').strip()}\n```\n")
-    return "\n".join(parts)
+    return re.sub(r"^\| [^|]+ \|", lambda cell: re.sub(r"`([^`]+)`", named, cell[0]), table, flags=re.MULTILINE)
 
 
-def python_names() -> str:
-    """The Python reference: directives that mkdocstrings replaces by docstrings."""
-    parts = ["# Python\n\nPublic names can be imported from the top: `from opd_lightning import OPDModule, EffOPD`.\n"]
-    for title, packages in ROOMS.items():
-        parts.append(f"## {title}\n")
-        for package, modules in packages.items():
-            for module in modules.split():
-                name = ".".join(filter(None, ("opd_lightning", package, module)))
-                parts.append(f"::: {name}\n    options: {{show_root_heading: false, show_root_toc_entry: false}}\n")
-    return "\n".join(parts)
+def _reference() -> Any:
+    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "docs")]
+    import reference
+
+    return reference

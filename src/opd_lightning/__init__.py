@@ -1,7 +1,8 @@
 """On-policy distillation with PyTorch Lightning, and EffOPD weight extrapolation for any trainer.
 
-Names are loaded when they are first asked for: `EffOPD` needs Lightning, `EffOPDOptimizer` only torch, and transformers
-is imported with the first `HF...` name. Seams and words are in `opd_lightning.interfaces`.
+Every public name is here: modules, callbacks, the classes a configuration may name, the seams and the words they speak.
+They are loaded when they are first asked for: `EffOPD` needs Lightning, `EffOPDOptimizer` only torch, and transformers
+is imported with the first `HF...` name. Anything not listed here may change without notice (CONTRIBUTING.md).
 """
 
 from importlib import import_module
@@ -12,31 +13,110 @@ if TYPE_CHECKING:
     from opd_lightning.backends.hf import HFStudent as HFStudent
     from opd_lightning.backends.hf import HFTeacher as HFTeacher
     from opd_lightning.backends.hf import LoraSettings as LoraSettings
+    from opd_lightning.backends.vllm.colocated import VLLMColocatedEngine as VLLMColocatedEngine
+    from opd_lightning.backends.vllm.server import Connection as Connection
+    from opd_lightning.backends.vllm.server import FileTransfer as FileTransfer
+    from opd_lightning.backends.vllm.server import NCCLTransfer as NCCLTransfer
+    from opd_lightning.backends.vllm.server import VLLMServerEngine as VLLMServerEngine
+    from opd_lightning.backends.vllm.server import VLLMServerTeacher as VLLMServerTeacher
+    from opd_lightning.callbacks.answers import AnswersWriter as AnswersWriter
     from opd_lightning.callbacks.effopd import EffOPD as EffOPD
     from opd_lightning.callbacks.effopd_scores import TaskAccuracy as TaskAccuracy
     from opd_lightning.callbacks.effopd_scores import TeacherKL as TeacherKL
     from opd_lightning.callbacks.effopd_scores import TeacherKLOnFixedRollouts as TeacherKLOnFixedRollouts
     from opd_lightning.callbacks.effopd_scores import TeacherKLOnNewRollouts as TeacherKLOnNewRollouts
+    from opd_lightning.callbacks.guards import EntropyGuard as EntropyGuard
+    from opd_lightning.callbacks.guards import HeldOutGuard as HeldOutGuard
+    from opd_lightning.callbacks.guards import LateEntropyGuard as LateEntropyGuard
+    from opd_lightning.callbacks.guards import LengthGuard as LengthGuard
+    from opd_lightning.callbacks.guards import OverlapGuard as OverlapGuard
     from opd_lightning.callbacks.held_out_loss import HeldOutLoss as HeldOutLoss
     from opd_lightning.callbacks.learning_rate_search import LearningRateLineSearch as LearningRateLineSearch
+    from opd_lightning.callbacks.mismatch import MismatchAlarm as MismatchAlarm
+    from opd_lightning.callbacks.progress import StepProgressBar as StepProgressBar
+    from opd_lightning.callbacks.rescue import RescueCheckpoint as RescueCheckpoint
     from opd_lightning.callbacks.samples import PrintSamples as PrintSamples
+    from opd_lightning.callbacks.start_validation import StartValidation as StartValidation
+    from opd_lightning.callbacks.student_summary import StudentSummary as StudentSummary
     from opd_lightning.callbacks.update_recorder import UpdateRecorder as UpdateRecorder
     from opd_lightning.extrapolation.optimizer import EffOPDOptimizer as EffOPDOptimizer
+    from opd_lightning.extrapolation.rate_search import RateSearch as RateSearch
+    from opd_lightning.interfaces import Advantage as Advantage
+    from opd_lightning.interfaces import LinearHead as LinearHead
+    from opd_lightning.interfaces import LiveStudent as LiveStudent
+    from opd_lightning.interfaces import MicroBatch as MicroBatch
+    from opd_lightning.interfaces import Objective as Objective
+    from opd_lightning.interfaces import Problem as Problem
+    from opd_lightning.interfaces import Prompt as Prompt
+    from opd_lightning.interfaces import PromptBatch as PromptBatch
+    from opd_lightning.interfaces import PromptOutcome as PromptOutcome
+    from opd_lightning.interfaces import PromptSelector as PromptSelector
+    from opd_lightning.interfaces import ResponseTokens as ResponseTokens
+    from opd_lightning.interfaces import Rollout as Rollout
+    from opd_lightning.interfaces import RolloutBatch as RolloutBatch
+    from opd_lightning.interfaces import RolloutEngine as RolloutEngine
+    from opd_lightning.interfaces import RolloutSource as RolloutSource
+    from opd_lightning.interfaces import RoundPart as RoundPart
     from opd_lightning.interfaces import Sampling as Sampling
+    from opd_lightning.interfaces import Score as Score
+    from opd_lightning.interfaces import ScoreRequest as ScoreRequest
+    from opd_lightning.interfaces import StepFacts as StepFacts
+    from opd_lightning.interfaces import StepPrompts as StepPrompts
+    from opd_lightning.interfaces import Student as Student
+    from opd_lightning.interfaces import Task as Task
+    from opd_lightning.interfaces import Teacher as Teacher
+    from opd_lightning.interfaces import TeacherScores as TeacherScores
+    from opd_lightning.interfaces import Tokenizer as Tokenizer
+    from opd_lightning.interfaces import TokenWeighting as TokenWeighting
+    from opd_lightning.interfaces import TrainedRollout as TrainedRollout
+    from opd_lightning.interfaces import WeightsLost as WeightsLost
     from opd_lightning.objectives import NLL as NLL
+    from opd_lightning.objectives import CandidateScore as CandidateScore
+    from opd_lightning.objectives import Clipped as Clipped
+    from opd_lightning.objectives import Direct as Direct
+    from opd_lightning.objectives import Divergence as Divergence
     from opd_lightning.objectives import DivergenceObjective as DivergenceObjective
+    from opd_lightning.objectives import Estimator as Estimator
+    from opd_lightning.objectives import ForwardKL as ForwardKL
+    from opd_lightning.objectives import FullVocabulary as FullVocabulary
+    from opd_lightning.objectives import Importance as Importance
+    from opd_lightning.objectives import Intersection as Intersection
+    from opd_lightning.objectives import JensenShannon as JensenShannon
+    from opd_lightning.objectives import Masked as Masked
+    from opd_lightning.objectives import ReverseKL as ReverseKL
+    from opd_lightning.objectives import SampledToken as SampledToken
     from opd_lightning.objectives import SampledTokenObjective as SampledTokenObjective
+    from opd_lightning.objectives import ScoreObjective as ScoreObjective
+    from opd_lightning.objectives import StudentScores as StudentScores
+    from opd_lightning.objectives import StudentTopK as StudentTopK
+    from opd_lightning.objectives import Support as Support
+    from opd_lightning.objectives import SymmetricDifference as SymmetricDifference
+    from opd_lightning.objectives import TeacherTopK as TeacherTopK
+    from opd_lightning.objectives import Truncated as Truncated
+    from opd_lightning.objectives import Union as Union
     from opd_lightning.rollouts.horizon import AdaptiveHorizon as AdaptiveHorizon
     from opd_lightning.rollouts.horizon import ConstantHorizon as ConstantHorizon
     from opd_lightning.rollouts.horizon import GrowingHorizon as GrowingHorizon
+    from opd_lightning.rollouts.horizon import Horizon as Horizon
     from opd_lightning.rollouts.on_policy import OnPolicy as OnPolicy
     from opd_lightning.rollouts.one_step_ahead import OneStepAhead as OneStepAhead
     from opd_lightning.rollouts.plain_engine import PlainEngine as PlainEngine
     from opd_lightning.rollouts.reuse import Reuse as Reuse
+    from opd_lightning.rollouts.stored import Stored as Stored
+    from opd_lightning.selection import DifficultyPool as DifficultyPool
+    from opd_lightning.selection import Filtered as Filtered
+    from opd_lightning.selection import InOrder as InOrder
+    from opd_lightning.selection import Mixture as Mixture
+    from opd_lightning.selection import Shuffled as Shuffled
     from opd_lightning.tasks import ArithmeticTask as ArithmeticTask
+    from opd_lightning.tasks import CleanedTask as CleanedTask
+    from opd_lightning.tasks import DataSource as DataSource
     from opd_lightning.tasks import LedgerTask as LedgerTask
     from opd_lightning.tasks import MathTask as MathTask
+    from opd_lightning.tasks import PromptTask as PromptTask
     from opd_lightning.teachers import BaseModelTeacher as BaseModelTeacher
+    from opd_lightning.training.checkpoints import WholeCheckpoints as WholeCheckpoints
+    from opd_lightning.training.checkpoints import export as export
     from opd_lightning.training.datamodule import OPDDataModule as OPDDataModule
     from opd_lightning.training.module import OPDModule as OPDModule
     from opd_lightning.training.schedules import WarmupDecay as WarmupDecay
@@ -44,38 +124,117 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdaptiveHorizon": "rollouts.horizon",
+    "Advantage": "interfaces",
+    "AnswersWriter": "callbacks.answers",
+    "ArithmeticTask": "tasks",
+    "BaseModelTeacher": "teachers",
+    "CandidateScore": "objectives",
+    "CleanedTask": "tasks",
+    "Clipped": "objectives",
+    "Connection": "backends.vllm.server",
+    "ConstantHorizon": "rollouts.horizon",
+    "DataSource": "tasks",
+    "DifficultyPool": "selection",
+    "Direct": "objectives",
+    "Divergence": "objectives",
+    "DivergenceObjective": "objectives",
+    "EffOPD": "callbacks.effopd",
+    "EffOPDOptimizer": "extrapolation.optimizer",
+    "EntropyGuard": "callbacks.guards",
+    "Estimator": "objectives",
+    "FileTransfer": "backends.vllm.server",
+    "Filtered": "selection",
+    "ForwardKL": "objectives",
+    "FullVocabulary": "objectives",
+    "GrowingHorizon": "rollouts.horizon",
     "HFEngine": "backends.hf",
     "HFStudent": "backends.hf",
     "HFTeacher": "backends.hf",
+    "HeldOutGuard": "callbacks.guards",
+    "HeldOutLoss": "callbacks.held_out_loss",
+    "Horizon": "rollouts.horizon",
+    "Importance": "objectives",
+    "InOrder": "selection",
+    "Intersection": "objectives",
+    "JensenShannon": "objectives",
+    "LateEntropyGuard": "callbacks.guards",
+    "LearningRateLineSearch": "callbacks.learning_rate_search",
+    "LedgerTask": "tasks",
+    "LengthGuard": "callbacks.guards",
+    "LinearHead": "interfaces",
+    "LiveStudent": "interfaces",
     "LoraSettings": "backends.hf",
-    "EffOPD": "callbacks.effopd",
+    "Masked": "objectives",
+    "MathTask": "tasks",
+    "MicroBatch": "interfaces",
+    "MismatchAlarm": "callbacks.mismatch",
+    "Mixture": "selection",
+    "NCCLTransfer": "backends.vllm.server",
+    "NLL": "objectives",
+    "OPDDataModule": "training.datamodule",
+    "OPDModule": "training.module",
+    "Objective": "interfaces",
+    "OnPolicy": "rollouts.on_policy",
+    "OneStepAhead": "rollouts.one_step_ahead",
+    "OverlapGuard": "callbacks.guards",
+    "PlainEngine": "rollouts.plain_engine",
+    "PrintSamples": "callbacks.samples",
+    "Problem": "interfaces",
+    "Prompt": "interfaces",
+    "PromptBatch": "interfaces",
+    "PromptOutcome": "interfaces",
+    "PromptSelector": "interfaces",
+    "PromptTask": "tasks",
+    "RateSearch": "extrapolation.rate_search",
+    "RescueCheckpoint": "callbacks.rescue",
+    "ResponseTokens": "interfaces",
+    "Reuse": "rollouts.reuse",
+    "ReverseKL": "objectives",
+    "Rollout": "interfaces",
+    "RolloutBatch": "interfaces",
+    "RolloutEngine": "interfaces",
+    "RolloutSource": "interfaces",
+    "RoundPart": "interfaces",
+    "SampledToken": "objectives",
+    "SampledTokenObjective": "objectives",
+    "Sampling": "interfaces",
+    "Score": "interfaces",
+    "ScoreObjective": "objectives",
+    "ScoreRequest": "interfaces",
+    "Shuffled": "selection",
+    "StartValidation": "callbacks.start_validation",
+    "StepFacts": "interfaces",
+    "StepProgressBar": "callbacks.progress",
+    "StepPrompts": "interfaces",
+    "Stored": "rollouts.stored",
+    "Student": "interfaces",
+    "StudentScores": "objectives",
+    "StudentSummary": "callbacks.student_summary",
+    "StudentTopK": "objectives",
+    "Support": "objectives",
+    "SymmetricDifference": "objectives",
+    "Task": "interfaces",
     "TaskAccuracy": "callbacks.effopd_scores",
+    "Teacher": "interfaces",
     "TeacherKL": "callbacks.effopd_scores",
     "TeacherKLOnFixedRollouts": "callbacks.effopd_scores",
     "TeacherKLOnNewRollouts": "callbacks.effopd_scores",
-    "HeldOutLoss": "callbacks.held_out_loss",
-    "LearningRateLineSearch": "callbacks.learning_rate_search",
-    "PrintSamples": "callbacks.samples",
+    "TeacherScores": "interfaces",
+    "TeacherTopK": "objectives",
+    "TokenWeighting": "interfaces",
+    "Tokenizer": "interfaces",
+    "TrainedRollout": "interfaces",
+    "Truncated": "objectives",
+    "Union": "objectives",
     "UpdateRecorder": "callbacks.update_recorder",
-    "EffOPDOptimizer": "extrapolation.optimizer",
-    "Sampling": "interfaces",
-    "NLL": "objectives",
-    "DivergenceObjective": "objectives",
-    "SampledTokenObjective": "objectives",
-    "AdaptiveHorizon": "rollouts.horizon",
-    "ConstantHorizon": "rollouts.horizon",
-    "GrowingHorizon": "rollouts.horizon",
-    "OneStepAhead": "rollouts.one_step_ahead",
-    "OnPolicy": "rollouts.on_policy",
-    "PlainEngine": "rollouts.plain_engine",
-    "Reuse": "rollouts.reuse",
-    "ArithmeticTask": "tasks",
-    "BaseModelTeacher": "teachers",
-    "MathTask": "tasks",
-    "OPDDataModule": "training.datamodule",
-    "OPDModule": "training.module",
-    "LedgerTask": "tasks",
+    "VLLMColocatedEngine": "backends.vllm.colocated",
+    "VLLMServerEngine": "backends.vllm.server",
+    "VLLMServerTeacher": "backends.vllm.server",
     "WarmupDecay": "training.schedules",
+    "WeightsLost": "interfaces",
+    "WholeCheckpoints": "training.checkpoints",
+    "export": "training.checkpoints",
 }
 
 __all__ = [*_HOMES, "__version__"]

@@ -13,7 +13,8 @@ from typing_extensions import override
 class StudentSummary(ModelSummary):
     """Prints class, parameters, trained parameters and bytes of the student, once, when its weights are there.
 
-    The teacher is no part of the module, and FLOPs are not known from layers alone, so neither is shown.
+    The teacher is no part of the module, and FLOPs are not known from layers alone, so neither is shown. Takes the
+    arguments of Lightning's `ModelSummary`, of which `max_depth` changes nothing here.
     """
 
     @override

@@ -12,7 +12,12 @@ from opd_lightning.interfaces.words import Problem, Rollout, Split
 
 @dataclass(frozen=True)
 class PromptOutcome:
-    """What became of one prompt of a step: its index in the training problems and the rewards of its rollouts."""
+    """What became of one prompt of a step.
+
+    Attributes:
+        index: Of the prompt among the training problems.
+        rewards: Those of its rollouts.
+    """
 
     index: int
     rewards: tuple[float, ...]
