@@ -45,6 +45,18 @@ def docs(session):
 
 
 @nox.session
+def notebook(session):
+    """Run docs/notebooks/sandbox.ipynb again and keep its outputs, about a minute."""
+    session.run("python", "docs/run_notebook.py")
+
+
+@nox.session
+def pages(session):
+    """Check every block and command of the pages; with `-- -m slow` run those that train, too."""
+    session.run("pytest", "tests/test_docs_code.py", "tests/test_notebook.py", *session.posargs)
+
+
+@nox.session
 def site(session):
     """Build the documentation into site/, strictly; needs `pip install -e '.[docs]'`."""
     session.run("mkdocs", "build", "--strict")

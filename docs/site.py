@@ -5,6 +5,7 @@ MkDocs calls these hooks (mkdocs.yml).
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -39,6 +40,9 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are made."""
     for page, source in BORROWED.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    for path in sorted((ROOT / "docs").rglob("*.ipynb")):
+        page = path.relative_to(ROOT / "docs").with_suffix(".md")
+        files.append(File.generated(config, str(page), content=notebook_page(json.loads(path.read_text("utf-8")))))
     for page, text in _reference().pages().items():
         files.append(File.generated(config, page, content=text))
     return files
@@ -49,6 +53,21 @@ def on_page_markdown(markdown: str, page: Any, **unused: Any) -> str:
     for pattern, replacement in LINKS:
         markdown = re.sub(pattern, replacement, markdown)
     return with_addresses(markdown) if page.file.src_uri == "metrics.md" else markdown
+
+
+def notebook_page(notebook: dict[str, Any]) -> str:
+    """A notebook as a page: its cells and, below each, what it printed and drew."""
+    parts = []
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        for output in cell.get("outputs", []):
+            if "text" in output:
+                parts.append(f"```text\n{''.join(output['text']).rstrip()}\n```")
+            elif "image/png" in output["data"]:
+                picture = "".join(output["data"]["image/png"]).replace("\n", "")
+                parts.append(f"![drawn by the cell above](data:image/png;base64,{picture})")
+    return "\n\n".join(parts) + "\n"
 
 
 def with_addresses(table: str) -> str:
