@@ -24,6 +24,7 @@ LINKS = (  # from places in the repository to places on the site
     (r"\]\((?:\.\./)?benchmarks/README\.md", "](benchmarks.md"),
     (r"\]\(\.\./README\.md", "](index.md"),
     (r"\]\((?:\.\./)?docs/", "]("),
+    (r"\]\((notebooks/\w+)\.ipynb", r"](\1.md"),
     (r"\]\((?:\.\./)?CONTRIBUTING\.md", "](contributing.md"),
 )
 
