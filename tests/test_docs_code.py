@@ -26,6 +26,7 @@ NOT_RUN = {  # why a block is not run, page by page
     "docs/offline.md": ["fetches some 12 GB from the hub"],
     "docs/vllm.md": ["two GPUs and vLLM's server; .ci/vllm starts such servers on vLLM's CPU build"],
 }
+SMALLEST = "--model.student HFStudent --model.student.path sandbox:student --data.task ArithmeticTask"
 SANDBOX = ("@quickstart", "configs/quickstart.yaml")
 SHORTER = {  # what a command on the sandbox gets so that it takes seconds
     "fit": "--trainer.limit_val_batches 1 --data.num_validation_problems 8 --data.prompts_per_step 4"
@@ -157,7 +158,7 @@ def test_a_yaml_block_goes_on_top_of_a_configuration(block, folder, monkeypatch,
     for name, code in block.files.items():
         (folder / name).write_text(code)
     (folder / "block.yaml").write_text(block.code)
-    parse(["fit", "--config", "@quickstart", "--config", "block.yaml"], monkeypatch, capsys)
+    parse(["fit", *SMALLEST.split(), "--config", "block.yaml"], monkeypatch, capsys)
 
 
 def check_opd_lightning(words, monkeypatch, capsys):
@@ -222,8 +223,10 @@ def check_nox(words):
     assert words[0] == "-s"
     functions = {node.name for node in ast.parse((ROOT / "noxfile.py").read_text()).body if hasattr(node, "name")}
     assert words[1] in functions
-    if words[2:]:
-        assert words[1] == "benchmark" and (ROOT / "benchmarks" / f"{words[3]}.py").exists()
+    if words[1] == "benchmark":
+        assert (ROOT / "benchmarks" / f"{words[3]}.py").exists()
+    elif words[2:]:
+        check_pytest(words[3:])  # arguments behind -- go to pytest
 
 
 def check_bash(words):
