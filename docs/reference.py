@@ -115,7 +115,7 @@ def methods_index() -> str:
 def method(cls: type, kind: str, setting: str) -> str:
     """One method: where it is named, and its docstring."""
     where = f"`{setting}: [{cls.__name__}]`" if setting == "trainer.callbacks" else f"`{setting}: {cls.__name__}`"
-    return f"# {cls.__name__}\n\n*{kind}*, in YAML {where}.\n\n{_directive(cls)}"
+    return f"# {cls.__name__}\n\n*{kind}*, setting {where}.\n\n{_directive(cls)}"
 
 
 def commands_index() -> str:

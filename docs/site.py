@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,14 @@ def on_page_markdown(markdown: str, page: Any, **unused: Any) -> str:
     for pattern, replacement in LINKS:
         markdown = re.sub(pattern, replacement, markdown)
     return with_addresses(markdown) if page.file.src_uri == "metrics.md" else markdown
+
+
+def on_post_page(output: str, page: Any, **unused: Any) -> str:
+    """Refuse a page that needs the network: nothing but what a reader clicks on may lead elsewhere."""
+    elsewhere = re.findall(r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="?(https?://[^"> ]+)', output)
+    if elsewhere:
+        raise PluginError(f"{page.file.src_uri} loads {elsewhere[0]}, but the site has to work without network.")
+    return output
 
 
 def notebook_page(notebook: dict[str, Any]) -> str:
