@@ -269,7 +269,7 @@ def test_a_command_is_understood(command, folder, monkeypatch, capsys):
 
 
 def run_script(*words):
-    done = subprocess.run([sys.executable, "-m", "opd_lightning", *words], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", "opd_lightning", *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
