@@ -39,7 +39,7 @@ from opd_lightning.commands.null_settings import check_nulls
 from opd_lightning.commands.parser import PROGRAM, OneLineParser, explain, options_of
 from opd_lightning.commands.quiet import be_quiet
 from opd_lightning.commands.rollout import RolloutTrainer
-from opd_lightning.commands.run_records import RunRecords, keep_logs_in_root, run_folder
+from opd_lightning.commands.run_records import RunRecords, keep_logs_in_root
 from opd_lightning.commands.short_names import import_rooms
 from opd_lightning.commands.suggestions import nearest
 from opd_lightning.commands.trainer_settings import check_trainer
@@ -49,7 +49,7 @@ from opd_lightning.training.checkpoints import WholeCheckpoints, export
 from opd_lightning.training.datamodule import OPDDataModule
 from opd_lightning.training.metrics_file import WholeCSVLogger
 from opd_lightning.training.module import OPDModule
-from opd_lightning.training.output_paths import free_space
+from opd_lightning.training.output_paths import free_space, run_folder
 
 DEFAULT_CLASSES = {  # what the constructors take for None, spelt out so that --print_config and config.yaml say it
     "model.objective": "opd_lightning.objectives.DivergenceObjective",

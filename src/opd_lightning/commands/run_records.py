@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from opd_lightning.commands.parser import class_at
 from opd_lightning.interfaces.addresses import leave_secrets_out
+from opd_lightning.training.output_paths import run_folder
 
 
 class RunRecords(SaveConfigCallback):
@@ -38,20 +39,6 @@ class RunRecords(SaveConfigCallback):
         (folder / self.config_filename).write_text(text)
         for logger in trainer.loggers:
             logger.log_hyperparams(flat(shown))
-
-
-def run_folder(trainer: Trainer) -> Path:
-    """The folder of this run alone: that of its first logger, else `default_root_dir`.
-
-    Loggers without a folder of their own get `save_dir/name/version`, where ModelCheckpoint puts `checkpoints`.
-    """
-    if not trainer.loggers:
-        return Path(trainer.default_root_dir)
-    logger: Any = trainer.loggers[0]
-    if getattr(logger, "log_dir", None):
-        return Path(logger.log_dir)
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
 
 
 def flat(settings: Any, prefix: str = "") -> dict[str, Any]:

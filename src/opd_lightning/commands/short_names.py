@@ -13,6 +13,7 @@ ROOMS = (  # `HFStudent` works in YAML for the whole path, but only once its roo
     "callbacks.held_out_loss",
     "callbacks.learning_rate_search",
     "callbacks.mismatch",
+    "callbacks.token_recorder",
     "callbacks.update_recorder",
     "objectives",
     "rollouts.horizon",

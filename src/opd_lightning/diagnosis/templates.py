@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from opd_lightning.diagnosis.measurements import RenderedPrompt
-from opd_lightning.interfaces import Prompt, Tokenizer
+from opd_lightning.interfaces import Problem, Prompt, Tokenizer
 
 UNKNOWN = (
     "The teacher's tokenizer is not at hand here: that it speaks the student's token ids has been checked where the"
@@ -59,13 +59,20 @@ def find_differences(
     return (f"Both speak the same {student.vocab_size} token ids.", stops, templates)
 
 
+def render_own(tokenizer: Tokenizer, problem: Problem) -> tuple[int, ...] | None:
+    """A problem as a model's own template renders it; None where it has no template for it."""
+    try:
+        return tuple(tokenizer.render(problem.messages))
+    except ValueError:  # no template, or one that does not know these roles; nobody asks the teacher with it
+        return None
+
+
 def _render(tokenizer: Tokenizer | None, prompts: Sequence[Prompt]) -> list[tuple[int, ...]] | None:
     if tokenizer is None:
         return None
-    try:
-        return [tuple(tokenizer.render(prompt.problem.messages)) for prompt in prompts]
-    except ValueError:  # no template, or one that does not know these roles; nobody asks the teacher with it
-        return None
+    rendered = [render_own(tokenizer, prompt.problem) for prompt in prompts]
+    known = [token_ids for token_ids in rendered if token_ids is not None]
+    return known if len(known) == len(prompts) else None
 
 
 def _names(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:

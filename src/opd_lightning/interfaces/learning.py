@@ -64,6 +64,16 @@ class Objective(ABC):
         """
         return groups
 
+    def advantages(self, student_logits: Tensor, teacher: TeacherScores, tokens: ResponseTokens) -> Tensor | None:
+        """Advantages [n] that the losses push the sampled tokens with, for who looks on; None where they have none.
+
+        Args:
+            student_logits: [n, V] untempered.
+            teacher: Scores of the same n tokens, at least what `request` asks for.
+            tokens: The n tokens.
+        """
+        return None
+
 
 class Advantage(ABC):
     """Turns the reward of each sampled token into its advantage."""

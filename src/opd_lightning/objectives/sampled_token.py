@@ -20,7 +20,7 @@ from opd_lightning.objectives.arguments import (
 )
 from opd_lightning.objectives.divergences import Divergence, ReverseKL
 from opd_lightning.objectives.logprobs import clip_reward, close_slots
-from opd_lightning.objectives.student_scores import ScoreObjective, StudentScores
+from opd_lightning.objectives.student_scores import ScoreObjective, StudentLogits, StudentScores
 
 LARGEST_LOG_IMPORTANCE = 20.0
 """Bound on |log p - rollout log-probability| before the exponential."""
@@ -190,14 +190,27 @@ class SampledTokenObjective(ScoreObjective):
     def losses_from(self, student: StudentScores, teacher: TeacherScores | None, tokens: ResponseTokens) -> Tensor:
         assert teacher is not None
         log_probs = close_slots(student.at(tokens.ids[:, None]).squeeze(-1))
-        with torch.no_grad():
-            rewards = self.divergence.reward(log_probs.detach(), teacher.sampled().to(log_probs))
-            advantages = clip_reward(rewards, self.advantage_clip)
-            if self.advantage is not None:
-                advantages = self.advantage(advantages, student.tempered(), teacher, tokens)
+        advantages = self._advantages(log_probs.detach(), student, teacher, tokens)
         if self.importance is None:
             return -advantages * log_probs
         log_ratio = (log_probs - tokens.rollout_log_probs.to(log_probs)).clamp(
             -LARGEST_LOG_IMPORTANCE, LARGEST_LOG_IMPORTANCE
         )
         return self.importance.losses(advantages, log_probs, log_ratio)
+
+    @override
+    @torch.no_grad()
+    def advantages(self, student_logits: Tensor, teacher: TeacherScores, tokens: ResponseTokens) -> Tensor:
+        student = StudentLogits(student_logits, self.student_temperature)
+        log_probs = close_slots(student.at(tokens.ids[:, None]).squeeze(-1))
+        return self._advantages(log_probs, student, teacher, tokens)
+
+    @torch.no_grad()
+    def _advantages(
+        self, log_probs: Tensor, student: StudentScores, teacher: TeacherScores, tokens: ResponseTokens
+    ) -> Tensor:
+        rewards = self.divergence.reward(log_probs, teacher.sampled().to(log_probs))
+        advantages = clip_reward(rewards, self.advantage_clip)
+        if self.advantage is None:
+            return advantages
+        return self.advantage(advantages, student.tempered(), teacher, tokens)

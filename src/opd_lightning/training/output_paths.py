@@ -1,10 +1,27 @@
-"""Can the user's output be written where they say? Asked before the work, not after it."""
+"""Where a run's files go, and whether they can be written there: asked before the work, not after it."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of this run alone: that of its first logger, else `default_root_dir`.
+
+    Loggers without a folder of their own get `save_dir/name/version`, where ModelCheckpoint puts `checkpoints`.
+    """
+    if not trainer.loggers:
+        return Path(trainer.default_root_dir)
+    logger: Any = trainer.loggers[0]
+    if getattr(logger, "log_dir", None):
+        return Path(logger.log_dir)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
 
 
 def check_folder(name: str, path: str | Path) -> None:
