@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from toys import CopyEngine, LetterTask, make_data, make_module, make_trainer, weights_of
 
 from opd_lightning.backends.hf import LoraSettings
+from opd_lightning.callbacks.token_recorder import TokenRecorder
 from opd_lightning.rollouts.one_step_ahead import OneStepAhead
 from opd_lightning.rollouts.reuse import Reuse
 from opd_lightning.selection import DifficultyPool
@@ -33,7 +34,12 @@ def main(num_processes, student, teacher, output):
     notes = Notes()
     options = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
     trainer = make_trainer(
-        output, 4, devices=num_processes, strategy=make_strategy(num_processes), callbacks=[notes], **options
+        output,
+        4,
+        devices=num_processes,
+        strategy=make_strategy(num_processes),
+        callbacks=[notes, TokenRecorder(2)],
+        **options,
     )
     small_steps = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1)}
     module = make_module(student, teacher, max_tokens_per_micro_batch=64, **small_steps)

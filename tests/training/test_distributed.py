@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from opd_lightning.reports.token_records import read_record, steps_of
+
 PROGRAM = Path(__file__).parent / "distributed_run.py"
 PER_PROCESS = ("seconds/", "tokens_per_second/", "padding_share")
 
@@ -38,6 +40,16 @@ def test_two_processes_make_the_step_of_one(runs):
     for rank in (0, 1):
         for name, weight in torch.load(runs[2] / f"rank{rank}.pt").items():
             torch.testing.assert_close(weight, one[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_record_the_tokens_of_one(runs):
+    one, two = (steps_of(runs[number] / "tokens") for number in (1, 2))
+    assert list(one) == list(two) == [0, 2, 4]
+    for step in one:
+        for a, b in zip(read_record(one[step]), read_record(two[step]), strict=True):
+            assert (a["kind"], a["uid"], a["token_ids"]) == (b["kind"], b["uid"], b["token_ids"])
+            assert a["reverse_kl"] == pytest.approx(b["reverse_kl"], rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.slow
