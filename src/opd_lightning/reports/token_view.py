@@ -1,31 +1,122 @@
-"""The token view: what the teacher told the student about every token, to look at in a browser."""
+"""The token view: what the teacher told the student about every token, to look at in a browser.
+
+Findings in words and tables come from here and need no script; the answers themselves are drawn by `token_view.js`.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from opd_lightning.reports.contents import Statement, Table
+from opd_lightning.reports.plots import draw
+from opd_lightning.reports.token_findings import carries_answer, fades, measure_of, read_answers, where
+from opd_lightning.reports.token_payload import Payload, shown_steps
 from opd_lightning.reports.token_records import find_records
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A question, and what the records say about it.
+
+    Attributes:
+        question: What is asked.
+        statement: The answer and its grounds.
+        tables: Its numbers.
+        drawing: Curves as SVG; None without.
+    """
+
+    question: str
+    statement: Statement
+    tables: Sequence[Table]
+    drawing: Markup | None = None
+
+
+@dataclass
+class RunView:
+    """What is known of one run.
+
+    Attributes:
+        label: Its name.
+        findings: In the order in which they are shown.
+    """
+
+    label: str
+    findings: list[Finding] = field(default_factory=list)
 
 
 def token_view(records: Sequence[Path], *, labels: Sequence[str] = (), max_tokens: int = 20_000) -> str:
     """One HTML fragment that needs nothing beside itself: its style is scoped, its script inline.
 
-    Several fragments, or other content, may stand on the same page; colours follow the reader's light or dark theme.
+    Other content may stand on the same page; colours follow the reader's light or dark theme.
 
     Args:
         records: One or two runs: their folders, or the folders of their records.
-        labels: Names of the runs; the folders' own by default.
-        max_tokens: Most tokens that are shown; the statistics are of all that were recorded.
+        labels: Names of the runs; by default those of the folders.
+        max_tokens: Most tokens that can be looked at, over all runs and steps; findings are of all that was recorded.
 
     Raises:
-        ValueError: A folder holds no records.
+        ValueError: A folder holds no records, or there are neither one nor two.
     """
-    folders = [find_records(folder) for folder in records]
-    return f"<section class='token-view'><p>{len(folders)} records</p></section>"
+    if not 1 <= len(records) <= 2:
+        raise ValueError(f"records: expected one or two runs, got {len(records)}.")
+    folders = [find_records(Path(folder)) for folder in records]
+    names = list(labels) or [_name_of(folder) for folder in folders]
+    payload = Payload(names if len(folders) > 1 else [""])
+    notes = []
+    for run, folder in enumerate(folders):
+        steps, note = shown_steps(folder, max_tokens // len(folders))
+        payload.add(folder, run, steps)
+        notes += [note] if note else []
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("token_view.html.jinja").render(
+        runs=[RunView(name, find(folder)) for name, folder in zip(names, folders, strict=True)],
+        notes=[*notes, *payload.notes()],
+        payload=Markup(as_script_data(payload.contents())),
+        style=Markup((_HERE / "token_view.css").read_text(encoding="utf-8")),
+        script=Markup((_HERE / "token_view.js").read_text(encoding="utf-8")),
+    )
 
 
 def render_token_page(records: Sequence[Path], *, labels: Sequence[str] = (), max_tokens: int = 20_000) -> str:
     """A whole page that shows `token_view` alone."""
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
     fragment = token_view(records, labels=labels, max_tokens=max_tokens)
-    return f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Tokens</title></head>{fragment}</html>"
+    title = "What the teacher said about every token"
+    return environment.get_template("token_page.html.jinja").render(title=title, fragment=Markup(fragment))
+
+
+def find(folder: Path) -> list[Finding]:
+    """The answers to the three questions about a run."""
+    measure = measure_of(folder)
+    answers = read_answers(folder, measure)
+    (faded, fade_tables, panels) = fades(answers)
+    drawing = draw(panels)
+    return [
+        Finding("Where do they disagree?", *where(answers, measure)),
+        Finding("Does it carry the answer?", *carries_answer(answers)),
+        Finding("Does it fade with training?", faded, fade_tables, None if drawing is None else Markup(drawing)),
+    ]
+
+
+def as_script_data(contents: Any) -> str:
+    r"""JSON that cannot end the script it stands in: an answer may hold ``</script>``, which ``\u003c`` keeps apart."""
+    text = json.dumps(contents, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _name_of(folder: Path) -> str:
+    """The run's folder where that of the records has the usual name."""
+    return folder.resolve().parent.name if folder.name == "tokens" else folder.name
