@@ -118,7 +118,9 @@ def carries_answer(answers: Sequence[Answer]) -> tuple[Statement, list[Table]]:
         else:
             grounds.append((name, "not told apart: answers of one line, or none that says the reference"))
     right, wrong = ([a for a in own if a.reward is not None and (a.reward >= 1) == is_right] for is_right in (1, 0))
-    tables = [Table("Tokens of the answer", ["tokens", "number", "of all tokens", "of the divergence", "times"], rows)]
+    note = "Within the answers that have such tokens; times: divergence of such a token over that of a mean one."
+    heads = ["tokens", "number", "of their tokens", "of their divergence", "times"]
+    tables = [Table("Tokens of the answer", heads, rows, note)]
     if right and wrong:
         means = [_mean_and_error(group) for group in (right, wrong)]
         marks = [
@@ -232,13 +234,16 @@ def _positions_table(answers: Sequence[Answer], total: float) -> Table:
 
 
 def _carry_words(rows: Sequence[Sequence[str]], right: Sequence[Answer], wrong: Sequence[Answer]) -> str:
-    parts = [f"A token of {row[0]} carries {row[4]} times the divergence of a mean token" for row in rows[-1:]]
+    parts = [f"Tokens of {row[0]} hold {row[3]} of the divergence ({row[2]} of the tokens)" for row in rows[-1:]]
     if min(len(right), len(wrong)) >= _FEWEST_ANSWERS:
         low, high = (_mean_and_error(group)[0] for group in (right, wrong))
+        who = "wrong" if parts else "Wrong"
         parts.append(
-            f"{'wrong' if parts else 'Wrong'} answers diverge {number(high / low)} times as much as right ones"
+            f"{who} answers diverge {number(high / low)} times as much per token as right ones"
+            if low > 0
+            else f"{who} answers diverge by {number(high)} nats per token, right ones not at all"
         )
-    elif parts:
+    elif parts and (right or wrong):
         parts.append(f"{len(right)} right and {len(wrong)} wrong answers are too few to compare")
     return "; ".join(parts) + "." if parts else "Too little was recorded to say: no lines, no references, no marks."
 

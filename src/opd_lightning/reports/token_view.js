@@ -43,7 +43,7 @@
     }
   };
   fill(find("quantity"), data.quantities.map((each) => [each.name, each.known ? each.label : `${each.label} (unknown)`]));
-  fill(find("first"), points.map((point, place) => [place, point.label]));
+  fill(find("first"), [...points.map((point, place) => [place, point.label]), ["", "every step"]]);
   fill(find("second"), [["", "nothing"], ...points.map((point, place) => [place, point.label])]);
   fill(find("source"), [["", "all"], ...data.sources.map((name) => [name, name])]);
   find("quantity").value = state.quantity.name;
@@ -80,7 +80,8 @@
   const select = () => {
     const [first, second] = ["first", "second"].map((name) => find(name).value);
     const kind = find("kind").value;
-    const at = (place) => data.looks.filter((look) => look.point === Number(place) && (!kind || look.kinds.includes(kind)));
+    const isAt = (look, place) => place === "" || look.point === Number(place);
+    const at = (place) => data.looks.filter((look) => isAt(look, place) && (!kind || look.kinds.includes(kind)));
     const others = second === "" ? null : new Map(at(second).map((look) => [look.answer, look]));
     return at(first)
       .filter(passes)
@@ -224,7 +225,7 @@
         button.append(
           make("span", `tok ${colourClass(value)}`, visible(data.vocabulary[answer.tokens[place]].text)),
           make("span", "", ` ${show(value)} `),
-          make("span", "faint", `${answer.uid}, token ${place}`),
+          make("span", "faint", `${answer.uid}, token ${place}, ${points[look.point].label}`),
         );
         button.type = "button";
         button.dataset.at = at;

@@ -1,0 +1,70 @@
+"""The fragment of the token view: whole, alone, safe to include, bounded."""
+
+import json
+import re
+
+import pytest
+from recorded_tokens import HOSTILE, write_records
+
+from opd_lightning.reports.token_payload import shown_steps
+from opd_lightning.reports.token_view import render_token_page, token_view
+
+
+def payload(fragment):
+    return json.loads(re.search(r'<script type="application/json">(.*?)</script>', fragment, flags=re.DOTALL)[1])
+
+
+def test_the_fragment_holds_words_numbers_and_data(tmp_path):
+    fragment = token_view([write_records(tmp_path)])
+    assert fragment.count("<section") == fragment.count("</section>") == 1 and "http" not in fragment
+    assert "It fades on the same answers" in fragment and "Where do they disagree?" in fragment
+    found = payload(fragment)
+    assert [point["label"] for point in found["points"]] == ["step 0", "step 10"] and found["start"] == [0, 1]
+    look = found["looks"][0]
+    assert look["values"]["reverse_kl"][2] == 3.0 and look["values"]["advantage"] is None
+    assert look["values"]["entropy_gap"] == [0.0] * 8
+    assert {each["name"] for each in found["quantities"] if not each["known"]} == {"token_weight", "advantage"}
+    word = found["vocabulary"][found["answers"][0]["tokens"][2]]
+    assert word == {"id": 12, "text": " sum", "special": False}
+    assert all(
+        ".token-view" in line
+        for line in re.findall(r"^[.#\w][^{@]*{", fragment, flags=re.MULTILINE)
+        if "{" in line and "=" not in line and "(" not in line
+    )
+
+
+def test_answers_cannot_leave_their_place(tmp_path):
+    page = render_token_page([write_records(tmp_path, texts=HOSTILE)])
+    assert page.count("</script>") == 2 and "<img" not in page and "\x1b" not in page and "\u202e" not in page
+    texts = [word["text"] for word in payload(page)["vocabulary"]]
+    assert "</script>" in texts and "\\x1b[2J" in texts
+
+
+def test_a_step_that_is_own_and_fixed_is_one_look(tmp_path):
+    from recorded_tokens import HEADER, row
+
+    from opd_lightning.reports.token_records import write_record
+
+    write_record(tmp_path, 0, [row(0, 0, ["a"], kind=kind, prompt_ids=[1]) for kind in ("own", "fixed")], HEADER)
+    (look,) = payload(token_view([tmp_path]))["looks"]
+    assert look["kinds"] == ["own", "fixed"]
+
+
+def test_what_is_shown_is_bounded_and_said(tmp_path):
+    folder = write_records(tmp_path, steps=range(0, 100, 10))
+    assert shown_steps(folder, 10**6) == (list(range(0, 100, 10)), "")
+    steps, note = shown_steps(folder, 200)  # 35 tokens a step
+    assert steps == [0, 20, 40, 60, 80, 90][: len(steps)] or (steps[0] == 0 and steps[-1] == 90)
+    assert sum(35 for _ in steps) <= 200 and note.startswith(f"{len(steps)} of 10 recorded steps")
+    assert shown_steps(folder, 1)[0] == [0, 90]
+    assert note in token_view([folder], max_tokens=200)
+
+
+def test_one_or_two_runs(tmp_path):
+    one = write_records(tmp_path / "a" / "tokens")
+    found = payload(token_view([tmp_path / "a", one]))
+    assert [point["label"] for point in found["points"]] == ["a step 0", "a step 10"] * 2 and found["start"] == [1, 3]
+    with pytest.raises(ValueError, match="records: expected one or two runs, got 3"):
+        token_view([one] * 3)
+    with pytest.raises(ValueError, match="holds no records of tokens"):
+        token_view([tmp_path])
