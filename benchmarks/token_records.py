@@ -1,10 +1,12 @@
 """What `TokenRecorder` costs in the quickstart: its share of the processor time, and bytes per token on the disk.
 
-python benchmarks/token_records.py FOLDER writes the run there. Default settings of the callback.
+python benchmarks/token_records.py FOLDER writes the run there, and its results into benchmarks/results. Default
+settings of the callback; processor time, validation and everything else of the run included.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ from opd_lightning.commands.cli import main
 from opd_lightning.reports.token_records import steps_of
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+RESULTS = Path(__file__).parent / "results" / "token_records_cpu-2core.json"
 
 
 class TimedRecorder(TokenRecorder):
@@ -37,12 +40,19 @@ class TimedRecorder(TokenRecorder):
         whole = time.process_time() - self.started
         tables = [pyarrow.parquet.read_table(path) for path in steps_of(self.folder).values()]
         num_tokens = sum(sum(table["num_tokens"].to_pylist()) for table in tables)
-        print(
-            f"{len(tables)} records of {num_tokens} tokens in {trainer.global_step} steps: {self.spent:.2f} s of"
-            f" {whole:.1f} s of processor time ({self.spent / whole:.2%}); the first record {self.per_record[0]:.2f} s,"
-            f" the others {sum(self.per_record[1:]) / len(self.per_record[1:]):.3f} s each;"
-            f" {self.num_bytes / num_tokens:.0f} bytes per token on the disk"
-        )
+        result = {
+            "machine": "2 shared x86-64 cores, 1 thread",
+            "settings": {name: getattr(self, name) for name in ("every_n_steps", "num_rollouts", "num_fixed", "top_k")},
+            "steps": trainer.global_step,
+            "seconds": self.spent,
+            "seconds_of_training": whole,
+            "share": self.spent / whole,
+            "seconds_of_each_record": self.per_record,
+            "tokens": num_tokens,
+            "bytes_per_token": self.num_bytes / num_tokens,
+        }
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(f"{result['share']:.2%} of the processor time, {result['bytes_per_token']:.0f} bytes per token")
 
     def _add(self, seconds):
         self.spent += seconds

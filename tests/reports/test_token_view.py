@@ -4,9 +4,10 @@ import json
 import re
 
 import pytest
-from recorded_tokens import HOSTILE, write_records
+from recorded_tokens import HEADER, HOSTILE, row, write_records
 
 from opd_lightning.reports.token_payload import shown_steps
+from opd_lightning.reports.token_records import write_record
 from opd_lightning.reports.token_view import render_token_page, token_view
 
 
@@ -26,11 +27,13 @@ def test_the_fragment_holds_words_numbers_and_data(tmp_path):
     assert {each["name"] for each in found["quantities"] if not each["known"]} == {"token_weight", "advantage"}
     word = found["vocabulary"][found["answers"][0]["tokens"][2]]
     assert word == {"id": 12, "text": " sum", "special": False}
-    assert all(
-        ".token-view" in line
-        for line in re.findall(r"^[.#\w][^{@]*{", fragment, flags=re.MULTILINE)
-        if "{" in line and "=" not in line and "(" not in line
-    )
+
+
+def test_its_style_touches_nothing_else(tmp_path):
+    style = re.search(r"<style>(.*?)</style>", token_view([write_records(tmp_path)]), flags=re.DOTALL)[1]
+    rules = re.findall(r"([^{}@]+){", re.sub(r"@media[^{]*{", "", style))
+    assert len(rules) > 40
+    assert all(part.strip().startswith(".token-view") for rule in rules for part in rule.split(","))
 
 
 def test_answers_cannot_leave_their_place(tmp_path):
@@ -41,10 +44,6 @@ def test_answers_cannot_leave_their_place(tmp_path):
 
 
 def test_a_step_that_is_own_and_fixed_is_one_look(tmp_path):
-    from recorded_tokens import HEADER, row
-
-    from opd_lightning.reports.token_records import write_record
-
     write_record(tmp_path, 0, [row(0, 0, ["a"], kind=kind, prompt_ids=[1]) for kind in ("own", "fixed")], HEADER)
     (look,) = payload(token_view([tmp_path]))["looks"]
     assert look["kinds"] == ["own", "fixed"]
