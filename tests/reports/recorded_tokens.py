@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from opd_lightning.reports.token_records import VALUES, write_record
 
-HOSTILE = ["</script>", "<img src=x onerror=alert(1)>", "\x1b[2J", "\u202e", "\n", " ", "\t", "", "<|im_end|>", "&amp;"]
+HOSTILE = [
+    "</script>",
+    "<img src=x onerror=alert(1)>",
+    "\x1b[2J",
+    "\u202e",
+    "\n",
+    " ",
+    "\t",
+    "",
+    "<|im_end|>",
+    "&amp;",
+    "end.\n",
+]
 HEADER = {"teacher": "HFTeacher", "gives_vocabulary": True, "objective": "DivergenceObjective", "facts_k": 16}
 
 

@@ -153,7 +153,7 @@ def test_what_models_wrote_is_text_and_nothing_else(browser, tmp_path):
     view, page = show(browser, write_records(tmp_path, texts=HOSTILE), tmp_path)
     shown = view.texts("article:first-of-type .look:first-child .tok")
     assert shown[:2] == HOSTILE[:2] and shown[2:4] == ["\\x1b[2J", "\\u202e"]
-    assert shown[4:9] == ["↵", "␣", "⇥", "(nothing)", "<|im_end|>"] and shown[9] == "&amp;"
+    assert shown[4:9] == ["↵", "␣", "⇥", "(nothing)", "<|im_end|>"] and shown[9:11] == ["&amp;", "end.↵"]
     assert not view.all("img") and not browser.complaints() and browser.requests() == [page.as_uri()]
 
 

@@ -22,7 +22,7 @@
   };
   const visible = (text) => {
     if (text === "") return "(nothing)";
-    return text.trim() ? text : text.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥");
+    return (text.trim() ? text : text.replace(/ /g, "␣")).replace(/\n/g, "↵").replace(/\t/g, "⇥");
   };
   const valuesOf = (look) => look.values[state.quantity.name] ?? null;
   const valueAt = (look, place) => valuesOf(look)?.[place] ?? null;
