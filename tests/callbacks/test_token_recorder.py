@@ -8,13 +8,14 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from toys import adamw, make_data, make_module, make_trainer, weights_of
 
-from opd_lightning import SampledTokenObjective
-from opd_lightning.backends.hf import HFTeacher
+from opd_lightning import NLL, OPDModule, SampledTokenObjective
+from opd_lightning.backends.hf import HFStudent, HFTeacher
 from opd_lightning.backends.vllm.server.listed_scores import ListedScores
 from opd_lightning.callbacks.token_recorder import BYTES_PER_TOKEN, TokenRecorder
 from opd_lightning.callbacks.token_rows import TokenRows
 from opd_lightning.interfaces import ScoreRequest, Tokenizer, TokenWeighting
 from opd_lightning.reports.token_records import VALUES, find_records, read_header, read_record, steps_of, write_record
+from opd_lightning.reports.token_view import token_view
 
 
 def fit(folder, folders, steps=5, ckpt_path=None, recorder=None, data=None, save=None, **options):
@@ -181,6 +182,16 @@ def test_a_teacher_that_gives_lists_leaves_the_rest_null(folders, tmp_path):
     unknown = {name for name in VALUES if row[name] is None}
     assert unknown == {"reverse_kl", "forward_kl", "teacher_entropy", "token_weight"}
     assert len(row["teacher_top_ids"][0]) == 4 and read_header(tmp_path)["gives_vocabulary"] is False
+
+
+def test_without_a_teacher_there_is_the_student(tiny_qwen3_folder, tmp_path):
+    module = OPDModule(HFStudent(str(tiny_qwen3_folder)), None, NLL(), optimizer=adamw)
+    make_trainer(tmp_path, 1, callbacks=[TokenRecorder(top_k=4)]).fit(module, make_data(rollouts_per_prompt=2))
+    row = read_record(tmp_path / "tokens" / "step=000000.parquet")[0]
+    assert {name for name in VALUES if row[name] is not None} == {"student_log_prob", "student_entropy"}
+    assert row["teacher_top_ids"] is row["teacher_prompt"] is None and len(row["student_top_ids"][0]) == 4
+    fragment = token_view([tmp_path])
+    assert "There was no teacher" in fragment and fragment.count("no divergence was recorded") == 2
 
 
 def test_tokens_of_others_are_null(whole, folders, tmp_path):

@@ -156,6 +156,8 @@ def fades(answers: Sequence[Answer]) -> tuple[Statement, list[Table], list[Panel
         "The same answers: those of the first recorded step, looked at again. Errors are over answers.",
     )
     panels = [Panel("Divergence per token", "step", "nats", curves)] if curves else []
+    if not rows:
+        return Statement("Nothing to see: no divergence was recorded.", ()), [], []
     if not words:
         return Statement("One step is recorded: nothing can be said about change.", ()), [table], panels
     return Statement(_fade_words(curves[0]), words), [table], panels

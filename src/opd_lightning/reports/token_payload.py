@@ -14,6 +14,11 @@ from opd_lightning.reports.token_records import VALUES, Row, read_header, read_r
 _DIGITS = 4  # of a number that is shown
 _IN_NATS = (0.01, 0.05, 0.2, 0.5, 1.0, 2.0)
 _SIGNED = (0.1, 0.5, 1.0, 2.0)
+_LACKS = {  # by whether there is a teacher
+    True: "{} does not tell its whole distribution. Divergences over the vocabulary and its entropy are unknown; the"
+    " log-ratio of the sampled token is an unbiased and noisy estimate of the reverse KL.",
+    False: "There was no teacher: only what the student expected is known.{}",
+}
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class Payload:
         self._answers: list[dict[str, Any]] = []
         self._points: list[dict[str, Any]] = []
         self._looks: list[dict[str, Any]] = []
-        self._lacking: dict[str, str] = {}
+        self._lacking: list[tuple[str, str]] = []  # runs, and their teachers
 
     def add(self, folder: Path, run: int, steps: Sequence[int]) -> None:
         """Take these steps of a run's records."""
@@ -101,7 +106,7 @@ class Payload:
             self._looks += looks.values()
         header = read_header(folder)
         if not header["gives_vocabulary"]:
-            self._lacking[self._names[run]] = header["teacher"] or "no teacher"
+            self._lacking.append((self._names[run], header["teacher"] or ""))
 
     def contents(self) -> dict[str, Any]:
         """All of it."""
@@ -129,10 +134,7 @@ class Payload:
     def notes(self) -> list[str]:
         """What the reader has to know about what is not there."""
         return [
-            f"{f'{name}: ' if name else ''}{teacher} does not tell its whole distribution. Divergences over the"
-            " vocabulary and its entropy are unknown; the log-ratio of the sampled token is an unbiased and noisy"
-            " estimate of the reverse KL."
-            for name, teacher in self._lacking.items()
+            f"{f'{name}: ' if name else ''}{_LACKS[bool(teacher)].format(teacher)}" for name, teacher in self._lacking
         ]
 
     def _look(self, row: Row, key: int, point: int) -> dict[str, Any]:
