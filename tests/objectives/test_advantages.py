@@ -119,3 +119,13 @@ def test_a_student_that_equals_its_teacher_learns_nothing():
     torch.testing.assert_close(losses, torch.zeros_like(losses), atol=1e-13, rtol=0)
     gradient = case.gradient(SampledTokenObjective(advantage=KLBaseline()))
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("advantage", [None, KLBaseline(), KLBaseline(3)], ids=["none", "exact", "top 3"])
+def test_who_looks_on_sees_the_advantages_of_the_losses(advantage):
+    case = make_case(2)
+    objective = SampledTokenObjective(advantage=advantage, importance=None, advantage_clip=0.3)
+    shown = objective.advantages(case.logits, case.scores(), case.tokens)
+    log_probs = case.p.log()[range(4), case.response_ids]
+    torch.testing.assert_close(-shown * log_probs, case.losses(objective))
+    assert DivergenceObjective().advantages(case.logits, case.scores(), case.tokens) is None
