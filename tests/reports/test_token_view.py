@@ -8,7 +8,7 @@ from recorded_tokens import HEADER, HOSTILE, row, write_records
 
 from opd_lightning.reports.token_payload import shown_steps
 from opd_lightning.reports.token_records import write_record
-from opd_lightning.reports.token_view import render_token_page, token_view
+from opd_lightning.reports.token_view import render_token_page, token_fragment, token_view
 
 
 def payload(fragment):
@@ -67,3 +67,20 @@ def test_one_or_two_runs(tmp_path):
         token_view([one] * 3)
     with pytest.raises(ValueError, match="holds no records of tokens"):
         token_view([tmp_path])
+
+
+def test_a_page_about_runs_gets_what_was_recorded(tmp_path):
+    for name in "abc":
+        write_records(tmp_path / name / "tokens", steps=(0,))
+    (tmp_path / "none").mkdir()
+    assert token_fragment([tmp_path / "none"]) is None
+    heading, fragment = token_fragment([tmp_path / name for name in ("none", "a", "b", "c")])
+    assert heading == "Tokens" and fragment == token_view([tmp_path / "a", tmp_path / "b"])
+    labelled = token_fragment([tmp_path / "none", tmp_path / "b", tmp_path / "c"], labels=["x", "y", "z"])[1]
+    assert [point["label"] for point in payload(labelled)["points"]] == ["y step 0", "z step 0"]
+
+
+def test_ids_differ_between_two_drawings(tmp_path):
+    one, two = (write_records(tmp_path / name) for name in "ab")
+    ids = re.findall(r'\bid="([^"]*)"', token_view([one, two]))
+    assert len(ids) == len(set(ids)) > 2

@@ -55,6 +55,11 @@ def find_records(folder: Path) -> Path:
     )
 
 
+def has_records(folder: Path) -> bool:
+    """Whether `find_records` finds some."""
+    return any(steps_of(place) for place in (folder, folder / FOLDER))
+
+
 def steps_of(folder: Path) -> dict[int, Path]:
     """The files of a folder by their step, in order."""
     found = ((_STEP.fullmatch(path.name), path) for path in folder.glob("step=*.parquet"))

@@ -6,6 +6,7 @@ Findings in words and tables come from here and need no script; the answers them
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from opd_lightning.reports.contents import Statement, Table
 from opd_lightning.reports.plots import draw
 from opd_lightning.reports.token_findings import carries_answer, fades, measure_of, read_answers, where
 from opd_lightning.reports.token_payload import Payload, shown_steps
-from opd_lightning.reports.token_records import find_records
+from opd_lightning.reports.token_records import find_records, has_records
 
 _HERE = Path(__file__).parent
 
@@ -80,12 +81,32 @@ def token_view(records: Sequence[Path], *, labels: Sequence[str] = (), max_token
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     return environment.get_template("token_view.html.jinja").render(
-        runs=[RunView(name, find(folder)) for name, folder in zip(names, folders, strict=True)],
+        runs=[
+            RunView(name, find(folder, f"tokens-{run}-"))
+            for run, (name, folder) in enumerate(zip(names, folders, strict=True))
+        ],
         notes=[*notes, *payload.notes()],
         payload=Markup(as_script_data(payload.contents())),
         style=Markup((_HERE / "token_view.css").read_text(encoding="utf-8")),
         script=Markup((_HERE / "token_view.js").read_text(encoding="utf-8")),
     )
+
+
+def token_fragment(runs: Sequence[Path], *, labels: Sequence[str] = ()) -> tuple[str, str] | None:
+    """Heading and fragment for a page about runs; None where nothing was recorded of any. The first two are shown.
+
+    Args:
+        runs: Their folders.
+        labels: Their names; by default those of the folders.
+
+    Raises:
+        ValueError: Records cannot be read.
+    """
+    names = list(labels) or [_name_of(Path(folder)) for folder in runs]
+    recorded = [(folder, name) for folder, name in zip(runs, names, strict=True) if has_records(Path(folder))][:2]
+    if not recorded:
+        return None
+    return "Tokens", token_view([folder for folder, _ in recorded], labels=[name for _, name in recorded])
 
 
 def render_token_page(records: Sequence[Path], *, labels: Sequence[str] = (), max_tokens: int = 20_000) -> str:
@@ -98,12 +119,19 @@ def render_token_page(records: Sequence[Path], *, labels: Sequence[str] = (), ma
     return environment.get_template("token_page.html.jinja").render(title=title, fragment=Markup(fragment))
 
 
-def find(folder: Path) -> list[Finding]:
-    """The answers to the three questions about a run."""
+def find(folder: Path, prefix: str) -> list[Finding]:
+    """The answers to the three questions about a run.
+
+    Args:
+        folder: Of its records.
+        prefix: Begins the ids in its drawing, which have to differ from others on the page.
+    """
     measure = measure_of(folder)
     answers = read_answers(folder, measure)
     (faded, fade_tables, panels) = fades(answers)
     drawing = draw(panels)
+    if drawing is not None:
+        drawing = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", drawing)
     return [
         Finding("Where do they disagree?", *where(answers, measure)),
         Finding("Does it carry the answer?", *carries_answer(answers)),

@@ -1,4 +1,4 @@
-"""Where a run's files go, and whether they can be written there: asked before the work, not after it."""
+"""Where a run writes, and whether it can: asked before the work, not after it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
-
-
-def run_folder(trainer: Trainer) -> Path:
-    """The folder of this run alone: that of its first logger, else `default_root_dir`.
-
-    Loggers without a folder of their own get `save_dir/name/version`, where ModelCheckpoint puts `checkpoints`.
-    """
-    if not trainer.loggers:
-        return Path(trainer.default_root_dir)
-    logger: Any = trainer.loggers[0]
-    if getattr(logger, "log_dir", None):
-        return Path(logger.log_dir)
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
 
 
 def check_folder(name: str, path: str | Path) -> None:
@@ -63,6 +49,20 @@ def check_file(name: str, path: str | Path) -> None:
 def free_space(path: str | Path) -> str:
     """How much room there is in a folder, or where it would be made."""
     return f"{shutil.disk_usage(_existing(Path(path))).free / 2**30:.1f} GiB free"
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of this run alone: that of its first logger, else `default_root_dir`.
+
+    Loggers without a folder of their own get `save_dir/name/version`, where ModelCheckpoint puts `checkpoints`.
+    """
+    if not trainer.loggers:
+        return Path(trainer.default_root_dir)
+    logger: Any = trainer.loggers[0]
+    if getattr(logger, "log_dir", None):
+        return Path(logger.log_dir)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
 
 
 def _existing(path: Path) -> Path:
