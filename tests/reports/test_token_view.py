@@ -46,16 +46,18 @@ def test_answers_cannot_leave_their_place(tmp_path):
 def test_a_step_that_is_own_and_fixed_is_one_look(tmp_path):
     write_record(tmp_path, 0, [row(0, 0, ["a"], kind=kind, prompt_ids=[1]) for kind in ("own", "fixed")], HEADER)
     (look,) = payload(token_view([tmp_path]))["looks"]
-    assert look["kinds"] == ["own", "fixed"]
+    assert look["kinds"] == ["fixed", "own"]
 
 
 def test_what_is_shown_is_bounded_and_said(tmp_path):
     folder = write_records(tmp_path, steps=range(0, 100, 10))
-    assert shown_steps(folder, 10**6) == (list(range(0, 100, 10)), "")
-    steps, note = shown_steps(folder, 200)  # 35 tokens a step
-    assert steps == [0, 20, 40, 60, 80, 90][: len(steps)] or (steps[0] == 0 and steps[-1] == 90)
-    assert sum(35 for _ in steps) <= 200 and note.startswith(f"{len(steps)} of 10 recorded steps")
-    assert shown_steps(folder, 1)[0] == [0, 90]
+    assert shown_steps(folder, 10**6) == (list(range(0, 100, 10)), 10**6, "")
+    steps, most, note = shown_steps(folder, 200)  # 35 tokens a step
+    assert (steps, most) == ([0, 40, 80, 90], 200) and note.startswith("4 of 10 recorded steps")
+    assert shown_steps(folder, 20)[:2] == ([0, 90], 10)
+    fragment = token_view([folder], max_tokens=20)
+    assert [look["kinds"] for look in payload(fragment)["looks"]] == [["fixed"], ["fixed"]]
+    assert "8 recorded answers are left out here" in fragment
     assert note in token_view([folder], max_tokens=200)
 
 

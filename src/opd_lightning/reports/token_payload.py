@@ -87,17 +87,21 @@ class Payload:
         self._answers: list[dict[str, Any]] = []
         self._points: list[dict[str, Any]] = []
         self._looks: list[dict[str, Any]] = []
+        self._num_left_out = 0
         self._lacking: list[tuple[str, str]] = []  # runs, and their teachers
 
-    def add(self, folder: Path, run: int, steps: Sequence[int]) -> None:
-        """Take these steps of a run's records."""
+    def add(self, folder: Path, run: int, steps: Sequence[int], max_tokens: int) -> None:
+        """Take these steps of a run's records, at most so many tokens of each and one answer at least."""
         files = steps_of(folder)
         for step in steps:
             point = len(self._points)
             label = f"{self._names[run]} step {step}".strip()
             self._points.append({"run": run, "step": step, "label": label})
             looks: dict[int, dict[str, Any]] = {}
-            for row in read_record(files[step]):
+            rows = read_record(files[step])
+            fitting = _first_that_fit(rows, max_tokens)
+            self._num_left_out += len(rows) - len(fitting)
+            for row in fitting:
                 key = answer_key(row)
                 if key in looks:  # a fixed answer is an own one in the step that it comes from
                     looks[key]["kinds"].append(row["kind"])
@@ -133,9 +137,12 @@ class Payload:
 
     def notes(self) -> list[str]:
         """What the reader has to know about what is not there."""
-        return [
+        notes = [
             f"{f'{name}: ' if name else ''}{_LACKS[bool(teacher)].format(teacher)}" for name, teacher in self._lacking
         ]
+        if self._num_left_out:
+            notes.append(f"{self._num_left_out} recorded answers are left out here, as the page would be too large.")
+        return notes
 
     def _look(self, row: Row, key: int, point: int) -> dict[str, Any]:
         if key not in self._places:
@@ -186,12 +193,12 @@ class Payload:
         return self._prompts.setdefault(printable(text), len(self._prompts))
 
 
-def shown_steps(folder: Path, max_tokens: int) -> tuple[list[int], str]:
-    """The steps that fit, the first and the last among them, and a word about the others.
+def shown_steps(folder: Path, max_tokens: int) -> tuple[list[int], int, str]:
+    """The steps that are shown, most tokens of each, and a word about the other steps.
 
     Args:
         folder: Of the records.
-        max_tokens: Most tokens; the first and the last step are shown whatever they hold.
+        max_tokens: Most tokens of all; the first and the last step are shown anyway, as far as they fit.
     """
     sizes = {
         step: sum(row["num_tokens"] for row in read_record(path, ["num_tokens"]))
@@ -202,9 +209,21 @@ def shown_steps(folder: Path, max_tokens: int) -> tuple[list[int], str]:
     while sum(sizes[step] for step in steps) > max_tokens and len(steps) > 2:
         stride *= 2
         steps = [*every[:-1:stride], every[-1]] if stride < len(every) else [every[0], every[-1]]
-    if steps == every:
-        return steps, ""
-    return steps, f"{len(steps)} of {len(every)} recorded steps can be looked at here; the findings are of all."
+    fits = sum(sizes[step] for step in steps) <= max_tokens
+    note = f"{len(steps)} of {len(every)} recorded steps can be looked at here; the findings are of all."
+    return steps, max_tokens if fits else max_tokens // len(steps), "" if steps == every else note
+
+
+def _first_that_fit(rows: Sequence[Row], max_tokens: int) -> list[Row]:
+    """Rows in order, the fixed answers first: of every step the same ones are there to be compared."""
+    kept: list[Row] = []
+    num_tokens = 0
+    for row in sorted(rows, key=lambda row: row["kind"] != "fixed"):
+        num_tokens += row["num_tokens"]
+        if kept and num_tokens > max_tokens:
+            break
+        kept.append(row)
+    return kept
 
 
 def _rounded(values: Sequence[float | None] | None) -> list[float | None] | None:

@@ -74,8 +74,8 @@ def token_view(records: Sequence[Path], *, labels: Sequence[str] = (), max_token
     payload = Payload(names if len(folders) > 1 else [""])
     notes = []
     for run, folder in enumerate(folders):
-        steps, note = shown_steps(folder, max_tokens // len(folders))
-        payload.add(folder, run, steps)
+        steps, most, note = shown_steps(folder, max_tokens // len(folders))
+        payload.add(folder, run, steps, most)
         notes += [note] if note else []
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
