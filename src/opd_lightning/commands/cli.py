@@ -38,6 +38,7 @@ from opd_lightning.commands.diagnose import DiagnosingTrainer
 from opd_lightning.commands.null_settings import check_nulls
 from opd_lightning.commands.parser import PROGRAM, OneLineParser, explain, options_of
 from opd_lightning.commands.quiet import be_quiet
+from opd_lightning.commands.report import report, with_runs_named
 from opd_lightning.commands.rollout import RolloutTrainer
 from opd_lightning.commands.run_records import RunRecords, keep_logs_in_root
 from opd_lightning.commands.short_names import import_rooms
@@ -60,6 +61,7 @@ DEFAULT_CLASSES = {  # what the constructors take for None, spelt out so that --
 PLAIN_COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "analyze": analyze,
+    "report": report,
     "configs": shipped_configs.show_configs,
 }
 OWN_VERBS = ("diagnose", "rollout")
@@ -258,6 +260,8 @@ def main(args: list[str] | None = None) -> None:
 def _run_plain(command: str, words: list[str]) -> None:
     if command == "configs" and words and not words[0].startswith("-"):
         words = ["--name", *words]
+    if command == "report":
+        words = with_runs_named(words)
     if command == "analyze":  # auto_cli keeps --config for itself, and drops an argument of that name
         words = [re.sub("^--config(?==|$)", "--run_config", word) for word in words]
     auto_cli(

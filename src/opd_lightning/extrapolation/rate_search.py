@@ -54,12 +54,14 @@ class RateReport:
         numbers = {
             "learning_rate": self.new_rate,
             "factor": self.new_rate / self.old_rate,
+            "scale": self.found.best.scale,
             "num_scores": float(1 + len(self.found.trials)),
             "score_before_step": self.found.standing,
             "score_after": self.found.best.score,
             "seconds": self.seconds,
             "tokens": float(self.tokens),
         }
+        numbers |= {f"score_at/{trial.scale:g}": trial.score for trial in self.found.trials}
         return {f"{prefix}/{name}": number for name, number in numbers.items()}
 
     def __str__(self) -> str:

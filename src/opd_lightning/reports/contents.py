@@ -28,12 +28,14 @@ class Table:
         columns: Their heads.
         rows: As many cells each.
         note: How to read it.
+        is_detail: For the page alone, folded there.
     """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    is_detail: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,22 +47,47 @@ class Curve:
         xs: Where.
         ys: How much.
         errors: Half-lengths of error bars; empty for none.
+        intervals: Lower and upper ends of error bars, where they are not symmetric; empty for none.
+        colour: Which of the colours; None takes the next one.
+        dash: Which of the kinds of line.
+        run: Of which run the reader may hide it with; None for none.
     """
 
     label: str
     xs: Sequence[float]
     ys: Sequence[float]
     errors: Sequence[float] = ()
+    intervals: Sequence[tuple[float, float]] = ()
+    colour: int | None = None
+    dash: int = 0
+    run: int | None = None
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves on common axes."""
+    """Curves on common axes.
+
+    Attributes:
+        title: Above it.
+        x_label: What is to the right.
+        y_label: What is up.
+        curves: The lines.
+        bands: (from, to) of what is shaded, such as a healthy range.
+        marks: Points that stand out.
+        is_stacked: The curves are parts of a whole, drawn on top of each other.
+        is_small: A quarter of a page's width will do.
+        note: Below it: what the shade means, and its source.
+    """
 
     title: str
     x_label: str
     y_label: str
     curves: Sequence[Curve]
+    bands: Sequence[tuple[float, float]] = ()
+    marks: Sequence[tuple[float, float]] = ()
+    is_stacked: bool = False
+    is_small: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,6 +96,23 @@ class Text:
 
     title: str
     text: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a long report, which has a heading of its own.
+
+    Attributes:
+        title: The heading.
+        note: Below it.
+        panels: Drawings.
+        tables: What they show, and more.
+    """
+
+    title: str
+    note: str = ""
+    panels: Sequence[Panel] = ()
+    tables: Sequence[Table] = ()
 
 
 @dataclass(frozen=True)

@@ -16,26 +16,30 @@ from opd_lightning.reports.plots import draw
 
 def write_json(path: Path, numbers: Mapping[str, Any]) -> None:
     """Write plain numbers; NaN and infinity are no JSON, so None has to stand for what is not known."""
-    _replace(path, json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_page(path: Path, report: Report) -> None:
     """Write the page."""
-    _replace(path, render_page(report))
+    write_text(path, render_page(report))
 
 
 def render_page(report: Report) -> str:
     """The page as text: style and drawings inside, no script, no address of anything else."""
-    here = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=here, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     drawing = draw(report.panels)
-    page = environment.get_template("page.html.jinja")
+    page = templates().get_template("page.html.jinja")
     return page.render(report=report, drawing=None if drawing is None else Markup(drawing))
 
 
-def _replace(path: Path, text: str) -> None:
+def templates() -> Environment:
+    """The pages' templates; what they are given is escaped."""
+    here = FileSystemLoader(Path(__file__).parent)
+    return Environment(loader=here, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+
+
+def write_text(path: Path, text: str) -> None:
     """Write beside it first: who reads meanwhile finds the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
+    unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character of a file name, say
     unfinished.replace(path)

@@ -1,0 +1,49 @@
+"""`opd-lightning report RUN [RUN2 ...]`: what runs recorded, as one page, tables and JSON."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import rich
+
+from opd_lightning.reports.plots import COLOURS, can_draw
+from opd_lightning.reports.screen import show
+from opd_lightning.reports.training_runs.folder import read_runs
+from opd_lightning.reports.training_runs.page import write_report
+from opd_lightning.training.output_paths import check_folder
+
+
+def report(runs: Sequence[str], output: str | None = None) -> None:
+    """Show what a run recorded, or several beside each other: RUN [RUN2 ...] are their folders.
+
+    Args:
+        runs: Folders of runs, with metrics.csv in them or somewhere below. A run that was resumed is read together
+            with the runs it went on from.
+        output: Folder for `report.html` and `report.json`; null: `report` in the folder of the run, or `comparison` in
+            that of the first of several.
+    """
+    if not runs:
+        raise ValueError("runs: expected at least one folder of a run: opd-lightning report RUN [RUN2 ...].")
+    if len(runs) > len(COLOURS):
+        raise ValueError(
+            f"runs: expected at most {len(COLOURS)}, one for each colour, got {len(runs)}. Leave some out."
+        )
+    found = read_runs(runs)
+    folder = Path(output) if output is not None else found[0].folder / ("report" if len(found) == 1 else "comparison")
+    check_folder("output", folder)
+    shown = write_report(folder, found)
+    show(shown.for_terminal(), rich.get_console())
+    if not can_draw():
+        print("Without curves: they are drawn where matplotlib is installed (the extra 'reports').", file=sys.stderr)
+    print(f"\nWrote {folder / 'report.html'} and {folder / 'report.json'}")
+
+
+def with_runs_named(words: Sequence[str]) -> list[str]:
+    """The words of the command line with the folders that come first as the value of `--runs`."""
+    count = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    if not count:
+        return list(words)
+    as_yaml = ", ".join("'" + word.replace("'", "''") + "'" for word in words[:count])
+    return ["--runs", f"[{as_yaml}]", *words[count:]]
