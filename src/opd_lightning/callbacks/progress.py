@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
@@ -26,24 +27,32 @@ from typing_extensions import override
 
 from opd_lightning.callbacks.console import say
 
+SPEED_STEPS = 10  # steps over which the tokens per second are taken
+LEFT_SECONDS = 3600.0  # past steps from which the time left is told; the bar's own 30 s may not hold a single one
+
 
 class _BarAndMetrics(Progress):
-    """Bars, and the latest metrics on a line below them, cut to the width of the screen."""
+    """Bars, and on lines below them, cut to the width of the screen, the latest metrics and the last search."""
 
     metrics = ""
+    search = ""
 
     @override
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
-        if self.metrics:
-            yield Text(self.metrics, style="italic", no_wrap=True, overflow="ellipsis")
+        for line in (self.metrics, self.search):
+            if line:
+                yield Text(line, style="italic", no_wrap=True, overflow="ellipsis")
 
 
 class StepProgressBar(ProgressBar):
     """One bar that counts optimiser steps up to `max_steps`, with the metrics of the progress bar on a line below.
 
-    A second bar shows a validation while it lasts. What is printed or logged meanwhile appears above. Where the output
-    is no terminal, a line is printed every so many steps and after each validation instead.
+    That line ends with the response tokens trained on per second, over the last steps and all processes, where batches
+    count them (`num_response_tokens`); searches are in it, validations are not. A line below it says what the last
+    search of `EffOPD` or `LearningRateLineSearch` came to. A second bar shows a validation while it lasts. What is
+    printed or logged meanwhile appears above. Where the output is no terminal, a line is printed every so many steps
+    and after each validation instead.
 
     Args:
         plain_every_n_steps: Steps between two lines when the output is a file or a pipe.
@@ -63,6 +72,8 @@ class StepProgressBar(ProgressBar):
         self._is_enabled = True
         self._steps: TaskID | None = None
         self._batches: TaskID | None = None
+        self._speeds: deque[tuple[float, float]] = deque(maxlen=SPEED_STEPS)  # (tokens, seconds) of the last steps
+        self._since: float | None = None  # when the step under way began
 
     @override
     def disable(self) -> None:
@@ -81,9 +92,17 @@ class StepProgressBar(ProgressBar):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._show_steps(trainer)
+        self._speeds.clear()
+        self._since = time.perf_counter()
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now, num_tokens = time.perf_counter(), getattr(batch, "num_response_tokens", None)
+        if self._since is not None and num_tokens is not None:
+            self._speeds.append((num_tokens * trainer.world_size, now - self._since))
+        self._since = now
         self._update(trainer, pl_module, is_due=trainer.global_step % self.plain_every_n_steps == 0)
 
     @override
@@ -93,6 +112,7 @@ class StepProgressBar(ProgressBar):
         if trainer.state.fn != "fit":
             self._stop()
         elif not trainer.sanity_checking:
+            self._since = time.perf_counter()
             self._update(trainer, pl_module, is_due=True)
 
     @override
@@ -164,6 +184,7 @@ class StepProgressBar(ProgressBar):
             console=console,
             expand=True,
             disable=not console.is_terminal,
+            speed_estimate_period=LEFT_SECONDS,
         )
         self.progress.start()
         self._logs = [handler for handler in _log_handlers() if handler.stream is before]
@@ -191,7 +212,11 @@ class StepProgressBar(ProgressBar):
             return
         values = self.get_metrics(trainer, pl_module)
         values.pop("v_num", None)
-        self.progress.metrics = "  ".join(f"{name.removeprefix('train/')} {_short(v)}" for name, v in values.items())
+        parts = [f"{name.removeprefix('train/')} {_short(value)}" for name, value in values.items()]
+        if (seconds := sum(seconds for _, seconds in self._speeds)) > 0:
+            parts.append(f"{_rounded(sum(tokens for tokens, _ in self._speeds) / seconds)} tokens/s")
+        self.progress.metrics = "  ".join(parts)
+        self.progress.search = last_search(trainer)
         self.progress.update(self._steps, completed=trainer.global_step)
         if is_due and self.progress.disable:
             total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
@@ -218,6 +243,17 @@ def with_progress_bar(callbacks: Callback | list[Callback] | None, *, is_wanted:
     if is_wanted is False or any(isinstance(callback, ProgressBar) for callback in chosen):
         return chosen
     return [*chosen, StepProgressBar()]
+
+
+def last_search(trainer: Trainer) -> str:
+    """What the last search of the run came to, in a few words; empty without any."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    reports = [report for each in callbacks if (report := getattr(each, "last_search", None)) is not None]
+    return max(reports, key=lambda report: report.step).outcome() if reports else ""
+
+
+def _rounded(value: float) -> str:
+    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
 
 
 def _short(value: Any) -> str:

@@ -26,6 +26,7 @@ from typing_extensions import override
 
 from opd_lightning import __version__
 from opd_lightning.callbacks.answers import AnswersWriter
+from opd_lightning.callbacks.held_out_marks import HeldOutMarks
 from opd_lightning.callbacks.progress import with_progress_bar
 from opd_lightning.callbacks.rescue import RescueCheckpoint
 from opd_lightning.callbacks.start_validation import StartValidation
@@ -99,7 +100,7 @@ class OPDCLI(LightningCLI):
             trainer_defaults={
                 "log_every_n_steps": 1,
                 "num_sanity_val_steps": 0,  # StartValidation runs the whole one
-                "callbacks": [StartValidation(), AnswersWriter(), RescueCheckpoint()],
+                "callbacks": [StartValidation(), AnswersWriter(), HeldOutMarks(), RescueCheckpoint()],
             },
             parser_class=OneLineParser,
             parser_kwargs={

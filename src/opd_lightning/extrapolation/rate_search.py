@@ -64,6 +64,13 @@ class RateReport:
         numbers |= {f"score_at/{trial.scale:g}": trial.score for trial in self.found.trials}
         return {f"{prefix}/{name}": number for name, number in numbers.items()}
 
+    def outcome(self) -> str:
+        """What became of it, in less than a line of 80 columns."""
+        if not self.accepted:
+            return f"Line search step {self.step}: learning rate stays {self.old_rate:.3g}"
+        scores = f"score {self.found.standing:.4g} -> {self.found.best.score:.4g}"
+        return f"Line search step {self.step}: learning rate {self.old_rate:.3g} -> {self.new_rate:.3g}, {scores}"
+
     def __str__(self) -> str:
         tried = ", ".join(f"x{trial.scale:.3g}: {trial.score:.5g}" for trial in self.found.trials) or "none"
         if self.accepted:

@@ -60,6 +60,12 @@ class SearchReport:
             numbers["cosine"] = self.cosine
         return {f"{prefix}/{name}": number for name, number in numbers.items()}
 
+    def outcome(self) -> str:
+        """What became of it, in less than a line of 80 columns."""
+        verdict = f"moved by {self.best.factor:+g} Delta" if self.accepted else "not moved"
+        scores = f"score {self.baseline:.4g}" + (f" -> {self.best.score:.4g}" if self.accepted else "")
+        return f"EffOPD step {self.step}: {verdict}{' (all tied)' if self.tied else ''}, {scores}"
+
     def __str__(self) -> str:
         tried = ", ".join(f"{trial.factor:+g}: {trial.score:.5g}" for trial in self.trials) or "none"
         verdict = f"moved by {self.best.factor:+g} Delta" if self.accepted else "not moved"

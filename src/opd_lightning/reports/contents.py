@@ -57,10 +57,10 @@ class Curve:
     xs: Sequence[float]
     ys: Sequence[float]
     errors: Sequence[float] = ()
-    intervals: Sequence[tuple[float, float]] = ()
-    colour: int | None = None
-    dash: int = 0
-    run: int | None = None
+    intervals: Sequence[tuple[float, float]] = field(default=(), kw_only=True)
+    colour: int | None = field(default=None, kw_only=True)
+    dash: int = field(default=0, kw_only=True)
+    run: int | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,17 @@ def draw_alone(panel: Panel, prefix: str) -> Drawing | None:
     return Drawing(svg, (place.x0, place.x1, 1 - place.y1, 1 - place.y0), limits)
 
 
+def figure_of(panel: Panel) -> Any:
+    """One panel as a figure of matplotlib, black on white, for loggers that take such; None without matplotlib."""
+    if not can_draw():
+        return None
+    with _style():
+        figure = _figure(_WIDTH / 2, _HEIGHT)
+        plot(axes := figure.add_subplot(), panel)
+        axes.set_title(panel.title)
+    return figure
+
+
 def plot(axes: Any, panel: Panel) -> None:
     """Draw a panel's curves, bands and marks on matplotlib's axes."""
     if panel.is_stacked:

@@ -56,7 +56,7 @@ class _WholeFile(ExperimentWriter):
             return
         path, names = Path(self.metrics_file_path), sorted({*self.metrics_keys}.union(*self.metrics))
         if names == self.metrics_keys and path.exists():
-            _append(path, _as_text(names, self.metrics))
+            append_whole(path, _as_text(names, self.metrics))
         else:
             earlier = _read_rows(path) if path.exists() else []
             _replace(path, _as_text(names, [*earlier, *self.metrics], with_header=True))
@@ -77,13 +77,19 @@ def _as_text(names: list[str], rows: list[dict[str, Any]], *, with_header: bool 
     return text.getvalue().encode()
 
 
-def _append(path: Path, content: bytes) -> None:
-    length = path.stat().st_size
+def append_whole(path: Path, content: bytes) -> None:
+    """Add to the end of a file, which is made if need be, or leave it as it is.
+
+    Raises:
+        OSError: The disk is full, say; nothing of the content is in the file then.
+    """
+    length = path.stat().st_size if path.exists() else 0
     try:
         with path.open("ab") as file:
             file.write(content)
     except OSError:
-        os.truncate(path, length)  # half a row would spoil the next one
+        if path.exists():
+            os.truncate(path, length)  # half a row would spoil the next one
         raise
 
 

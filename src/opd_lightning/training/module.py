@@ -294,7 +294,7 @@ class OPDModule(PairModule):
             values["horizon"] = float(batch.sampling.max_new_tokens)
             is_cut = batch.sampling.max_new_tokens < self.data.sampling.max_new_tokens
             values["horizon_cut_rate"] = values.pop("truncation_rate") if is_cut else 0.0
-        shown = ("reverse_kl", "accuracy")
+        shown = ("reverse_kl" if "reverse_kl" in values else "sampled_log_ratio", "accuracy")
         for name, value in values.items():
             self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=1)
         self.log_dict({f"selection/{k}": v for k, v in self.data.selector.metrics().items()}, batch_size=1)

@@ -99,13 +99,13 @@ class StudentModule(LightningModule):
         """Called by whoever changes the student's weights outside the optimiser (EffOPD)."""
         self.weight_version += 1
 
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Answer held-out problems and mark them."""
-        self._answer_and_mark(batch, "validation")
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Answer held-out problems and mark them; return the answers, for callbacks."""
+        return {"rollouts": self._answer_and_mark(batch, "validation")}
 
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Answer test problems and mark them."""
-        self._answer_and_mark(batch, "test")
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Answer test problems and mark them; return the answers, for callbacks."""
+        return {"rollouts": self._answer_and_mark(batch, "test")}
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Rollout]:
         """Return graded answers."""
@@ -131,7 +131,7 @@ class StudentModule(LightningModule):
         )
         return data.answer(prompts, data.validation_sampling, num_samples=data.validation_samples)
 
-    def _answer_and_mark(self, batch: PromptBatch, purpose: str) -> None:
+    def _answer_and_mark(self, batch: PromptBatch, purpose: str) -> Sequence[Rollout]:
         answers = self.answer_problems(batch, purpose)
         self.study_answers(answers.rollouts)
         groups = answers.by_problem()
@@ -139,6 +139,7 @@ class StudentModule(LightningModule):
         sources = {problem.source for problem in self.data.held_out[purpose]}
         for source in sorted(sources) if len(sources) > 1 else ():
             self._answer_metrics(f"{source}/").update([g for g in groups if g[0].problem.source == source])
+        return answers.rollouts
 
     def study_answers(self, rollouts: Sequence[Rollout]) -> None:
         """Look at held-out answers, if there is more to know than their marks."""

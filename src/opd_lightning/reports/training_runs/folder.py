@@ -158,7 +158,7 @@ def _add_row(series: dict[str, dict[int, float]], trained: set[int], values: dic
         series.setdefault(name, {})[int(step) + is_after] = value
 
 
-def read_marks(path: Path) -> tuple[dict[int, dict[str, float]], list[str]]:
+def read_marks(path: Path) -> tuple[dict[int, Mapping[str, float]], list[str]]:
     """Mean mark of each held-out problem, by the step of the validation; nothing where none were kept."""
     if not path.is_file():
         return {}, []
@@ -167,7 +167,7 @@ def read_marks(path: Path) -> tuple[dict[int, dict[str, float]], list[str]]:
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
         notes.append(f"The last line of {str(path)!r} is cut off, and left out.")
-    marks = {}
+    marks: dict[int, Mapping[str, float]] = {}
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)

@@ -99,7 +99,7 @@ def statement(found: Difference) -> Statement:
 
 def accuracy_table(runs: Sequence[Run]) -> Table | None:
     """Held-out accuracy of every validation, with intervals; of each data source too, where there are several."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for run in runs:
         for name, values in run.series.items():
             if not (match := _NAME.fullmatch(name)):
@@ -114,7 +114,7 @@ def accuracy_table(runs: Sequence[Run]) -> Table | None:
                 rows.append(((run.label,) if len(runs) > 1 else ()) + ((match[1] or "all",) + cells + (match[2], size)))
     if not rows:
         return None
-    columns = ("source", "step", "right", "95 % interval", "any right", "answers each", "problems")
+    columns: tuple[str, ...] = ("source", "step", "right", "95 % interval", "any right", "answers each", "problems")
     columns = (("run",) if len(runs) > 1 else ()) + columns
     note = (
         "Any right: share of problems with at least one right answer. Interval: Wilson's, with each problem counted"

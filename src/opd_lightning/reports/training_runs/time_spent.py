@@ -89,14 +89,14 @@ def _whole(seconds: Mapping[str, Series]) -> dict[int, float]:
 def time_table(runs: Sequence[Run]) -> Table | None:
     """Seconds per step of each part, its share and the memory at its peak."""
     several = len(runs) > 1
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for run in runs:
         for each in time_by_part(run):
             cells = (each.part, number(each.per_step), share(each.of_steps), number(each.total, 4), number(each.memory))
             rows.append(((run.label,) if several else ()) + cells)
     if not rows:
         return None
-    columns = ("part", "seconds per step", "share", "seconds in all", "peak GiB")
+    columns: tuple[str, ...] = ("part", "seconds per step", "share", "seconds in all", "peak GiB")
     if all(row[-1] == "-" for row in rows):  # nothing was recorded on this machine
         rows, columns = [row[:-1] for row in rows], columns[:-1]
     note = "Wait: for rollouts that were generated ahead. Searches: of EffOPD and for the learning rate."
