@@ -3,6 +3,7 @@
 import logging
 import os
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -12,7 +13,11 @@ from toys import make_data, make_module, make_trainer
 
 from opd_lightning import EffOPD
 from opd_lightning.callbacks.console import say
-from opd_lightning.callbacks.progress import StepProgressBar, with_progress_bar
+from opd_lightning.callbacks.progress import StepProgressBar, last_search, with_progress_bar
+from opd_lightning.extrapolation.line_search import Trial
+from opd_lightning.extrapolation.rate_search import RateReport
+from opd_lightning.extrapolation.report import SearchReport
+from opd_lightning.extrapolation.step_length import ScaledStep, StepLength
 
 VALIDATION = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
 
@@ -71,14 +76,63 @@ def test_a_terminal_keeps_every_line_and_one_bar(tmp_path, folders):
     lines = terminal.lines()
     said = [line for line in lines if line.startswith("said")]
     assert said == [f"said after step {step}: " + "x" * 60 for step in range(1, 6)]
-    assert sum("EffOPD step 2" in line for line in lines) == 1
+    assert sum("EffOPD step 2" in line and "tried" in line for line in lines) == 1
     assert sum("max_steps=5` reached" in line for line in lines) == 1
     assert sum(line.startswith("EffOPD: 1 searches") for line in lines) == 1
     (bar,) = [line for line in lines if line.startswith("Step")]
     assert " 5/5 " in bar and len(bar) <= 80
-    assert "reverse_kl" in lines[lines.index(bar) + 1]
+    metrics, search = lines[lines.index(bar) + 1 :][:2]
+    assert "reverse_kl" in metrics and "accuracy" in metrics and metrics.endswith(" tokens/s") and len(metrics) <= 80
+    assert search == "EffOPD step 2: not moved (all tied), score 0"
     assert not any("Epoch" in line or "Validation" in line for line in lines)
     assert any(line.startswith("Validation") for line in watch.during)
+
+
+def test_the_time_left_is_told_where_a_step_takes_minutes():
+    now = 0.0
+    with on_a_terminal():
+        bar = StepProgressBar()
+        bar._start()
+        bar.progress.get_time = lambda: now
+        task = bar.progress.add_task("Step", total=10)
+        for step in range(1, 4):
+            now = 120.0 * step
+            bar.progress.update(task, completed=step)
+        left = bar.progress.tasks[0].time_remaining
+        bar._stop()
+    assert left == 840
+
+
+def test_tokens_per_second_are_those_of_the_last_steps_without_validations(monkeypatch, tmp_path):
+    now = iter([10.0, 12.0, 13.0, 99.0, 101.0])
+    bar = StepProgressBar()
+    monkeypatch.setattr("opd_lightning.callbacks.progress.time.perf_counter", lambda: next(now))
+    trainer = make_trainer(tmp_path, 3, callbacks=[bar], enable_progress_bar=True)
+    bar.on_train_start(trainer, None)  # 10: no bar is shown, so that nothing else asks for the time
+    batch = SimpleNamespace(num_response_tokens=300)
+    bar.on_train_batch_end(trainer, None, None, batch, 0)  # 12
+    bar.on_train_batch_end(trainer, None, None, batch, 1)  # 13
+    trainer.state.fn = "fit"
+    bar.on_validation_end(trainer, None)  # 99
+    bar.on_train_batch_end(trainer, None, None, batch, 2)  # 101
+    assert sum(tokens for tokens, _ in bar._speeds) / sum(seconds for _, seconds in bar._speeds) == 900 / 5
+
+
+@pytest.mark.parametrize(
+    ("factor", "words"), [(4.0, "EffOPD step 1024: moved by +4 Delta, score -0.2345 -> -0.1235"), (0.0, "not moved")]
+)
+def test_the_last_search_fits_into_a_line(factor, words, tmp_path):
+    best = Trial(factor, -0.123456789 if factor else -0.23454)
+    callback, later = Callback(), Callback()
+    callback.last_search = SearchReport(1024, -0.23454, (Trial(4.0, -0.1), Trial(8.0, -9.0)), best, 1.0, 0.5, 2.0, 0)
+    still, found = ScaledStep(0.0, -3.0), ScaledStep(0.1, -1.0)
+    length = StepLength(still.score, (found,), found, is_bracketed=True)
+    later.last_search = RateReport(1, length, 1e-6, 1.23456e-4, True, 1.0, 0)
+    line = last_search(make_trainer(tmp_path, 1, callbacks=[callback, later]))
+    assert words in line and len(line) <= 80
+    line = last_search(make_trainer(tmp_path, 1, callbacks=[later]))
+    assert line == "Line search step 1: learning rate 1e-06 -> 0.000123, score -3 -> -1" and len(line) <= 80
+    assert last_search(make_trainer(tmp_path, 1)) == ""
 
 
 def test_a_file_gets_a_line_now_and_then(tmp_path, folders, capsys):
