@@ -106,9 +106,10 @@ def test_the_time_left_is_told_where_a_step_takes_minutes():
 def test_tokens_per_second_are_those_of_the_last_steps_without_validations(monkeypatch, tmp_path):
     now = iter([10.0, 12.0, 13.0, 99.0, 101.0])
     bar = StepProgressBar()
-    monkeypatch.setattr("opd_lightning.callbacks.progress.time.perf_counter", lambda: next(now))
     trainer = make_trainer(tmp_path, 3, callbacks=[bar], enable_progress_bar=True)
-    bar.on_train_start(trainer, None)  # 10: no bar is shown, so that nothing else asks for the time
+    monkeypatch.setattr("opd_lightning.callbacks.progress.time.perf_counter", lambda: next(now))
+    bar.disable()  # so that nothing else asks for the time
+    bar.on_train_start(trainer, None)  # 10
     batch = SimpleNamespace(num_response_tokens=300)
     bar.on_train_batch_end(trainer, None, None, batch, 0)  # 12
     bar.on_train_batch_end(trainer, None, None, batch, 1)  # 13

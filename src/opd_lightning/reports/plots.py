@@ -97,7 +97,7 @@ def figure_of(panel: Panel) -> Any:
 
 def _inside(panel: Panel, width: float, height: float) -> tuple[float, float, float, float]:
     """Where the axes are in a drawing of so many inches: left, bottom, width and height as shares."""
-    left, right, bottom, top = 0.66, 0.08, 0.44, 0.1
+    left, right, bottom, top = 0.74, 0.08, 0.44, 0.1
     if len(panel.curves) > 1:
         top += 0.16 * _legend_shape(panel)[1]
     return left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height
@@ -129,7 +129,7 @@ def plot(axes: Any, panel: Panel, *, is_named: bool = False) -> None:
     for x, y in panel.marks:
         axes.plot([x], [y], marker="o", ms=9, mfc="none", mew=1.8, color=_INK)
     axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
-    axes.grid(alpha=0.25, color=_INK)
+    axes.grid(alpha=0.16, color=_INK)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -85,11 +85,11 @@ def _between(first: Run, second: Run) -> Difference | None:
 
 def statement(found: Difference) -> Statement:
     """The difference in words."""
-    width = "" if found.half_width is None else f" ± {found.half_width:.1%}"
+    width = "" if found.half_width is None else f" ± {100 * found.half_width:.1f}"
     sure = found.half_width is not None and abs(found.mean) > found.half_width
     verdict = "no certain difference" if not sure else "better" if found.mean > 0 else "worse"
     return Statement(
-        f"Held-out problems, {found.after} beside {found.before}: {found.mean:+.1%}{width} ({verdict})",
+        f"Held-out problems, {found.after} beside {found.before}: {100 * found.mean:+.1f}{width} points ({verdict})",
         (
             ("because", f"{len(found.gained)} gained, {len(found.lost)} lost, of {found.num_problems} problems"),
             ("rule", "95 % interval of the mean difference, problem by problem (1.96 standard errors)"),

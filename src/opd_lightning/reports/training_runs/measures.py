@@ -48,7 +48,7 @@ MEASURES = (
     ),
     Measure(
         "Accuracy",
-        "share of right answers",
+        "share right",
         (("rollouts", "train/accuracy"), ("held out", r"val/avg_at_\d+")),
         note="Bars: 95 % (Wilson), each held-out problem counted once. Rollouts are of training prompts and lengths.",
     ),
@@ -119,13 +119,13 @@ MEASURES = (
 )
 SPEED = Measure(
     "Speed",
-    "response tokens per second",
+    "tokens per second",
     (
         ("generate", "train/tokens_per_second/generate"),
         ("teacher", "train/tokens_per_second/teacher"),
         ("student", "train/tokens_per_second/student"),
     ),
-    note="Of each part by itself, per process.",
+    note="Response tokens, of each part by itself, per process.",
 )
 MEMORY = Measure(
     "Memory",

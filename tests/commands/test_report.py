@@ -1,0 +1,64 @@
+"""`opd-lightning report` from the command line."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from test_ckpt_path import SETTINGS, elsewhere  # noqa: F401
+
+sys.path.append(str(Path(__file__).parent.parent / "reports"))
+from recorded_runs import copied, recorded  # noqa: F401  # fixtures
+
+from opd_lightning.commands.cli import main
+from opd_lightning.commands.report import with_runs_named
+
+
+@pytest.fixture(autouse=True)
+def without_curves(monkeypatch):
+    """They take time, and are other tests'."""
+    monkeypatch.setattr("opd_lightning.reports.training_runs.page.can_draw", lambda: False)
+
+
+def test_a_run_and_two(copied, capsys):  # noqa: F811
+    fast, slow = map(str, copied)
+    main(["report", fast])
+    shown = capsys.readouterr().out
+    assert "Report of a run" in shown and "kept +2 Delta" in shown and f"{fast}/report/report.html" in shown
+    assert "Every score" not in shown and "All settings" not in shown
+    assert (copied[0] / "report" / "report.html").exists()
+    main(["report", fast, slow, "--output", str(copied[0].parent / "it's here")])
+    shown = capsys.readouterr().out
+    assert "Comparison of 2 runs" in shown and "model.optimizer.init_args.lr   0.01   0.0001" in shown
+    numbers = json.loads((copied[0].parent / "it's here" / "report.json").read_text())
+    assert [run["label"] for run in numbers["runs"]] == ["fast", "slow"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "runs: there is no folder 'nowhere'"),
+        ([], "runs"),
+        (["--output", "x"], "runs"),
+        (["{fast}", "{fast}"], "is named twice. Name different runs"),
+        (["{fast}", *["{slow}"] * 9], "runs: expected at most 8, one for each colour, got 10"),
+        (["{fast}", "--output", "{fast}/metrics.csv"], "cannot be a folder, since"),
+        (["{fast}", "--outptu", "x"], "outptu"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, recorded, capfd):  # noqa: F811
+    fast, slow = recorded
+    with pytest.raises(SystemExit, match="2"):
+        main(["report", *(word.format(fast=fast, slow=slow) for word in words)])
+    lines = [line for line in capfd.readouterr().err.splitlines() if "OPD_LIGHTNING_TRACEBACK" not in line]
+    assert len(lines) == 1 and message in lines[0]
+
+
+def test_folders_may_have_any_name():
+    assert with_runs_named(["a", "it's [b], c", "--output", "d"]) == [
+        "--runs",
+        "['a', 'it''s [b], c']",
+        "--output",
+        "d",
+    ]
+    assert with_runs_named(["--help"]) == ["--help"]
