@@ -44,7 +44,7 @@ def test_its_command_builds_its_objects(path, tmp_path, monkeypatch):
         assert name in {type(each).__name__ for each in command.trainer.callbacks}
     if engine := settings["data"].get("engine"):
         assert engine["class_path"].endswith(type(command.datamodule.engine).__name__)
-    own = {"StartValidation", "AnswersWriter", "RescueCheckpoint", "StepProgressBar", "StudentSummary"}
+    own = {"StartValidation", "AnswersWriter", "HeldOutMarks", "RescueCheckpoint", "StepProgressBar", "StudentSummary"}
     assert own <= {type(each).__name__ for each in command.trainer.callbacks}
     assert command.model.student is None  # nothing is loaded before it is needed
 

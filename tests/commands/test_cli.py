@@ -64,7 +64,12 @@ def test_what_was_imported_is_not_searched_for_garbage(monkeypatch):
     assert gc.get_freeze_count() > 100_000
 
 
-MODULES = {"AnswersWriter": "answers", "RescueCheckpoint": "rescue", "StartValidation": "start_validation"}
+MODULES = {
+    "AnswersWriter": "answers",
+    "HeldOutMarks": "held_out_marks",
+    "RescueCheckpoint": "rescue",
+    "StartValidation": "start_validation",
+}
 MINIMAL = ["--model.student", "HFStudent", "--model.student.path", "sandbox:student", "--data.task", "ArithmeticTask"]
 
 
@@ -129,7 +134,7 @@ def test_engines_teachers_and_alarms_of_vllm_have_short_names_too(capsys):
     assert all(name in shown for name in ("VLLMServerEngine", "MismatchAlarm", "VLLMColocatedEngine"))
 
 
-@pytest.mark.parametrize("name", ["AnswersWriter", "RescueCheckpoint", "StartValidation"])
+@pytest.mark.parametrize("name", list(MODULES))
 def test_a_callback_of_the_users_takes_the_place_of_ours(name, monkeypatch):
     found = []
     monkeypatch.setattr(OPDCLI, "_run_subcommand", lambda self, command: found.extend(self.trainer.callbacks))

@@ -29,7 +29,7 @@ def test_a_run_and_two(copied, capsys):  # noqa: F811
     assert (copied[0] / "report" / "report.html").exists()
     main(["report", fast, slow, "--output", str(copied[0].parent / "it's here")])
     shown = capsys.readouterr().out
-    assert "Comparison of 2 runs" in shown and "model.optimizer.init_args.lr   0.01   0.0001" in shown
+    assert "Comparison of 2 runs" in shown and "model.optimizer.lr   0.01   0.0001" in shown
     numbers = json.loads((copied[0].parent / "it's here" / "report.json").read_text())
     assert [run["label"] for run in numbers["runs"]] == ["fast", "slow"]
 

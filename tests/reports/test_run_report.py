@@ -16,7 +16,7 @@ from opd_lightning.reports.training_runs.measures import MEASURES, MOST_POINTS, 
 from opd_lightning.reports.training_runs.page import render_page, write_report
 from opd_lightning.reports.training_runs.report import as_json, make_report
 from opd_lightning.reports.training_runs.searches import RATE, search_panels, searches_of
-from opd_lightning.reports.training_runs.settings import differences
+from opd_lightning.reports.training_runs.settings import differences, readable
 from opd_lightning.reports.training_runs.time_spent import rollouts_table, time_by_part
 
 
@@ -44,7 +44,7 @@ def test_steps_count_those_the_weights_have_made(recorded):
     for step, accuracy in run.series["val/avg_at_1"].items():
         marks = run.marks[step].values()
         assert len(marks) == 6 and accuracy == pytest.approx(sum(marks) / 6)
-    assert run.settings["model.optimizer.init_args.lr"] == 0.01
+    assert run.settings["model.optimizer.lr"] == 0.01
 
 
 def test_a_validation_before_the_first_step_stays_there(tmp_path):
@@ -108,20 +108,36 @@ def test_rollouts_reused_and_chosen(tmp_path):
 def test_two_runs_beside_each_other(recorded):
     fast, slow = runs = read_runs(recorded)
     assert [run.label for run in runs] == ["fast", "slow"]
-    assert differences([fast.settings, slow.settings]) == {"model.optimizer.init_args.lr": ["0.01", "0.0001"]}
+    assert differences([fast.settings, slow.settings]) == {"model.optimizer.lr": ["0.01", "0.0001"]}
     (found,) = differences_of(runs)
     marks = fast.marks[3], slow.marks[3]
     assert found.mean == pytest.approx(sum(marks[1][uid] - marks[0][uid] for uid in marks[0]) / 6)
     assert set(found.gained) == {uid for uid in marks[0] if marks[0][uid] <= 0.5 < marks[1][uid]}
     kl = next(panel for panel in panels_of(MEASURES[0], runs))
     assert [(curve.label, curve.colour, curve.run) for curve in kl.curves] == [
-        ("fast: rollouts", 0, 0),
-        ("slow: rollouts", 1, 1),
+        ("fast", 0, 0),
+        ("slow", 1, 1),
     ]
     assert [curve.ys for curve in kl.curves] == [list(run.series["train/reverse_kl"].values()) for run in runs]
     numbers = as_json(runs)
     assert numbers["settings_that_differ"] and len(numbers["runs"]) == 2
     assert numbers["held_out_differences"][0]["mean"] == found.mean
+
+
+def test_settings_of_classes_have_short_names_and_do_not_shift():
+    one = {"class_path": "a.One", "init_args": {"x": 1, "inner": {"class_path": "b.Inner"}}}
+    two = {"class_path": "c.Two", "init_args": None}
+    assert readable({"callbacks": [two, one, two], "plain": [1, 2], "none": {}}) == {
+        "callbacks.Two": "c.Two",
+        "callbacks.One": "a.One",
+        "callbacks.One.x": 1,
+        "callbacks.One.inner": "b.Inner",
+        "callbacks.Two#2": "c.Two",
+        "plain": [1, 2],
+        "none": {},
+    }
+    runs = [readable({"callbacks": [one]}), readable({"callbacks": [two, one]})]
+    assert differences(runs) == {"callbacks.Two": ["-", "c.Two"]}
 
 
 def test_problems_that_changed_sides_by_value():
@@ -212,7 +228,7 @@ def test_the_page_is_whole_and_hostile_names_are_text(copied):
     page = render_page(replace(report, sections=[replace(each, panels=each.panels[:1]) for each in report.sections]))
     assert "<script>alert" not in page and page.count("<script>") == 1
     assert "http" not in page and "&lt;script&gt;" in page
-    assert 'id="p1-0-curve-0-0"' in page and 'id="p3-0-curve-0-0"' in page
+    assert 'id="p0-0-curve-0-0"' in page and 'id="p3-0-curve-0-0"' in page
 
 
 def test_a_page_that_is_not_finished_says_so_to_the_browser(tmp_path):

@@ -9,13 +9,15 @@ from pathlib import Path
 import rich
 
 from opd_lightning.reports.plots import COLOURS, can_draw
+from opd_lightning.reports.files import write_text
 from opd_lightning.reports.screen import show
+from opd_lightning.reports.token_view import render_token_page, token_fragment
 from opd_lightning.reports.training_runs.folder import read_runs
 from opd_lightning.reports.training_runs.page import write_report
 from opd_lightning.training.output_paths import check_folder
 
 
-def report(runs: Sequence[str], output: str | None = None) -> None:
+def report(runs: Sequence[str], output: str | None = None, tokens: bool = False) -> None:
     """Show what a run recorded, or several beside each other: RUN [RUN2 ...] are their folders.
 
     Args:
@@ -23,6 +25,8 @@ def report(runs: Sequence[str], output: str | None = None) -> None:
             with the runs it went on from.
         output: Folder for `report.html` and `report.json`; null: `report` in the folder of the run, or `comparison` in
             that of the first of several.
+        tokens: Write `tokens.html` alone, the view of what TokenRecorder recorded of one or two runs; it needs no
+            metrics.csv.
     """
     if not runs:
         raise ValueError("runs: expected at least one folder of a run: opd-lightning report RUN [RUN2 ...].")
@@ -30,18 +34,30 @@ def report(runs: Sequence[str], output: str | None = None) -> None:
         raise ValueError(
             f"runs: expected at most {len(COLOURS)}, one for each colour, got {len(runs)}. Leave some out."
         )
+    if tokens:
+        _write_tokens(runs, output)
+        return
     found = read_runs(runs)
     folder = Path(output) if output is not None else found[0].folder / ("report" if len(found) == 1 else "comparison")
     check_folder("output", folder)
-    shown = write_report(folder, found)
+    fragment = token_fragment([run.folder for run in found], labels=[run.label for run in found])
+    shown = write_report(folder, found, fragments=[fragment] if fragment is not None else [])
     show(shown.for_terminal(), rich.get_console())
     if not can_draw():
         print("Without curves: they are drawn where matplotlib is installed (the extra 'reports').", file=sys.stderr)
     print(f"\nWrote {folder / 'report.html'} and {folder / 'report.json'}")
 
 
+def _write_tokens(runs: Sequence[str], output: str | None) -> None:
+    folder = Path(output) if output is not None else Path(runs[0]) / "report"
+    check_folder("output", folder)
+    write_text(folder / "tokens.html", render_token_page([Path(run) for run in runs]))
+    print(f"Wrote {folder / 'tokens.html'}")
+
+
 def with_runs_named(words: Sequence[str]) -> list[str]:
-    """The words of the command line with the folders that come first as the value of `--runs`."""
+    """The words of the command line with the folders that come first as the value of `--runs`, `--tokens` as true."""
+    words = [word if word != "--tokens" else "--tokens=true" for word in words]
     count = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
     if not count:
         return list(words)

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from opd_lightning.reports.training_runs.settings import flat
+from opd_lightning.reports.training_runs.settings import readable
 
 METRICS, CONFIG, MARKS = "metrics.csv", "config.yaml", "held_out_marks.jsonl"
 DEEPEST = 5  # default_root_dir/mlruns/EXPERIMENT/RUN/...
@@ -190,7 +190,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise ValueError(f"runs: {str(path)!r} is no YAML: {reason}. Mend it or take it away.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"runs: {str(path)!r} holds no settings by name. Mend it or take it away.")
-    return flat(settings)
+    return readable(settings)
 
 
 def _earlier_part(folder: Path, settings: Mapping[str, Any]) -> Path | None:

@@ -150,14 +150,15 @@ def curves_of(measure: Measure, runs: Sequence[Run]) -> list[Curve]:
     """A curve for each metric of each run that knows it; held-out accuracy with intervals."""
     curves = []
     for number, run in enumerate(runs):
-        for place, (label, name) in enumerate(known_metrics(measure, run)):
+        known = known_metrics(measure, run)
+        for place, (label, name) in enumerate(known):
             xs, ys = thinned(run.series[name])
             if not xs:
                 continue
             several = len(runs) > 1
             curves.append(
                 Curve(
-                    f"{run.label}: {label}" if several else label,
+                    label if not several else run.label if len(known) == 1 else f"{run.label}: {label}",
                     xs,
                     ys,
                     intervals=accuracy_intervals(run, name) if len(xs) == len(run.series[name]) else (),

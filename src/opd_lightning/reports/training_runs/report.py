@@ -73,8 +73,8 @@ def make_report(runs: Sequence[Run]) -> RunReport:
     search_panel_list = [panel for label, each in searches.items() for panel in search_panels(each, label)]
     tables = [accuracy_table(runs), *(changed_table(each) for each in found)]
     sections = [
-        Section("At a glance", tables=[_summary(runs)]),
         Section("Curves", RANGES_NOTE, [panel for measure in MEASURES for panel in panels_of(measure, runs)]),
+        Section("At a glance", tables=[_summary(runs)]),
         Section("Held-out problems", _marks_note(runs), tables=[table for table in tables if table is not None]),
         Section(
             "Searches along the ray",

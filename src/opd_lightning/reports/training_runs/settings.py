@@ -6,14 +6,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names; lists of classes are numbered, other lists stay whole."""
+def readable(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names: arguments right under the name of their class, classes in lists by their names.
+
+    ``callbacks: [{class_path: a.B, init_args: {c: 1}}]`` becomes ``callbacks.B: a.B`` and ``callbacks.B.c: 1``, so that
+    one more callback in one of two runs does not make all that follow it differ.
+    """
     if isinstance(settings, list) and any(isinstance(part, dict) for part in settings):
-        settings = {str(number): part for number, part in enumerate(settings)}
+        by_name: dict[str, Any] = {}
+        for number, part in enumerate(settings):
+            path = part.get("class_path") if isinstance(part, dict) else None
+            name = path.rpartition(".")[2] if isinstance(path, str) else str(number)
+            by_name[name if name not in by_name else f"{name}#{number}"] = part
+        settings = by_name
     if not isinstance(settings, dict) or not settings:
         return {prefix: settings}
+    own = {}
+    if isinstance(settings.get("class_path"), str) and prefix:
+        own = {prefix: settings["class_path"]}
+        settings = {key: part for key, part in settings.items() if key not in ("class_path", "init_args")} | (
+            settings.get("init_args") or {}
+        )
     dot = f"{prefix}." if prefix else ""
-    return {name: value for key, part in settings.items() for name, value in flat(part, f"{dot}{key}").items()}
+    return own | {name: each for key, part in settings.items() for name, each in readable(part, f"{dot}{key}").items()}
 
 
 def differences(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
