@@ -9,9 +9,11 @@ from test_ckpt_path import SETTINGS, elsewhere  # noqa: F401
 
 sys.path.append(str(Path(__file__).parent.parent / "reports"))
 from recorded_runs import copied, recorded  # noqa: F401  # fixtures
+from recorded_tokens import write_records
 
 from opd_lightning.commands.cli import main
 from opd_lightning.commands.report import with_runs_named
+from opd_lightning.reports.token_records import FOLDER
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +36,18 @@ def test_a_run_and_two(copied, capsys):  # noqa: F811
     assert [run["label"] for run in numbers["runs"]] == ["fast", "slow"]
 
 
+def test_tokens_are_the_last_part_of_the_page_or_a_page_alone(copied, capsys):  # noqa: F811
+    run = copied[0]
+    write_records(run / FOLDER)
+    main(["report", str(run)])
+    page = (run / "report" / "report.html").read_text()
+    assert '<section id="fragment-1">' in page and page.index("Settings</h2>") < page.index("problem/0")
+    main(["report", str(run.parent / "fast"), "--tokens"])
+    page = (run / "report" / "tokens.html").read_text()
+    assert "problem/0" in page and "Reverse KL</figcaption>" not in page
+    assert "tokens.html" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -44,6 +58,7 @@ def test_a_run_and_two(copied, capsys):  # noqa: F811
         (["{fast}", *["{slow}"] * 9], "runs: expected at most 8, one for each colour, got 10"),
         (["{fast}", "--output", "{fast}/metrics.csv"], "cannot be a folder, since"),
         (["{fast}", "--outptu", "x"], "outptu"),
+        (["{fast}", "--tokens"], "holds no records of tokens"),
     ],
 )
 def test_mistakes_are_one_line(words, message, recorded, capfd):  # noqa: F811

@@ -6,7 +6,9 @@ import json
 import re
 
 import pytest
+from recorded_tokens import write_records
 
+from opd_lightning.reports.token_view import token_fragment
 from opd_lightning.reports.training_runs.folder import read_runs
 from opd_lightning.reports.training_runs.page import write_report
 
@@ -46,7 +48,8 @@ return [...lowest];
 def pages(recorded, tmp_path_factory):
     """A page of one run, and one of two."""
     folder, runs = tmp_path_factory.mktemp("pages"), read_runs(recorded)
-    write_report(folder / "one", runs[:1])
+    tokens = write_records(folder / "tokens")
+    write_report(folder / "one", runs[:1], fragments=[token_fragment([tokens], labels=["fast"])])
     write_report(folder / "two", runs)
     return folder / "one" / "report.html", folder / "two" / "report.html", runs
 
@@ -60,7 +63,8 @@ def panel_of(driver, title):
 def test_the_page_of_a_run_shows_it_and_is_silent(browser, pages, dark):
     page, _, (run, _) = pages
     driver = browser.open(page, dark=dark)
-    heads = [each.text for each in driver.find_elements(By.CSS_SELECTOR, "section > h2") if each.text]
+    heads = [each.text for each in driver.find_elements(By.CSS_SELECTOR, "main > section[id] > h2")]
+    assert heads.pop() == "Tokens"
     parts = [
         "Curves",
         "At a glance",

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import rich
 
-from opd_lightning.reports.plots import COLOURS, can_draw
 from opd_lightning.reports.files import write_text
+from opd_lightning.reports.plots import COLOURS, can_draw
 from opd_lightning.reports.screen import show
+from opd_lightning.reports.token_records import has_records
 from opd_lightning.reports.token_view import render_token_page, token_fragment
-from opd_lightning.reports.training_runs.folder import read_runs
+from opd_lightning.reports.training_runs.folder import find_folder, read_runs
 from opd_lightning.reports.training_runs.page import write_report
 from opd_lightning.training.output_paths import check_folder
 
@@ -26,7 +27,7 @@ def report(runs: Sequence[str], output: str | None = None, tokens: bool = False)
         output: Folder for `report.html` and `report.json`; null: `report` in the folder of the run, or `comparison` in
             that of the first of several.
         tokens: Write `tokens.html` alone, the view of what TokenRecorder recorded of one or two runs; it needs no
-            metrics.csv.
+            metrics.csv. Without this the page of runs ends with the same view, where there are records.
     """
     if not runs:
         raise ValueError("runs: expected at least one folder of a run: opd-lightning report RUN [RUN2 ...].")
@@ -49,9 +50,10 @@ def report(runs: Sequence[str], output: str | None = None, tokens: bool = False)
 
 
 def _write_tokens(runs: Sequence[str], output: str | None) -> None:
-    folder = Path(output) if output is not None else Path(runs[0]) / "report"
+    recorded = [Path(run) if has_records(Path(run)) else find_folder(run) for run in runs]
+    folder = Path(output) if output is not None else recorded[0] / "report"
     check_folder("output", folder)
-    write_text(folder / "tokens.html", render_token_page([Path(run) for run in runs]))
+    write_text(folder / "tokens.html", render_token_page(recorded))
     print(f"Wrote {folder / 'tokens.html'}")
 
 
