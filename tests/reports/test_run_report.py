@@ -17,7 +17,7 @@ from opd_lightning.reports.training_runs.page import render_page, write_report
 from opd_lightning.reports.training_runs.report import as_json, make_report
 from opd_lightning.reports.training_runs.searches import RATE, search_panels, searches_of
 from opd_lightning.reports.training_runs.settings import differences, readable
-from opd_lightning.reports.training_runs.time_spent import rollouts_table, time_by_part
+from opd_lightning.reports.training_runs.time_spent import rollouts_table, time_by_part, time_panels
 
 
 def write_run(folder, rows, config=None, marks=()):
@@ -83,12 +83,12 @@ def test_time_by_part_adds_up(recorded):
 
 
 def test_generated_ahead_counts_what_was_waited_for(tmp_path):
-    row = {"step": 0, "train/seconds/generate": 9, "train/seconds/wait": 1, "train/memory/student": 2.5}
-    run = read_run(write_run(tmp_path / "run", [row | {"train/seconds/student": 3}]), "run")
-    assert [(each.part, each.total, each.memory) for each in time_by_part(run)] == [
-        ("wait", 1, None),
-        ("student", 3, 2.5),
-    ]
+    row = {"step": 0, "train/seconds/generate": 9, "train/seconds/wait": 1, "train/seconds/student": 3}
+    row["DeviceStatsMonitor.on_train_batch_end/allocated_bytes.all.peak"] = 3 * 2**29
+    run = read_run(write_run(tmp_path / "run", [row]), "run")
+    assert [(each.part, each.total) for each in time_by_part(run)] == [("wait", 1), ("student", 3)]
+    memory = time_panels([run])[-1]
+    assert memory.title == "Memory of the GPU" and memory.curves[0].ys == [1.5]
 
 
 def test_rollouts_reused_and_chosen(tmp_path):

@@ -27,6 +27,7 @@ class Measure:
         bands: Healthy ranges.
         note: What the range means, and where it comes from.
         instead: Metrics that are shown only where none of the others is known.
+        scale: What values are multiplied with.
     """
 
     title: str
@@ -35,6 +36,7 @@ class Measure:
     bands: Sequence[tuple[float, float]] = ()
     note: str = ""
     instead: Sequence[tuple[str, str]] = ()
+    scale: float = 1.0
 
 
 MEASURES = (
@@ -128,10 +130,14 @@ SPEED = Measure(
     note="Response tokens, of each part by itself, per process.",
 )
 MEMORY = Measure(
-    "Memory",
-    "GiB at its peak",
-    tuple((part, f"train/memory/{part}") for part in TIME_PARTS),
-    note="Most that a process held on its GPU during each part of the step.",
+    "Memory of the GPU",
+    "GiB",
+    tuple(
+        (f"{kind}, most so far", rf"DeviceStatsMonitor\.on_train_batch_end/{kind}_bytes\.all\.peak")
+        for kind in ("allocated", "reserved")
+    ),
+    note="Of the first process, as Lightning's DeviceStatsMonitor logged it.",
+    scale=2.0**-30,
 )
 
 
@@ -160,7 +166,7 @@ def curves_of(measure: Measure, runs: Sequence[Run]) -> list[Curve]:
                 Curve(
                     label if not several else run.label if len(known) == 1 else f"{run.label}: {label}",
                     xs,
-                    ys,
+                    [measure.scale * y for y in ys],
                     intervals=accuracy_intervals(run, name) if len(xs) == len(run.series[name]) else (),
                     colour=number if several else None,
                     dash=place if several else 0,

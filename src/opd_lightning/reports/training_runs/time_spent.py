@@ -23,14 +23,12 @@ class PartOfTime:
         total: Over all steps.
         per_step: Mean over the run's steps.
         of_steps: Share of the time of all parts.
-        memory: Peak in GiB, the largest of all steps; None where it was not recorded.
     """
 
     part: str
     total: float
     per_step: float
     of_steps: float
-    memory: float | None
 
 
 def time_by_part(run: Run) -> list[PartOfTime]:
@@ -39,8 +37,7 @@ def time_by_part(run: Run) -> list[PartOfTime]:
     totals = {part: sum(value for value in series.values() if math.isfinite(value)) for part, series in seconds.items()}
     whole, num_steps = sum(totals.values()), max((len(series) for series in seconds.values()), default=0)
     return [
-        PartOfTime(part, total, total / num_steps, total / whole if whole else 0.0, _peak(run, part))
-        for part, total in totals.items()
+        PartOfTime(part, total, total / num_steps, total / whole if whole else 0.0) for part, total in totals.items()
     ]
 
 
@@ -53,10 +50,6 @@ def _seconds(run: Run) -> dict[str, Series]:
         step = max(search.step - 1, 0)  # it belongs to the step that was just made
         spent[step] = spent.get(step, 0.0) + search.seconds
     return known | ({SEARCHES: spent} if spent else {})
-
-
-def _peak(run: Run, part: str) -> float | None:
-    return max(run.series.get(f"train/memory/{part}", {}).values(), default=None)
 
 
 def time_panels(runs: Sequence[Run]) -> list[Panel]:
@@ -87,18 +80,16 @@ def _whole(seconds: Mapping[str, Series]) -> dict[int, float]:
 
 
 def time_table(runs: Sequence[Run]) -> Table | None:
-    """Seconds per step of each part, its share and the memory at its peak."""
+    """Seconds per step of each part, and its share."""
     several = len(runs) > 1
     rows: list[tuple[str, ...]] = []
     for run in runs:
         for each in time_by_part(run):
-            cells = (each.part, number(each.per_step), share(each.of_steps), number(each.total, 4), number(each.memory))
+            cells = (each.part, number(each.per_step), share(each.of_steps), number(each.total, 4))
             rows.append(((run.label,) if several else ()) + cells)
     if not rows:
         return None
-    columns: tuple[str, ...] = ("part", "seconds per step", "share", "seconds in all", "peak GiB")
-    if all(row[-1] == "-" for row in rows):  # nothing was recorded on this machine
-        rows, columns = [row[:-1] for row in rows], columns[:-1]
+    columns: tuple[str, ...] = ("part", "seconds per step", "share", "seconds in all")
     note = "Wait: for rollouts that were generated ahead. Searches: of EffOPD and for the learning rate."
     return Table("Time by part", (("run",) if several else ()) + columns, rows, note)
 
