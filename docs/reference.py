@@ -43,6 +43,7 @@ ROOMS = {  # the other public names, in the order in which a reader needs them: 
     "Seams": "interfaces",
     "Factors of objectives": "objectives",
     "Rollouts": "rollouts",
+    "Pages": "reports",
 }
 
 

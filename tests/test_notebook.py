@@ -51,4 +51,5 @@ def test_it_runs_and_shows_what_is_shown(tmp_path):
     assert [output.output_type for output in outputs] == [output["output_type"] for output in OUTPUTS]
     words = outputs[0].text.replace("%", "").split()
     assert float(words[3]) > float(words[1]) + 20  # after and before, in percent
-    assert not list(tmp_path.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"tokens", "tokens.html"}
+    assert "<html" in (tmp_path / "tokens.html").read_text(encoding="utf-8")

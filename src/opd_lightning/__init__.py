@@ -31,13 +31,16 @@ if TYPE_CHECKING:
     from opd_lightning.callbacks.guards import LengthGuard as LengthGuard
     from opd_lightning.callbacks.guards import OverlapGuard as OverlapGuard
     from opd_lightning.callbacks.held_out_loss import HeldOutLoss as HeldOutLoss
+    from opd_lightning.callbacks.held_out_marks import HeldOutMarks as HeldOutMarks
     from opd_lightning.callbacks.learning_rate_search import LearningRateLineSearch as LearningRateLineSearch
+    from opd_lightning.callbacks.live_report import LiveReport as LiveReport
     from opd_lightning.callbacks.mismatch import MismatchAlarm as MismatchAlarm
     from opd_lightning.callbacks.progress import StepProgressBar as StepProgressBar
     from opd_lightning.callbacks.rescue import RescueCheckpoint as RescueCheckpoint
     from opd_lightning.callbacks.samples import PrintSamples as PrintSamples
     from opd_lightning.callbacks.start_validation import StartValidation as StartValidation
     from opd_lightning.callbacks.student_summary import StudentSummary as StudentSummary
+    from opd_lightning.callbacks.token_recorder import TokenRecorder as TokenRecorder
     from opd_lightning.callbacks.update_recorder import UpdateRecorder as UpdateRecorder
     from opd_lightning.extrapolation.optimizer import EffOPDOptimizer as EffOPDOptimizer
     from opd_lightning.extrapolation.rate_search import RateSearch as RateSearch
@@ -94,6 +97,7 @@ if TYPE_CHECKING:
     from opd_lightning.objectives import TeacherTopK as TeacherTopK
     from opd_lightning.objectives import Truncated as Truncated
     from opd_lightning.objectives import Union as Union
+    from opd_lightning.reports.token_view import render_token_page as render_token_page
     from opd_lightning.rollouts.horizon import AdaptiveHorizon as AdaptiveHorizon
     from opd_lightning.rollouts.horizon import ConstantHorizon as ConstantHorizon
     from opd_lightning.rollouts.horizon import GrowingHorizon as GrowingHorizon
@@ -153,6 +157,7 @@ _HOMES = {
     "HFTeacher": "backends.hf",
     "HeldOutGuard": "callbacks.guards",
     "HeldOutLoss": "callbacks.held_out_loss",
+    "HeldOutMarks": "callbacks.held_out_marks",
     "Horizon": "rollouts.horizon",
     "Importance": "objectives",
     "InOrder": "selection",
@@ -163,6 +168,7 @@ _HOMES = {
     "LedgerTask": "tasks",
     "LengthGuard": "callbacks.guards",
     "LinearHead": "interfaces",
+    "LiveReport": "callbacks.live_report",
     "LiveStudent": "interfaces",
     "LoraSettings": "backends.hf",
     "Masked": "objectives",
@@ -222,6 +228,7 @@ _HOMES = {
     "TeacherKLOnNewRollouts": "callbacks.effopd_scores",
     "TeacherScores": "interfaces",
     "TeacherTopK": "objectives",
+    "TokenRecorder": "callbacks.token_recorder",
     "TokenWeighting": "interfaces",
     "Tokenizer": "interfaces",
     "TrainedRollout": "interfaces",
@@ -235,6 +242,7 @@ _HOMES = {
     "WeightsLost": "interfaces",
     "WholeCheckpoints": "training.checkpoints",
     "export": "training.checkpoints",
+    "render_token_page": "reports.token_view",
 }
 
 __all__ = [*_HOMES, "__version__"]

@@ -110,7 +110,16 @@ def token_fragment(runs: Sequence[Path], *, labels: Sequence[str] = ()) -> tuple
 
 
 def render_token_page(records: Sequence[Path], *, labels: Sequence[str] = (), max_tokens: int = 20_000) -> str:
-    """A whole page that shows `token_view` alone."""
+    """A whole page that shows `token_view` alone; needs nothing beside itself.
+
+    Args:
+        records: One or two runs: their folders, or the folders of their records; two stand side by side.
+        labels: Names of the runs; by default those of the folders.
+        max_tokens: Most tokens that the page holds; it says what it leaves out.
+
+    Raises:
+        ValueError: A folder holds no records, or there are neither one nor two.
+    """
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
