@@ -5,25 +5,31 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import rich
 from jsonargparse.typing import PositiveInt
 from lightning import Trainer
 
 from opd_lightning.backends.hf import HFEngine, HFStudent, HFTeacher
+from opd_lightning.commands.prompt_scores import describe_scores, score_prompts
+from opd_lightning.commands.template_settings import TemplateSettings, make_templates
 from opd_lightning.diagnosis.examination import diagnose
+from opd_lightning.diagnosis.measurements import Diagnosis
 from opd_lightning.diagnosis.pair import Pair
 from opd_lightning.diagnosis.report import as_json, make_report
+from opd_lightning.diagnosis.template_choice import choose_template
 from opd_lightning.interfaces import Problem, Split
 from opd_lightning.randomness import derive_seed
-from opd_lightning.reports.files import write_json, write_page
+from opd_lightning.reports.files import write_json, write_page, write_rows, write_yaml
 from opd_lightning.reports.screen import show
 from opd_lightning.rollouts.problem_sets import draw_problems, read_problems
 from opd_lightning.rollouts.prompt_limits import check_context
 from opd_lightning.training.datamodule import OPDDataModule
 from opd_lightning.training.module import OPDModule
 from opd_lightning.training.output_paths import check_folder
+
+Parts = Literal["all", "prompts"]
 
 
 class DiagnosingTrainer(Trainer):
@@ -38,6 +44,8 @@ class DiagnosingTrainer(Trainer):
         split: Split = "train",
         position_bins: PositiveInt = 8,
         gradient_rollouts: PositiveInt = 32,
+        templates: list[TemplateSettings] | None = None,
+        parts: Parts = "all",
         output: str | None = None,
     ) -> None:
         """Measure student and teacher on some prompts without training, and say what to expect of them.
@@ -50,26 +58,52 @@ class DiagnosingTrainer(Trainer):
             split: Which problems.
             position_bins: Bins of response position.
             gradient_rollouts: Answers, one of each problem, whose gradients are taken.
-            output: Folder for diagnosis.json and diagnosis.html; null is `diagnosis` in trainer.default_root_dir.
+            templates: Other ways of putting the problems, to compare with the run's own; an empty list compares with
+                the teacher's own chat template only.
+            parts: "prompts" scores the prompts and leaves everything else out: for whole data sets; a command that was
+                stopped goes on.
+            output: Folder for diagnosis.json, diagnosis.html and prompts.jsonl (scores.jsonl with --parts prompts);
+                null is `diagnosis` in trainer.default_root_dir.
         """
         folder = Path(output if output is not None else Path(self.default_root_dir, "diagnosis"))
         check_folder("output", folder)
         pair = _pair_of(self, model, datamodule)
         problems = _problems_of(pair, datamodule, split, num_prompts)
+        settings = _settings(pair, split, num_samples, self)
+        if parts == "prompts":
+            if templates is not None:
+                raise ValueError("templates: --parts prompts compares no templates. Leave one of the two out.")
+            score_prompts(pair, problems, folder / "scores.jsonl", settings, num_samples=num_samples, say=_say)
+            show(describe_scores(folder / "scores.jsonl"), rich.get_console())
+            return
         numbers = diagnose(
             pair,
             problems,
             num_samples=num_samples,
             num_bins=position_bins,
             num_gradient_rollouts=gradient_rollouts,
-            say=lambda words: print(f"diagnose: {words}", file=sys.stderr),
+            templates=() if templates is None else make_templates(templates, pair, problems, split, folder),
+            say=_say,
         )
-        numbers = replace(numbers, settings=_settings(pair, split, num_samples, self))
-        report = make_report(numbers)
-        show(report, rich.get_console())
-        write_json(folder / "diagnosis.json", as_json(numbers))
-        write_page(folder / "diagnosis.html", report)
-        print(f"\n{folder / 'diagnosis.json'}\n{folder / 'diagnosis.html'}")
+        _write(replace(numbers, settings=settings), folder)
+
+
+def _say(words: str) -> None:
+    print(f"diagnose: {words}", file=sys.stderr)
+
+
+def _write(numbers: Diagnosis, folder: Path) -> None:
+    """Show and write everything."""
+    report = make_report(numbers)
+    show(report, rich.get_console())
+    write_json(folder / "diagnosis.json", as_json(numbers))
+    write_page(folder / "diagnosis.html", report)
+    write_rows(folder / "prompts.jsonl", numbers.prompts)
+    written = ["diagnosis.json", "diagnosis.html", "prompts.jsonl"]
+    if numbers.templates and (chosen := choose_template(numbers.templates)[0]).settings:
+        write_yaml(folder / "template.yaml", chosen.settings)
+        written.append("template.yaml")
+    print("\n" + "\n".join(str(folder / name) for name in written))
 
 
 def _pair_of(trainer: Trainer, module: OPDModule, data: OPDDataModule) -> Pair:

@@ -13,6 +13,8 @@ from opd_lightning.diagnosis.estimates import answer_facts
 from opd_lightning.diagnosis.gradients import losses_to_compare, measure_gradients
 from opd_lightning.diagnosis.measurements import AnswerFacts, Continuation, Diagnosis, Gradients, RenderedPrompt
 from opd_lightning.diagnosis.pair import Pair
+from opd_lightning.diagnosis.prompt_rows import prompt_rows
+from opd_lightning.diagnosis.template_choice import REFERENCE, PromptTemplate, compare_templates, template_numbers
 from opd_lightning.diagnosis.templates import find_differences, render_both
 from opd_lightning.diagnosis.tokens import facts_by_position, mean_facts, reward_auroc
 from opd_lightning.interfaces import Problem, Prompt, Rollout
@@ -28,6 +30,7 @@ def diagnose(
     num_samples: int = 4,
     num_bins: int = 8,
     num_gradient_rollouts: int = 32,
+    templates: Sequence[PromptTemplate] = (),
     say: Say = lambda words: None,
 ) -> Diagnosis:
     """Measure a pair on some problems.
@@ -38,6 +41,7 @@ def diagnose(
         num_samples: Answers per problem.
         num_bins: Bins of response position.
         num_gradient_rollouts: Answers, one of each problem, whose gradients are taken.
+        templates: Other ways of putting the same problems, to compare with the run's own.
         say: Told what is done next.
     """
     seed_parts = (pair.seed, "diagnose")
@@ -51,6 +55,10 @@ def diagnose(
         compared = pair.compare(rollouts)
         teacher = _TeacherAnswers(pair, prompts, groups, say)
         gradients = _gradients(pair, rollouts[::num_samples][:num_gradient_rollouts], say)
+        rows = prompt_rows(groups, compared, teacher.answers)
+        example = pair.student.tokenizer.decode(prompts[0].token_ids, skip_special_tokens=False)
+        own = template_numbers(REFERENCE, {}, example, rows)
+        found = compare_templates(pair, own, templates, num_samples, say) if templates else ()
     auroc, num_right = reward_auroc(compared)
     vocab_size = pair.student.tokenizer.vocab_size
     return Diagnosis(
@@ -72,6 +80,8 @@ def diagnose(
         prompt=teacher.prompt,
         findings=teacher.findings,
         left_out=_left_out(pair, is_speechless=teacher.facts is None),
+        prompts=tuple(rows),
+        templates=found,
     )
 
 
@@ -81,7 +91,8 @@ class _TeacherAnswers:
     Attributes:
         prompt: One prompt as both sides render it.
         findings: Of tokenizers and templates.
-        facts: Its answers to the student's prompts; None where this process cannot run it.
+        answers: To the student's prompts, marked; None where this process cannot run it.
+        facts: What they say.
         own_template: Its answers to its own; None where they are the same.
         continuations: By depth.
     """
@@ -91,13 +102,14 @@ class _TeacherAnswers:
         tokenizer = speaker[0].tokenizer if speaker is not None else None
         self.prompt: RenderedPrompt = render_both(own, tokenizer, prompts)
         self.findings = find_differences(own, tokenizer, self.prompt, len(prompts))
+        self.answers: list[list[Rollout]] | None = None
         self.facts: AnswerFacts | None = None
         self.own_template: AnswerFacts | None = None
         self.continuations: tuple[Continuation, ...] = ()
         if speaker is None:
             return
         say("the teacher answers the same prompts")
-        answers = pair.answer_as_teacher(prompts)
+        self.answers = answers = pair.answer_as_teacher(prompts)
         self.facts = answer_facts(answers)
         if self.prompt.num_different:
             say("the teacher answers as its own template asks")

@@ -161,6 +161,23 @@ class RenderedPrompt:
 
 
 @dataclass(frozen=True)
+class TemplateNumbers:
+    """One way of putting the problems, measured on the same problems as every other.
+
+    Attributes:
+        name: In tables.
+        settings: What makes a run put them so, nested as in its YAML; empty for the run as it is.
+        example: The first problem, rendered.
+        by_prompt: Columns of `prompt_rows.PROMPT_NUMBERS`, one entry per problem; None where it is not known.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    example: str
+    by_prompt: Mapping[str, tuple[float | None, ...]]
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """A pair, measured.
 
@@ -184,6 +201,8 @@ class Diagnosis:
         prompt: One prompt as both sides render it.
         findings: What is worth knowing about tokenizers and templates.
         left_out: What could not be measured, and why.
+        prompts: What each prompt showed (`prompt_rows`).
+        templates: The run's own template and others beside it; empty where no others were asked for.
     """
 
     settings: Mapping[str, Any]
@@ -204,3 +223,5 @@ class Diagnosis:
     prompt: RenderedPrompt
     findings: tuple[str, ...]
     left_out: tuple[str, ...]
+    prompts: tuple[Mapping[str, Any], ...] = ()
+    templates: tuple[TemplateNumbers, ...] = ()

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
-from opd_lightning.diagnosis.measurements import AnswerFacts, Continuation, Diagnosis, Estimate, Gradients, PositionBin
+import yaml
+
+from opd_lightning.diagnosis.measurements import (
+    AnswerFacts,
+    Continuation,
+    Diagnosis,
+    Estimate,
+    Gradients,
+    PositionBin,
+    TemplateNumbers,
+)
+from opd_lightning.diagnosis.prompt_rows import PROMPT_NUMBERS
+from opd_lightning.diagnosis.template_choice import choose_template, difference, mean_of, recommend_template
 from opd_lightning.diagnosis.verdicts import Verdict, recommend_loss, verdicts
 from opd_lightning.reports.contents import Curve, Panel, Report, Statement, Table, Text, number, share
 from opd_lightning.reports.printable import printable
@@ -27,16 +39,24 @@ FACTS = {  # in words, in the order of the table
     "sampled_log_ratio": "log p(y) - log q(y) of the sampled tokens",
     "rollout_mismatch": "engine against student, |log p(y)|",
 }
+TEMPLATE_SHARES = ("student_accuracy", "teacher_accuracy", "overlap_ratio", "truncation_rate")
+TEMPLATE_COLUMNS = (*TEMPLATE_SHARES, "reverse_kl", "teacher_log_prob")
 BY_POSITION = ("reverse_kl", "student_entropy", "teacher_entropy", "overlap_ratio", "overlap_mass_teacher")
 
 
 def as_json(numbers: Diagnosis) -> dict[str, Any]:
     """Every number and every verdict, plain."""
-    plain = asdict(numbers)
+    plain = asdict(replace(numbers, prompts=()))  # they have a file of their own
+    del plain["prompts"]
     for described, loss in zip(plain["gradients"]["losses"], numbers.gradients.losses, strict=True):
         described["noise_scale"] = loss.noise_scale
     plain["verdicts"] = [asdict(each) for each in verdicts(numbers)]
     plain["loss"] = asdict(recommend_loss(numbers.gradients, numbers.facts.get("student_top_mass")))
+    for described, template in zip(plain["templates"], numbers.templates, strict=True):
+        described["means"] = {name: _plain(mean_of(template, name)) for name in PROMPT_NUMBERS}
+        first = numbers.templates[0]
+        described["beside_first"] = {name: _plain(difference(template, first, name)) for name in PROMPT_NUMBERS}
+    plain["template"] = asdict(recommend_template(numbers.templates)) if numbers.templates else None
     return {"version": 1, **plain}
 
 
@@ -46,6 +66,9 @@ def make_report(numbers: Diagnosis) -> Report:
     tables = [_pair_table(numbers), _answer_table(numbers)]
     if numbers.continuations:
         tables.append(_continuation_table(numbers.continuations))
+    chosen = [recommend_template(numbers.templates)] if numbers.templates else []
+    if numbers.templates:
+        tables.append(_template_table(numbers.templates))
     tables += [
         _position_table(numbers.positions),
         _gradient_table(numbers.gradients),
@@ -57,10 +80,10 @@ def make_report(numbers: Diagnosis) -> Report:
             f"{numbers.num_prompts} prompts, {numbers.num_rollouts} answers of the student, {numbers.num_tokens}"
             " response tokens. Nothing was trained."
         ),
-        statements=[_statement(each) for each in (*verdicts(numbers), loss)],
+        statements=[_statement(each) for each in (*verdicts(numbers), loss, *chosen)],
         tables=tables,
         panels=_panels(numbers),
-        texts=_prompt_texts(numbers),
+        texts=[*_prompt_texts(numbers), *_template_texts(numbers.templates)],
         notes=[*numbers.findings, *(f"Left out: {each}" for each in numbers.left_out)],
     )
 
@@ -162,6 +185,34 @@ def _gradient_table(gradients: Gradients) -> Table:
     return Table("Does the signal add up, and which loss carries it", columns, rows, note)
 
 
+def _template_table(templates: Sequence[TemplateNumbers]) -> Table:
+    columns = {name: words for name, words in PROMPT_NUMBERS.items() if name in TEMPLATE_COLUMNS}
+    known = {name: words for name, words in columns.items() if mean_of(templates[0], name) is not None}
+    rows = []
+    for each in templates:
+        shown = {name: share if name in TEMPLATE_SHARES else number for name in known}
+        rows.append((each.name, *(_with_error(mean_of(each, name), shown[name]) for name in known)))
+        if each is not templates[0]:
+            beside = (_with_error(difference(each, templates[0], name), shown[name]) for name in known)
+            rows.append((f"less {templates[0].name}", *beside))
+    note = (
+        "Means over prompts (not over tokens), ± one standard error; differences are taken prompt by prompt, so that"
+        " what prompts have in common cancels. Student and teacher answered each template themselves."
+    )
+    return Table("Which template fits best", ("", *known.values()), rows, note)
+
+
+def _template_texts(templates: Sequence[TemplateNumbers]) -> list[Text]:
+    if not templates:
+        return []
+    texts = [Text(f"The first prompt in the template {each.name!r}", printable(each.example)) for each in templates]
+    chosen, _ = choose_template(templates)
+    if chosen.settings:
+        pasted = yaml.safe_dump(dict(chosen.settings), sort_keys=False, allow_unicode=True)
+        texts.append(Text(f"Settings of the template {chosen.name!r}, for the YAML of the run", pasted))
+    return texts
+
+
 def _settings_table(settings: Mapping[str, Any]) -> Table:
     return Table("What was measured", ("", ""), [(name, str(value)) for name, value in settings.items()])
 
@@ -203,8 +254,16 @@ def _prompt_texts(numbers: Diagnosis) -> list[Text]:
     return texts
 
 
-def estimate(value: Estimate | None) -> str:
-    """A mean with one standard error, both as percentages; a dash for None."""
+def _with_error(value: Estimate | None, show: Callable[[float | None], str]) -> str:
     if value is None:
         return "-"
-    return f"{value.value:.1%}" + ("" if value.error is None else f" ± {value.error:.1%}")
+    return show(value.value) + ("" if value.error is None else f" ± {show(value.error)}")
+
+
+def _plain(value: Estimate | None) -> dict[str, float | int | None] | None:
+    return None if value is None else asdict(value)
+
+
+def estimate(value: Estimate | None) -> str:
+    """A mean with one standard error, both as percentages; a dash for None."""
+    return _with_error(value, share)

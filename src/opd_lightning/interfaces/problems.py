@@ -79,6 +79,18 @@ class Task(ABC):
         """Mark rollouts; override it to see token ids and `finished`, or to mark side by side."""
         return [self.grade(rollout.problem, rollout.text) for rollout in rollouts]
 
+    def reworded(self, wording: Mapping[str, Any]) -> Task:
+        """The same task, its questions put as these arguments of its constructor would put them.
+
+        Raises:
+            ValueError: It does not take one of them.
+        """
+        for name in wording:
+            raise ValueError(
+                f"data.task: {type(self).__name__} has no setting {name!r} to put its questions otherwise."
+            )
+        return self
+
     @property
     def is_graded(self) -> bool:
         """Whether there is anything to mark: `grade` or `grade_rollouts` is overridden."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -17,6 +18,16 @@ from opd_lightning.reports.plots import draw
 def write_json(path: Path, numbers: Mapping[str, Any]) -> None:
     """Write plain numbers; NaN and infinity are no JSON, so None has to stand for what is not known."""
     write_text(path, json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write plain rows as JSON, one a line."""
+    _replace(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def write_yaml(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write plain settings, in their order."""
+    _replace(path, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
 
 
 def write_page(path: Path, report: Report) -> None:

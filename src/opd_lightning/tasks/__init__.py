@@ -5,6 +5,7 @@ from opd_lightning.tasks.cleaned import CleanedTask
 from opd_lightning.tasks.ledger import LedgerTask
 from opd_lightning.tasks.mathematics import MathTask
 from opd_lightning.tasks.prompts import PromptTask
+from opd_lightning.tasks.scored import ScoredTask
 from opd_lightning.tasks.sources import DataSource
 
-__all__ = ["ArithmeticTask", "CleanedTask", "DataSource", "LedgerTask", "MathTask", "PromptTask"]
+__all__ = ["ArithmeticTask", "CleanedTask", "DataSource", "LedgerTask", "MathTask", "PromptTask", "ScoredTask"]

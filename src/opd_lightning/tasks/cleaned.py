@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from opd_lightning.interfaces import Problem, Rollout, Split, Task
 from opd_lightning.tasks.near_duplicates import find_near_duplicates
@@ -81,6 +82,10 @@ class CleanedTask(Task):
     def is_graded(self) -> bool:
         """Whether the inner task marks."""
         return self.inner.is_graded
+
+    def reworded(self, wording: Mapping[str, Any]) -> Task:
+        """The inner task in other words, not cleaned."""
+        return self.inner.reworded(wording)
 
     def _find_dropped(self, problems: Sequence[Problem]) -> dict[str, dict[str, str]]:
         """By uid: why, and what the question resembles."""

@@ -2,8 +2,10 @@ r"""`MathTask`: questions with a final answer that math-verify can check, from f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from opd_lightning.interfaces import Problem, Rollout, Split, Task
 from opd_lightning.tasks.answers import MAX_ANSWER_CHARACTERS, AnswerForm, find_answer, read_reference
@@ -70,26 +72,41 @@ class MathTask(Task):
     ) -> None:
         if accept not in ("box", "marked", "last_number"):
             raise ValueError(f"task.accept: expected 'box', 'marked' or 'last_number', got {accept!r}.")
+        self._sources = SplitSources(train, validation, test)
+        self._word(suffix, system_prompt, strip)
+        if without := [source.path for source in self._sources if source.answer is None]:
+            raise ValueError(
+                f"task: MathTask marks answers, but source.answer of {without[0]} is null. Name the column with the"
+                " answers, or use PromptTask."
+            )
+        self.accept: AnswerForm = accept
+        self.drop_duplicates = drop_duplicates
+        self.drop_contradictions = drop_contradictions
+        self._checker = AnswerChecker(seconds_per_answer, seconds_per_step, num_processes)
+
+    def _word(self, suffix: str | None, system_prompt: str | None, strip: Sequence[str] | None) -> None:
         for name, text in (("suffix", suffix), ("system_prompt", system_prompt)):
             if text and "\b" in text:
                 raise ValueError(
                     rf"task.{name} contains a backspace character: YAML reads \b in double quotes as one, so"
                     r' "\boxed{}" loses its start. Use single quotes or no quotes.'
                 )
-        self._sources = SplitSources(train, validation, test)
         self._sources.check_system_prompt(system_prompt)
-        if without := [source.path for source in self._sources if source.answer is None]:
-            raise ValueError(
-                f"task: MathTask marks answers, but source.answer of {without[0]} is null. Name the column with the"
-                " answers, or use PromptTask."
-            )
-        self.system_prompt = system_prompt
+        self._wording = {"suffix": suffix, "system_prompt": system_prompt, "strip": strip}
+        self.system_prompt = system_prompt or None
         self.suffix = suffix or ""
         self.strip = _longest_first([*(strip or ()), self.suffix, self.suffix.replace("{}", "{{}}")])
-        self.accept: AnswerForm = accept
-        self.drop_duplicates = drop_duplicates
-        self.drop_contradictions = drop_contradictions
-        self._checker = AnswerChecker(seconds_per_answer, seconds_per_step, num_processes)
+
+    def reworded(self, wording: Mapping[str, Any]) -> Task:
+        """The same task with another `suffix`, `system_prompt` or `strip`.
+
+        Raises:
+            ValueError: Something else is to change, or the new words cannot be used.
+        """
+        super().reworded({name: value for name, value in wording.items() if name not in self._wording})
+        other = copy.copy(self)
+        other._word(**{**self._wording, **wording})
+        return other
 
     def problems(self, split: Split) -> list[Problem]:
         """Read the problems of a split, source after source in file order; none when the split has no source.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+from typing import Any
+
 from opd_lightning.interfaces import Problem, Split, Task
 from opd_lightning.tasks.repeats import report_repeats
 from opd_lightning.tasks.sources import DataSource
@@ -38,8 +42,20 @@ class PromptTask(Task):
     ) -> None:
         self._sources = SplitSources(train, validation, test)
         self._sources.check_system_prompt(system_prompt)
-        self.system_prompt = system_prompt
+        self.system_prompt = system_prompt or None
         self.drop_duplicates = drop_duplicates
+
+    def reworded(self, wording: Mapping[str, Any]) -> Task:
+        """The same task with another `system_prompt`.
+
+        Raises:
+            ValueError: Something else is to change, or there are raw prompts.
+        """
+        super().reworded({name: value for name, value in wording.items() if name != "system_prompt"})
+        other = copy.copy(self)
+        other.system_prompt = wording.get("system_prompt", self.system_prompt) or None
+        self._sources.check_system_prompt(other.system_prompt)
+        return other
 
     def problems(self, split: Split) -> list[Problem]:
         """Read the prompts of a split, source after source in file order; none when the split has no source.

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,11 @@ class HFStudent(Student):
         tokenizer.check()
         check_vocabulary_rows(self.source, self.config, tokenizer)
         return tokenizer
+
+    def with_template(self, changes: Mapping[str, Any]) -> HFStudent:
+        """The same student with another `chat_template` or `template_kwargs`."""
+        given = {name: getattr(self, name) for name in signature(type(self)).parameters}
+        return type(self)(**{**given, **changes})
 
     @cached_property
     def context_length(self) -> int:

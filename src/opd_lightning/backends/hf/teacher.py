@@ -13,7 +13,7 @@ from torch import nn
 
 from opd_lightning.backends.hf.anatomy import body_states, linear_head, verify_anatomy
 from opd_lightning.backends.hf.answerer import make_answerer
-from opd_lightning.backends.hf.loading import ModelSource, check_dtype, check_quantization, load_model
+from opd_lightning.backends.hf.loading import ModelSource, check_dtype, check_quantization, load_model, load_tokenizer
 from opd_lightning.backends.hf.preflight import Compatibility, check_compatibility
 from opd_lightning.backends.hf.student import HFStudent
 from opd_lightning.backends.hf.tokenizer import HFTokenizer
@@ -87,6 +87,11 @@ class HFTeacher(Teacher):
     def offer(self) -> ScoreRequest:
         """Everything can be asked."""
         return EVERYTHING
+
+    @property
+    def chat_template(self) -> str | None:
+        """Text of its own chat template; None where it has none."""
+        return HFTokenizer(load_tokenizer(self.source), role=self.source.role).template
 
     def preflight(self, student: Student) -> None:
         """Check tokenizer and configuration against the student's, reading no weights.

@@ -61,7 +61,13 @@ class HFTokenizer(Tokenizer):
     @property
     def has_template(self) -> bool:
         """Whether there is a chat template."""
-        return bool(self._template or self._tokenizer.chat_template)
+        return self.template is not None
+
+    @property
+    def template(self) -> str | None:
+        """Text of the chat template in use; None where there is none."""
+        text: str | None = self._template or self._tokenizer.chat_template or None
+        return text
 
     def render(self, messages: Sequence[Message]) -> list[int]:
         """Apply the chat template with the generation header and return token ids.
@@ -155,7 +161,7 @@ class HFTokenizer(Tokenizer):
                 f"{self._role}.extra_stop_tokens: stop ids {outside} are outside the vocabulary of {self.vocab_size}"
                 " tokens (they may also come from eos_token_id in the model's generation_config.json)."
             )
-        template = str(self._template or self._tokenizer.chat_template or "")
+        template = self.template or ""
         for name in self.template_kwargs:
             if name not in template:
                 warnings.warn(
