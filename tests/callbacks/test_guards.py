@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from toys import make_data, make_module, make_trainer
+from toys import CopyEngine, adamw, make_data, make_module, make_trainer, weights_of
 
+from opd_lightning.callbacks.guard import Guard
 from opd_lightning.callbacks.guards import (
     EntropyGuard,
     HeldOutGuard,
@@ -19,6 +20,9 @@ from opd_lightning.callbacks.guards import (
     entropy_sums,
 )
 from opd_lightning.interfaces import Problem, Rollout, TrainedRollout
+from opd_lightning.rollouts.horizon import ConstantHorizon, GrowingHorizon
+from opd_lightning.rollouts.on_policy import OnPolicy
+from opd_lightning.rollouts.one_step_ahead import OneStepAhead
 
 
 class Run:
@@ -143,7 +147,7 @@ def test_a_guard_goes_on_where_it_was(capsys):
 @pytest.mark.parametrize(
     ("cls", "options", "message"),
     [
-        (OverlapGuard, {"action": "halt"}, "OverlapGuard.action: expected 'warn' or 'stop', got 'halt'"),
+        (OverlapGuard, {"action": "halt"}, "OverlapGuard.action: expected one of warn, shorten, stop, got 'halt'"),
         (LengthGuard, {"window": 0}, "LengthGuard.window: expected an integer of at least 1"),
         (EntropyGuard, {"most": 1.0}, "EntropyGuard.most: expected a number above 1, got 1.0"),
         (EntropyGuard, {"least": 1.5}, "EntropyGuard.least: expected a number above 0 and below 1"),
@@ -178,3 +182,60 @@ def test_a_real_run_stops_and_names_the_best_checkpoint(tmp_path, tiny_qwen3_fol
     assert "Stopper, step 3: enough. The run stops here. The best checkpoint by train/reverse_kl is" in said
     saved = torch.load(kept.best_model_path, weights_only=True)["callbacks"]
     assert len(saved["Stopper"]["recent"]) >= 1
+
+
+class EverySecond(Guard):
+    """Complains in every second step, whatever happens; notes the horizon of each."""
+
+    signal = "nothing"
+
+    def __init__(self):
+        super().__init__("shorten", window=1)
+        self.horizons = []
+
+    def measure(self, trainer, outputs):
+        self.horizons.append(float(trainer.callback_metrics["train/horizon"]))
+        return float(trainer.global_step)
+
+    def complaint(self, now, first, best):
+        return None if now % 2 else "again."
+
+
+def shortened(folder, folders, steps, horizon, source=OnPolicy, ckpt_path=None, save=None):
+    guard = EverySecond()
+    module = make_module(*folders, optimizer=adamw)
+    trainer = make_trainer(folder, steps, callbacks=[guard])
+    data = make_data(horizon=horizon, source=source(), engine=CopyEngine())
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    return module, guard.horizons
+
+
+@pytest.mark.parametrize(
+    ("make", "expected", "source"),
+    [
+        (lambda: ConstantHorizon(8), [8, 8, 8, 4, 4, 2], OnPolicy),  # the step after an alarm is settled
+        pytest.param(lambda: GrowingHorizon(1, every=1), [1, 2, 4, 2, 2, 1], OnPolicy, marks=pytest.mark.slow),
+        pytest.param(lambda: ConstantHorizon(6), [6, 6, 6, 3, 3, 1], OneStepAhead, marks=pytest.mark.slow),
+    ],
+)
+def test_a_guard_shortens_the_horizon_for_good_and_a_resumed_run_too(
+    tmp_path, tiny_qwen3_folder, tiny_teacher_folder, make, expected, source, capsys
+):
+    folders = tiny_qwen3_folder, tiny_teacher_folder
+    whole, horizons = shortened(tmp_path, folders, 6, make(), source)
+    assert horizons == expected
+    said = capsys.readouterr().out
+    assert f"EverySecond, step 2: again. The horizon is cut from {expected[2]} to {expected[3]} tokens." in said
+    shortened(tmp_path, folders, 4, make(), source, save=tmp_path / "stop.ckpt")  # an alarm rang in its last step
+    resumed, horizons = shortened(tmp_path, folders, 6, make(), source, ckpt_path=tmp_path / "stop.ckpt")
+    assert horizons == expected[4:]
+    for name, weight in weights_of(resumed).items():
+        assert torch.equal(weight, weights_of(whole)[name]), name
+
+
+def test_without_a_horizon_there_is_nothing_to_shorten(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
+    trainer = make_trainer(tmp_path, 1, callbacks=[LengthGuard(action="shorten")])
+    with pytest.raises(ValueError, match=r"LengthGuard.action: 'shorten' needs a horizon .* data.horizon is null. Set"):
+        trainer.fit(make_module(tiny_qwen3_folder, tiny_teacher_folder), datamodule=make_data())

@@ -1,4 +1,4 @@
-"""`Guard`: watches one number of a run, and warns or stops when it goes where it should not.
+"""`Guard`: watches one number of a run, and warns, shortens the horizon or stops when it goes where it should not.
 
 It logs the number it judges (`guard/...`), smoothed over some steps, keeps what it remembers in the checkpoint, and
 acts once each time a threshold is crossed.
@@ -15,15 +15,19 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from typing_extensions import override
 
 from opd_lightning.callbacks.console import say
+from opd_lightning.rollouts.horizon import StepSampling
+from opd_lightning.training.datamodule import OPDDataModule
 
-Action = Literal["warn", "stop"]
+Action = Literal["warn", "shorten", "stop"]
 
 
 class Guard(Callback, ABC):
     """Judges the mean of the last steps beside that of the first ones and the best since.
 
     Args:
-        action: "warn", or "stop": no further step is trained. Checkpoints stay as they are; the message names the best.
+        action: "warn"; "shorten": from the next step that is not settled yet (the second after this one) at most half
+            as many response tokens are generated and trained on, for good, which needs a `data.horizon`; or "stop": no
+            further step is trained. Checkpoints stay as they are; the message names the best.
         window: Steps that are averaged.
 
     Attributes:
@@ -31,7 +35,8 @@ class Guard(Callback, ABC):
         best_is_highest: Whether high numbers are good.
 
     Raises:
-        ValueError: The action is none of these, or the window is below 1.
+        ValueError: The action is none of these, or the window is below 1; when fit starts also when there is no horizon
+            to shorten.
     """
 
     signal: str
@@ -39,7 +44,9 @@ class Guard(Callback, ABC):
 
     def __init__(self, action: Action = "warn", window: int = 5) -> None:
         if action not in get_args(Action):
-            raise ValueError(f"{type(self).__name__}.action: expected 'warn' or 'stop', got {action!r}.")
+            raise ValueError(
+                f"{type(self).__name__}.action: expected one of {', '.join(get_args(Action))}, got {action!r}."
+            )
         if window < 1:
             raise ValueError(f"{type(self).__name__}.window: expected an integer of at least 1, got {window}.")
         self.action = action
@@ -62,6 +69,14 @@ class Guard(Callback, ABC):
             first: Mean of the first `window` steps.
             best: Best mean so far, this one included.
         """
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self.action == "shorten" and step_sampling_of(trainer) is None:
+            raise ValueError(
+                f"{type(self).__name__}.action: 'shorten' needs a horizon to shorten, and data.horizon is null. Set it,"
+                " for example {class_path: ConstantHorizon, init_args: {tokens: 1024}}, or take 'warn' or 'stop'."
+            )
 
     @override
     def on_train_batch_end(
@@ -87,8 +102,11 @@ class Guard(Callback, ABC):
         self.is_alarmed = complaint is not None
 
     def act(self, complaint: str, trainer: Trainer) -> None:
-        """Say it, and stop the run if that was asked for."""
+        """Say it, and shorten the horizon or stop the run if that was asked for."""
         words = f"{type(self).__name__}, step {trainer.global_step}: {complaint}"
+        if self.action == "shorten" and (sampling := step_sampling_of(trainer)) is not None:
+            before, after = sampling.shorten()
+            words += f" The horizon is cut from {before} to {after} tokens."
         if self.action == "stop":
             trainer.should_stop = True
             words += f" The run stops here. {best_checkpoint(trainer)}"
@@ -102,6 +120,12 @@ class Guard(Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.recent, self.first, self.best = list(state_dict["recent"]), state_dict["first"], state_dict["best"]
         self.is_alarmed = state_dict["is_alarmed"]
+
+
+def step_sampling_of(trainer: Trainer) -> StepSampling | None:
+    """What says how many tokens a step generates; None where there is no horizon."""
+    data = getattr(trainer, "datamodule", None)
+    return data.step_sampling if isinstance(data, OPDDataModule) and data.horizon is not None else None
 
 
 def best_checkpoint(trainer: Trainer) -> str:

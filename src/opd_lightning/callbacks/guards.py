@@ -17,7 +17,22 @@ from opd_lightning.callbacks.guard import Action, Guard, check_range, logged
 from opd_lightning.interfaces import TrainedRollout
 
 
-class EntropyGuard(Guard):
+class GrowthGuard(Guard):
+    """Judges how many times the number of the first steps it has become.
+
+    Args:
+        most: Alarm above so many times it.
+        action: What to do.
+        window: Steps that are averaged.
+    """
+
+    def __init__(self, most: float = 2.0, action: Action = "warn", window: int = 5) -> None:
+        super().__init__(action, window)
+        check_range(self, "most", most, low=1.0)
+        self.most = most
+
+
+class EntropyGuard(GrowthGuard):
     """Watches the student's entropy: growing away from where it began, or far below the teacher's.
 
     A replication of arXiv 2604.13016 diverged within 20 steps as the student's entropy rose from 1.14 to 3.18 nats, the
@@ -34,10 +49,9 @@ class EntropyGuard(Guard):
     signal = "student_entropy"
 
     def __init__(self, most: float = 2.0, least: float = 0.25, action: Action = "warn", window: int = 5) -> None:
-        super().__init__(action, window)
-        check_range(self, "most", most, low=1.0)
+        super().__init__(most, action, window)
         check_range(self, "least", least, low=0.0, high=1.0)
-        self.most, self.least = most, least
+        self.least = least
         self.teacher: float | None = None
 
     @override
@@ -85,10 +99,10 @@ class OverlapGuard(Guard):
         return None
 
 
-class LengthGuard(Guard):
+class LengthGuard(GrowthGuard):
     """Watches the length of responses; that they double without being asked to is our choice of a sign.
 
-    A `data.horizon` that grows asks them to: leave this guard out then.
+    A `data.horizon` that grows asks them to: leave this guard out then. One that is reached cuts what would be seen.
 
     Args:
         most: Alarm above so many times the length of the first steps.
@@ -97,11 +111,6 @@ class LengthGuard(Guard):
     """
 
     signal = "response_length"
-
-    def __init__(self, most: float = 2.0, action: Action = "warn", window: int = 5) -> None:
-        super().__init__(action, window)
-        check_range(self, "most", most, low=1.0)
-        self.most = most
 
     @override
     def measure(self, trainer: Trainer, outputs: Any) -> float | None:
@@ -114,7 +123,7 @@ class LengthGuard(Guard):
         return None
 
 
-class LateEntropyGuard(Guard):
+class LateEntropyGuard(GrowthGuard):
     """Watches the student's entropy in the last quarter of the positions, beside that in the first half.
 
     arXiv 2604.13016 (section 5) saw high entropy begin at the ends of long responses and spread towards their
@@ -128,11 +137,6 @@ class LateEntropyGuard(Guard):
     """
 
     signal = "late_entropy_ratio"
-
-    def __init__(self, most: float = 2.0, action: Action = "warn", window: int = 5) -> None:
-        super().__init__(action, window)
-        check_range(self, "most", most, low=1.0)
-        self.most = most
 
     @override
     def measure(self, trainer: Trainer, outputs: Any) -> float | None:

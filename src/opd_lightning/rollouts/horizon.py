@@ -6,6 +6,7 @@ nothing is added in its place, so an answer that is cut has no closing token amo
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
@@ -132,7 +133,8 @@ class StepSampling:
     """How each step samples: as the run does, up to the horizon.
 
     A step's horizon is settled when it is first asked for, which is before the step ahead of it has been trained, as
-    its rollouts may be begun then; and it stays so through a checkpoint.
+    its rollouts may be begun then; and it stays so through a checkpoint. Once shortened, no later step is longer than
+    that, whatever the horizon says.
 
     Args:
         sampling: Of the run.
@@ -143,14 +145,24 @@ class StepSampling:
         self.sampling = sampling
         self.horizon = horizon
         self._settled: dict[int, int] = {}
+        self._most = sampling.max_new_tokens
 
     def of_step(self, step: int) -> Sampling:
         """How this step samples."""
         if self.horizon is None:
             return self.sampling
         self._settled = {other: tokens for other, tokens in self._settled.items() if other >= step - 1}
-        tokens = self._settled.setdefault(step, min(self.horizon.num_tokens(step), self.sampling.max_new_tokens))
+        tokens = self._settled.setdefault(step, min(self.horizon.num_tokens(step), self._most))
         return replace(self.sampling, max_new_tokens=tokens)
+
+    def shorten(self) -> tuple[int, int]:
+        """Halve the tokens of every step that is not settled yet; returns those of the last settled step, and the half.
+
+        Called between steps, on every process alike, and with a horizon only.
+        """
+        before = min(self._settled[max(self._settled)], self._most)
+        self._most = max(1, before // 2)
+        return before, self._most
 
     def observe(self, facts: StepFacts) -> None:
         """A step has been trained."""
@@ -161,10 +173,11 @@ class StepSampling:
         """What the horizon has learned, and what is settled."""
         if self.horizon is None:
             return {}
-        return {"horizon": self.horizon.state_dict(), "settled": dict(self._settled)}
+        return {"horizon": self.horizon.state_dict(), "settled": dict(self._settled), "most": self._most}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`; an empty one starts over."""
         self._settled = dict(state.get("settled", {}))
+        self._most = min(state.get("most", sys.maxsize), self.sampling.max_new_tokens)
         if self.horizon is not None:
             self.horizon.load_state_dict(state.get("horizon", {}))
