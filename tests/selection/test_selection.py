@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_lightning.interfaces import Problem, PromptOutcome, PromptSelector
-from opd_lightning.selection import DifficultyPool, Filtered, InOrder, Mixture, Shuffled
+from opd_lightning.selection import DifficultyPool, Filtered, InOrder, Mixture, Shuffled, Weighted
 
 
 def make_problems(num_problems, num_sources=1):
@@ -59,6 +59,7 @@ SELECTORS = {
     "filtered": lambda: Filtered(where={"level": [0, 1, 3]}),
     "filtered_pool": lambda: Filtered(DifficultyPool(), max_prompt_characters=17),
     "pool": DifficultyPool,
+    "weighted": lambda: Weighted("level", least=0.5),
 }
 each_selector = pytest.mark.parametrize("make", SELECTORS.values(), ids=SELECTORS)
 
@@ -317,3 +318,30 @@ selector:
     assert (selector.inner.exploration, selector.where) == (0.5, {"level": [1, 2]})
     arguments = parser.parse_args(["--selector=Mixture", "--selector.weights={a: 0.7, b: 0.3}"])
     assert parser.instantiate(arguments).selector.weights == {"a": 0.7, "b": 0.3}
+
+
+def test_weighted_problems_come_as_often_as_their_weights_say():
+    selector = start(Weighted("level"), 20)  # levels 0 to 3 of five problems each, so weights 0, 2/3, 4/3 and 2
+    draws = Counter()
+    for _ in range(300):
+        one = Counter(selector.select(20))
+        assert all(one[i] in (math.floor(i % 4 / 1.5), math.ceil(i % 4 / 1.5)) for i in range(20))
+        draws += one
+    assert all(draws[i] == pytest.approx(300 * (i % 4) / 1.5, rel=0.15) for i in range(20))
+    even = start(Weighted("level", least=3.0), 20)
+    passes = [even.select(20) for _ in range(3)]
+    assert all(sorted(each) == list(range(20)) for each in passes) and passes[0] != passes[1]
+
+
+def test_weights_that_are_none_or_have_changed_are_refused():
+    with pytest.raises(ValueError, match=r"selector\.least: expected a number of at least 0 or null, got -1"):
+        Weighted("level", least=-1)
+    with pytest.raises(
+        ValueError, match=r"a number of at least 0 in 'meta.language' of problem 'p0', got nothing; its"
+    ):
+        start(Weighted("meta.language"))
+    with pytest.raises(ValueError, match=r"every weight in 'level' is 0. Set selector.least"):
+        start(Weighted("level"), 1)
+    state = run_state(start(Weighted("level")))
+    with pytest.raises(ValueError, match=r"weights in 'level' are not those of the checkpoint"):
+        start(Weighted("level", least=1)).load_state_dict(state)

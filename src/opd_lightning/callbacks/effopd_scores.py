@@ -109,10 +109,10 @@ class TaskAccuracy(_OnFreshRollouts):
     @override
     def check(self, trainer: Any, module: OPDModule) -> None:
         super().check(trainer, module)
-        if not module.data.task.is_graded:
-            raise ValueError(
-                f"score: TaskAccuracy needs marks, but {type(module.data.task).__name__} has no answers. Use TeacherKL."
-            )
+        if not all(map(module.data.task.can_grade, self.choose_problems(trainer))):
+            found = "some problems without" if module.data.task.is_graded else "no"
+            name = type(module.data.task).__name__
+            raise ValueError(f"score: TaskAccuracy needs marks, but {name} has {found} answers. Use TeacherKL.")
 
     @override
     def sum_and_count(self, trainer: Any, module: OPDModule) -> tuple[float, float]:

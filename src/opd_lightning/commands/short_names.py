@@ -10,6 +10,7 @@ ROOMS = (  # `HFStudent` works in YAML for the whole path, but only once its roo
     "callbacks.effopd_scores",
     "callbacks.guards",
     "callbacks.samples",
+    "callbacks.source_metrics",
     "callbacks.held_out_loss",
     "callbacks.held_out_marks",
     "callbacks.learning_rate_search",

@@ -79,7 +79,7 @@ def diagnose(
         gradients=gradients,
         prompt=teacher.prompt,
         findings=teacher.findings,
-        left_out=_left_out(pair, is_speechless=teacher.facts is None),
+        left_out=_left_out(pair, problems, is_speechless=teacher.facts is None),
         prompts=tuple(rows),
         templates=found,
     )
@@ -115,7 +115,7 @@ class _TeacherAnswers:
             say("the teacher answers as its own template asks")
             theirs = [replace(p, token_ids=tuple(speaker[0].tokenizer.render(p.problem.messages))) for p in prompts]
             self.own_template = answer_facts(pair.answer_as_teacher(theirs))
-        if pair.task.is_graded:
+        if self.facts.accuracy is not None:
             self.continuations = (compare_answers(groups, answers), *_continuations(pair, groups, say))
 
 
@@ -155,10 +155,11 @@ def _gradients(pair: Pair, rollouts: Sequence[Rollout], say: Say) -> Gradients:
         )
 
 
-def _left_out(pair: Pair, *, is_speechless: bool) -> tuple[str, ...]:
+def _left_out(pair: Pair, problems: Sequence[Problem], *, is_speechless: bool) -> tuple[str, ...]:
     found = []
-    if not pair.task.is_graded:
-        found.append("Accuracies, gains and the AUROC of the reward: the task has no answers to mark.")
+    if not all(map(pair.task.can_grade, problems)):
+        some = "some problems without" if pair.task.is_graded else "no"
+        found.append(f"Accuracies, gains and the AUROC of the reward: the task has {some} answers to mark.")
     if is_speechless:
         found.append(
             "The teacher's own answers and its continuations: this process cannot generate with"

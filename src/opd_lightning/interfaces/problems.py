@@ -79,6 +79,10 @@ class Task(ABC):
         """Mark rollouts; override it to see token ids and `finished`, or to mark side by side."""
         return [self.grade(rollout.problem, rollout.text) for rollout in rollouts]
 
+    def can_grade(self, problem: Problem) -> bool:
+        """Whether answers to this problem can be marked (default: all or none); others have no reward."""
+        return self.is_graded
+
     def reworded(self, wording: Mapping[str, Any]) -> Task:
         """The same task, its questions put as these arguments of its constructor would put them.
 

@@ -72,15 +72,18 @@ def render_prompts(
 
 
 def grade(task: Task, rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The same rollouts with their rewards; a task without answers leaves these NaN.
+    """The same rollouts with their rewards; they stay NaN where the task cannot mark.
 
     Raises:
         ValueError: What the task gave are not grades.
     """
-    if not task.is_graded:
-        return list(rollouts)
-    rewards = check_grades(task, rollouts, task.grade_rollouts(rollouts))
-    return [rollout.graded(reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
+    marked = list(rollouts)
+    places = [i for i, rollout in enumerate(rollouts) if task.can_grade(rollout.problem)]
+    if places:
+        own = [rollouts[i] for i in places]
+        for i, reward in zip(places, check_grades(task, own, task.grade_rollouts(own)), strict=True):
+            marked[i] = rollouts[i].graded(reward)
+    return marked
 
 
 def grade_step(

@@ -29,7 +29,7 @@ def check_problems(task: Task, split: Split) -> list[Problem]:
     for place, problem in enumerate(problems):
         if not isinstance(problem, Problem):
             raise ValueError(f"{who}[{place}]: expected a Problem, got {_shorten(problem)}.")
-        if fault := _fault(problem, is_graded=task.is_graded):
+        if fault := _fault(problem, is_graded=task.can_grade(problem)):
             raise ValueError(f"{who}[{place}]{fault}")
         if problem.uid in places:
             raise ValueError(

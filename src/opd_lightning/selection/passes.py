@@ -71,10 +71,13 @@ class Shuffled(_Stream):
 
     def _draw(self, epoch: int, place: int) -> int:
         if epoch != self._shuffled_epoch:
-            generator = torch.Generator().manual_seed(derive_seed(self._seed, "selection", epoch))
-            self._order: list[int] = torch.randperm(self._num_problems, generator=generator).tolist()
-            self._shuffled_epoch = epoch
+            self._order, self._shuffled_epoch = self._order_of(epoch), epoch
         return self._order[place]
+
+    def _order_of(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, "selection", epoch))
+        order: list[int] = torch.randperm(self._num_problems, generator=generator).tolist()
+        return order
 
 
 def check_num_problems(state: Mapping[str, Any], num_problems: int) -> None:

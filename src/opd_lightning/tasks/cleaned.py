@@ -83,6 +83,10 @@ class CleanedTask(Task):
         """Whether the inner task marks."""
         return self.inner.is_graded
 
+    def can_grade(self, problem: Problem) -> bool:
+        """Whether the inner task can mark it."""
+        return self.inner.can_grade(problem)
+
     def reworded(self, wording: Mapping[str, Any]) -> Task:
         """The inner task in other words, not cleaned."""
         return self.inner.reworded(wording)

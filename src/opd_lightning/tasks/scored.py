@@ -110,6 +110,10 @@ class ScoredTask(Task):
         """Whether the inner task marks."""
         return self.inner.is_graded
 
+    def can_grade(self, problem: Problem) -> bool:
+        """Whether the inner task can mark it."""
+        return self.inner.can_grade(problem)
+
     def reworded(self, wording: Mapping[str, Any]) -> Task:
         """The inner task in other words; the scores were taken of these."""
         return self.inner.reworded(wording)

@@ -62,10 +62,12 @@ def check_fit(
             f"data.horizon: {type(data.selector).__name__} learns from rewards, and answers that a horizon may cut have"
             " none. Use Shuffled, or horizon: null."
         )
-    if data.selector.needs_rewards and not data.task.is_graded:
+    assert data.stream is not None
+    if data.selector.needs_rewards and not all(map(data.task.can_grade, data.stream.problems)):
+        none_or_some = "some problems without" if data.task.is_graded else "no"
         raise ValueError(
-            f"data.selector: {type(data.selector).__name__} learns from rewards, but {type(data.task).__name__} has no"
-            " answers to mark. Use Shuffled, or a task that defines grade."
+            f"data.selector: {type(data.selector).__name__} learns from rewards, but {type(data.task).__name__} has"
+            f" {none_or_some} answers to mark. Use Shuffled (Mixture for a MixedTask), or a task that marks all."
         )
     objective.check_sampling(data.sampling)
     if data.prompts_per_step % trainer.world_size:
@@ -80,7 +82,6 @@ def check_fit(
             f" has {data.longest_prompt} tokens and sampling.max_new_tokens is {data.sampling.max_new_tokens}. Raise"
             f" it to at least {longest}."
         )
-    assert data.stream is not None
     interval = trainer.val_check_interval
     if isinstance(interval, int) and interval > len(data.stream) and trainer.check_val_every_n_epoch is not None:
         raise ValueError(
