@@ -1,8 +1,12 @@
 """Records are the updates, at the chosen steps, in any Lightning project, and a resumed run's are the same."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -98,6 +102,17 @@ def test_mistakes_are_named(tmp_path):
     moved = UpdateRecorder(dirpath=str(tmp_path / "elsewhere"))
     with pytest.raises(ValueError, match=r"first weights, and they are not in '.*elsewhere/start'. Set dirpath"):
         fit(tmp_path, moved, ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_callbacks_in_the_wrong_order_and_flat_weights_are_refused():
+    recorder, average = UpdateRecorder(), EMAWeightAveraging()
+    with pytest.raises(ValueError, match=r"WeightAveraging .* stands before it, .* Name UpdateRecorder first"):
+        recorder.setup(SimpleNamespace(callbacks=[average, recorder], strategy=None), Plain(), "fit")
+    trainer = SimpleNamespace(callbacks=[recorder, average], strategy=FSDPStrategy())
+    with pytest.raises(
+        ValueError, match=r"UpdateRecorder: FSDPStrategy keeps flat .* Use a single device, DDP, or FSD"
+    ):
+        recorder.setup(trainer, Plain(), "fit")
 
 
 def test_what_a_killed_run_left_half_written_is_no_record(tmp_path):

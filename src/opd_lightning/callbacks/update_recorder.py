@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import save_file
 from torch import Tensor
@@ -36,7 +37,8 @@ class UpdateRecorder(Callback):
 
     Cost on the disk: W_0 once in its own dtype, then 2 bytes per recorded weight and step; at most `max_records` steps.
     In memory: 256 MiB, or one matrix if that is larger; no copy of the model. Stand it behind callbacks that change
-    weights after a step (EffOPD), so that it sees what they did.
+    weights after a step (EffOPD), so that it sees what they did, and before those that put averaged weights in place
+    when training ends (`WeightAveraging`), so that the last record is of the same weights as the others.
 
     A record is there whole or not at all. A resumed run goes on in the folder of the first one, whose W_0 it needs.
 
@@ -50,7 +52,8 @@ class UpdateRecorder(Callback):
 
     Raises:
         ValueError: A setting is out of its range; when fit starts also when nothing is chosen, the folder holds another
-            run's records, or those of the resumed run are gone.
+            run's records, those of the resumed run are gone, `WeightAveraging` stands before it, or FSDP1 or DeepSpeed
+            keep the weights in other shapes.
     """
 
     def __init__(
@@ -80,6 +83,22 @@ class UpdateRecorder(Callback):
         self.folder: Path | None = None
         self.recorded: list[int] = []
         self._start: StoredTensors | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(each, WeightAveraging) for each in callbacks[: callbacks.index(self)]):
+            raise ValueError(
+                "UpdateRecorder: WeightAveraging puts averaged weights in place when training ends, and stands before"
+                " it, so that the last record would be of those. Name UpdateRecorder first in trainer.callbacks."
+            )
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+            raise ValueError(
+                f"UpdateRecorder: {type(trainer.strategy).__name__} keeps flat or master copies of the weights, of"
+                " which no matrix can be read. Use a single device, DDP, or FSDP2 (ModelParallelStrategy)."
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
