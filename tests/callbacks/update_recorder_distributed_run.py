@@ -8,6 +8,7 @@ from effopd_distributed_run import Regression, whole
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import distributed as dist
 
 from opd_lightning import UpdateRecorder
 
@@ -55,6 +56,7 @@ def main(kind, root):
     if kind != "single":
         fit(kind, root / f"{kind}-again", 3, save=root / f"{kind}.ckpt")
         fit(kind, root / f"{kind}-again", 5, ckpt_path=root / f"{kind}.ckpt")
+        dist.barrier()  # who ends first must not take the others' connections with it
 
 
 if __name__ == "__main__":

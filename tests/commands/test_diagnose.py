@@ -45,7 +45,38 @@ def test_a_diagnosis_is_shown_and_written(tmp_path, capsys):
     assert written["verdicts"][0]["words"] in " ".join(shown.out.split())
     page = (tmp_path / "diagnosis" / "diagnosis.html").read_text()
     assert page.startswith("<!doctype html>") and written["verdicts"][0]["words"] in page
+    rows = [json.loads(line) for line in (tmp_path / "diagnosis" / "prompts.jsonl").read_text().splitlines()]
+    assert [row["num_answers"] for row in rows] == [1, 1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["diagnosis", "run.yaml"]  # no logs, no checkpoints
+
+
+@pytest.mark.slow
+def test_a_student_with_another_template_is_told_to_take_the_teachers(tmp_path, capsys):
+    student = {"path": "sandbox:student", "chat_template": "{{ messages[-1]['content'] }}<|assistant|>"}
+    config = write_config(
+        tmp_path,
+        model={"student": {"class_path": "HFStudent", "init_args": student}},
+        data={"sampling": {"max_new_tokens": 72}},
+    )
+    small = ("--num_prompts", "8", "--num_samples", "1", "--gradient_rollouts", "1")
+    with pytest.warns(UserWarning, match="chat templates of student and teacher differ"):
+        cli.main(["diagnose", "--config", config, *small, "--templates", "[]"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert 'Take the template "the teacher\'s own": under the present one the teacher is less often right' in shown
+    overlay = tmp_path / "diagnosis" / "template.yaml"
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["fit", "--config", config, "--config", str(overlay), "--print_config"])
+    taken = yaml.safe_load(capsys.readouterr().out)["model"]["student"]
+    assert taken["class_path"].endswith("HFStudent") and taken["init_args"]["path"] == "sandbox:student"
+    template = HFStudent(**{name: taken["init_args"][name] for name in ("path", "chat_template")}).tokenizer.template
+    assert template == HFStudent("sandbox:teacher").tokenizer.template
+
+
+@pytest.mark.slow
+def test_prompts_alone_are_scored(tmp_path, capsys):
+    cli.main(["diagnose", "--config", write_config(tmp_path), *SMALL, "--parts", "prompts"])
+    assert "Scores of prompts" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "diagnosis").glob("*.jsonl")] == ["scores.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -65,6 +96,18 @@ def test_a_diagnosis_is_shown_and_written(tmp_path, capsys):
         ({}, ("--split", "training"), "expected one of"),
         ({}, ("--output", "FILE"), "output: 'FILE' cannot be a folder"),
         ({}, ("--num_prompt", "3"), "there is no option --num_prompt. Did you mean --num_prompts?"),
+        ({}, ("--parts", "some"), "expected one of"),
+        (
+            {},
+            ("--parts", "prompts", "--templates", "[]", "--num_prompts", "2"),
+            "templates: --parts prompts compares no templates. Leave one",
+        ),
+        (
+            {},
+            ("--templates", "[{suffix: x}]", "--num_prompts", "2"),
+            "data.task: ArithmeticTask has no setting 'suffix' to put its questions",
+        ),
+        ({}, ("--templates", "[{sufix: x}]"), "sufix"),
         ({"data": {"sampling": {"max_new_tokens": 8, "top_p": 0.5}}}, (), "top_p"),
         ({"data": {"sampling": {"max_new_tokens": 4000}}}, (), "data.sampling.max_new_tokens=4000 leaves no room"),
     ],

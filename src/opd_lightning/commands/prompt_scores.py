@@ -48,7 +48,7 @@ def score_prompts(
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     about = {**settings, "sampling": asdict(pair.sampling), "problems": describe_problems(problems)}
-    recording = Recording(target, about)
+    recording = Recording(target, about, FORMAT)
     if recording.is_complete:
         say(f"{target} is complete already")
         return

@@ -36,7 +36,7 @@ def header_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.header.json")
 
 
-def read_header(path: Path) -> dict[str, Any] | None:
+def read_header(path: Path, form: str = FORMAT) -> dict[str, Any] | None:
     """The header of a file of answers; None when it has none, as files that others wrote.
 
     Raises:
@@ -52,9 +52,9 @@ def read_header(path: Path) -> dict[str, Any] | None:
         header = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path}: its header is damaged ({error}). Make the file again, or restore both.") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+    if not isinstance(header, dict) or header.get("format") != form:
         found = header.get("format") if isinstance(header, dict) else header
-        raise ValueError(f"{path}: expected a header of the format {FORMAT!r}, got {found!r}. Make the file again.")
+        raise ValueError(f"{path}: expected a header of the format {form!r}, got {found!r}. Make the file again.")
     return header
 
 

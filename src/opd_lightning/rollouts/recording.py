@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from opd_lightning.rollouts.answer_files import Row, header_path, read_answers, read_header, write_parquet
+from opd_lightning.rollouts.answer_files import FORMAT, Row, header_path, read_answers, read_header, write_parquet
 
 
 class Recording:
@@ -23,6 +23,7 @@ class Recording:
     Args:
         target: The file to be; ends in .jsonl or .parquet.
         settings: What the answers depend on, in plain values by name; a recording is continued with the same only.
+        form: What the header calls the format of the rows.
 
     Attributes:
         is_complete: Whether the file is there already.
@@ -34,8 +35,9 @@ class Recording:
         ValueError: There is a file of other settings at this place, or one that no recording wrote.
     """
 
-    def __init__(self, target: str | Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, target: str | Path, settings: Mapping[str, Any], form: str = FORMAT) -> None:
         self.target = Path(target)
+        self.form = form
         self.part = self.target.with_name(f"{self.target.name}.part")
         self.progress = self.target.with_name(f"{self.target.name}.progress")
         self.settings = json.loads(json.dumps(settings))  # as they will be read
@@ -123,7 +125,7 @@ class Recording:
         """Find out what is there; changes nothing but what a finished recording has left lying about."""
         entries, _ = self._entries()
         if self.target.exists() and not self.part.exists():
-            header = read_header(self.target)
+            header = read_header(self.target, self.form)
             if header is None:
                 raise ValueError(
                     f"output: {str(self.target)!r} exists and has no header, so it is no recording. Name another file,"
