@@ -82,6 +82,6 @@ def describe_scores(path: Path) -> Report:
         if known:
             spread = [known[round(share * (len(known) - 1))] for share in _QUANTILES]
             lines.append((name, number(estimate_mean([[value] for value in known]).value), *map(number, spread)))
-    columns = ("score", "mean", "least", "a tenth below", "median", "a tenth above", "most")
+    columns = ("score", "mean", "least", "10%", "median", "90%", "most")
     note = "data.task: ScoredTask chooses by these (docs/prompts.md)."
     return Report("Scores of prompts", f"{len(rows)} prompts", [], [Table(str(path), columns, lines, note)])

@@ -39,8 +39,14 @@ FACTS = {  # in words, in the order of the table
     "sampled_log_ratio": "log p(y) - log q(y) of the sampled tokens",
     "rollout_mismatch": "engine against student, |log p(y)|",
 }
-TEMPLATE_SHARES = ("student_accuracy", "teacher_accuracy", "overlap_ratio", "truncation_rate")
-TEMPLATE_COLUMNS = (*TEMPLATE_SHARES, "reverse_kl", "teacher_log_prob")
+TEMPLATE_COLUMNS = {  # narrow heads, for a terminal
+    "teacher_accuracy": "teacher right",
+    "student_accuracy": "student right",
+    "overlap_ratio": "overlap",
+    "reverse_kl": "reverse KL",
+    "teacher_log_prob": "log q(y)",
+}
+TEMPLATE_SHARES = ("teacher_accuracy", "student_accuracy", "overlap_ratio")
 BY_POSITION = ("reverse_kl", "student_entropy", "teacher_entropy", "overlap_ratio", "overlap_mass_teacher")
 
 
@@ -186,8 +192,7 @@ def _gradient_table(gradients: Gradients) -> Table:
 
 
 def _template_table(templates: Sequence[TemplateNumbers]) -> Table:
-    columns = {name: words for name, words in PROMPT_NUMBERS.items() if name in TEMPLATE_COLUMNS}
-    known = {name: words for name, words in columns.items() if mean_of(templates[0], name) is not None}
+    known = {name: head for name, head in TEMPLATE_COLUMNS.items() if mean_of(templates[0], name) is not None}
     rows = []
     for each in templates:
         shown = {name: share if name in TEMPLATE_SHARES else number for name in known}
@@ -197,7 +202,7 @@ def _template_table(templates: Sequence[TemplateNumbers]) -> Table:
             rows.append((f"less {templates[0].name}", *beside))
     note = (
         "Means over prompts (not over tokens), ± one standard error; differences are taken prompt by prompt, so that"
-        " what prompts have in common cancels. Student and teacher answered each template themselves."
+        " what prompts have in common cancels. log q(y) is the teacher's of the student's tokens."
     )
     return Table("Which template fits best", ("", *known.values()), rows, note)
 
