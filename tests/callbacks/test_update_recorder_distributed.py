@@ -1,8 +1,5 @@
 """One process, two with copies (DDP), two with shards (FSDP2), and averaged weights beside: the same records."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,13 +13,10 @@ NAMES = ["net.2.weight", "net.4.weight"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(forks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("recorded")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     for kind in ("single", "ddp", "fsdp"):
-        # a hung process ignores SIGTERM, which Lightning traps: kill it
-        command = ["timeout", "-s", "KILL", "200", sys.executable, str(PROGRAM), kind, str(folder)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = forks.run(PROGRAM, kind, folder, processes=1 if kind == "single" else 2)
         assert done.returncode == 0, kind + (done.stdout + done.stderr)[-4000:]
     return folder
 
