@@ -71,7 +71,7 @@ def test_the_report_shows_what_to_paste():
     assert report.statements[-1].words == "Take the template 'closer': student and teacher agree more under it"
     table = next(each for each in report.tables if each.title == "Which template fits best")
     assert table.columns == ("", "teacher right", "overlap")
-    assert [row[0] for row in table.rows] == ["as configured", "closer", "less as configured"]
+    assert [row[0] for row in table.rows] == ["as configured", "closer", "difference"]
     assert table.rows[2][2] == "5.3% ± 0.5%"
     assert report.texts[-1].text == "data:\n  task:\n    init_args:\n      suffix: closer\n"
     assert plain["templates"][1]["beside_first"]["overlap_ratio"]["value"] == pytest.approx(0.0525)

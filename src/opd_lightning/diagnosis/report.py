@@ -199,10 +199,10 @@ def _template_table(templates: Sequence[TemplateNumbers]) -> Table:
         rows.append((each.name, *(_with_error(mean_of(each, name), shown[name]) for name in known)))
         if each is not templates[0]:
             beside = (_with_error(difference(each, templates[0], name), shown[name]) for name in known)
-            rows.append((f"less {templates[0].name}", *beside))
+            rows.append(("difference", *beside))
     note = (
         "Means over prompts (not over tokens), ± one standard error; differences are taken prompt by prompt, so that"
-        " what prompts have in common cancels. log q(y) is the teacher's of the student's tokens."
+        " what prompts have in common cancels. log q(y) is the teacher's log-likelihood of the student's tokens."
     )
     return Table("Which template fits best", ("", *known.values()), rows, note)
 

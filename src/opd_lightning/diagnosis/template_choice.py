@@ -19,7 +19,7 @@ SIGNALS = ("overlap_ratio", "teacher_log_prob")  # what decides between template
 TEMPLATE_SOURCE = (
     "arXiv 2604.13016, section 5.2: the template that the teacher was trained with gave a higher overlap from the start"
     " and a higher accuracy at the end (one pair, one seed, no numbers printed). Two standard errors are our choice;"
-    " of twenty templates that differ in nothing, about one will look certain."
+    " of forty templates that differ in nothing, about one will look certain."
 )
 
 
