@@ -22,15 +22,15 @@ AdaptiveHorizon Advantage AnswersWriter ArithmeticTask BaseModelTeacher Candidat
 ConstantHorizon DataSource DifficultyPool Direct Divergence DivergenceObjective EffOPD EffOPDOptimizer EntropyGuard
 Estimator FileTransfer Filtered ForwardKL FullVocabulary GrowingHorizon HFEngine HFStudent HFTeacher HeldOutGuard
 HeldOutLoss HeldOutMarks Horizon Importance InOrder Intersection JensenShannon LateEntropyGuard LearningRateLineSearch
-LedgerTask LengthGuard LinearHead LiveReport LiveStudent LoraSettings Masked MathTask MicroBatch MismatchAlarm Mixture
-NCCLTransfer NLL OPDDataModule OPDModule Objective OnPolicy OneStepAhead OverlapGuard PlainEngine PrintSamples Problem
-Prompt PromptBatch PromptOutcome PromptSelector PromptTask RateSearch RescueCheckpoint ResponseTokens Reuse ReverseKL
-Rollout RolloutBatch RolloutEngine RolloutSource RoundPart SampledToken SampledTokenObjective Sampling Score
-ScoreObjective ScoreRequest Shuffled StartValidation StepFacts StepProgressBar StepPrompts Stored Student
-StudentScores StudentSummary StudentTopK Support SymmetricDifference Task TaskAccuracy Teacher TeacherKL
-TeacherKLOnFixedRollouts TeacherKLOnNewRollouts TeacherScores TeacherTopK TokenRecorder TokenWeighting Tokenizer
-TrainedRollout Truncated Union UpdateRecorder VLLMColocatedEngine VLLMServerEngine VLLMServerTeacher WarmupDecay
-WeightsLost WholeCheckpoints export render_token_page
+LedgerTask LengthGuard LinearHead LiveReport LiveStudent LoraSettings Masked MathTask MicroBatch MismatchAlarm
+MixedTask Mixture NCCLTransfer NLL OPDDataModule OPDModule Objective OnPolicy OneStepAhead OverlapGuard PlainEngine
+PrintSamples Problem Prompt PromptBatch PromptOutcome PromptSelector PromptTask RateSearch RescueCheckpoint
+ResponseTokens Reuse ReverseKL Rollout RolloutBatch RolloutEngine RolloutSource RoundPart SampledToken
+SampledTokenObjective Sampling Score ScoreObjective ScoreRequest ScoredTask Shuffled SourceMetrics StartValidation
+StepFacts StepProgressBar StepPrompts Stored Student StudentScores StudentSummary StudentTopK Support
+SymmetricDifference Task TaskAccuracy Teacher TeacherKL TeacherKLOnFixedRollouts TeacherKLOnNewRollouts TeacherScores
+TeacherTopK TokenRecorder TokenWeighting Tokenizer TrainedRollout Truncated Union UpdateRecorder VLLMColocatedEngine
+VLLMServerEngine VLLMServerTeacher WarmupDecay Weighted WeightsLost WholeCheckpoints export render_token_page
 """.split()  # noqa: SIM905
 INTERNAL = {"KeptScores", "RunRecords", "WeightSearch"}  # made by trainer and command; what two callbacks share
 

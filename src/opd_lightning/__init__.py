@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from opd_lightning.callbacks.progress import StepProgressBar as StepProgressBar
     from opd_lightning.callbacks.rescue import RescueCheckpoint as RescueCheckpoint
     from opd_lightning.callbacks.samples import PrintSamples as PrintSamples
+    from opd_lightning.callbacks.source_metrics import SourceMetrics as SourceMetrics
     from opd_lightning.callbacks.start_validation import StartValidation as StartValidation
     from opd_lightning.callbacks.student_summary import StudentSummary as StudentSummary
     from opd_lightning.callbacks.token_recorder import TokenRecorder as TokenRecorder
@@ -112,12 +113,15 @@ if TYPE_CHECKING:
     from opd_lightning.selection import InOrder as InOrder
     from opd_lightning.selection import Mixture as Mixture
     from opd_lightning.selection import Shuffled as Shuffled
+    from opd_lightning.selection import Weighted as Weighted
     from opd_lightning.tasks import ArithmeticTask as ArithmeticTask
     from opd_lightning.tasks import CleanedTask as CleanedTask
     from opd_lightning.tasks import DataSource as DataSource
     from opd_lightning.tasks import LedgerTask as LedgerTask
     from opd_lightning.tasks import MathTask as MathTask
+    from opd_lightning.tasks import MixedTask as MixedTask
     from opd_lightning.tasks import PromptTask as PromptTask
+    from opd_lightning.tasks import ScoredTask as ScoredTask
     from opd_lightning.teachers import BaseModelTeacher as BaseModelTeacher
     from opd_lightning.training.checkpoints import WholeCheckpoints as WholeCheckpoints
     from opd_lightning.training.checkpoints import export as export
@@ -175,6 +179,7 @@ _HOMES = {
     "MathTask": "tasks",
     "MicroBatch": "interfaces",
     "MismatchAlarm": "callbacks.mismatch",
+    "MixedTask": "tasks",
     "Mixture": "selection",
     "NCCLTransfer": "backends.vllm.server",
     "NLL": "objectives",
@@ -208,7 +213,9 @@ _HOMES = {
     "Score": "interfaces",
     "ScoreObjective": "objectives",
     "ScoreRequest": "interfaces",
+    "ScoredTask": "tasks",
     "Shuffled": "selection",
+    "SourceMetrics": "callbacks.source_metrics",
     "StartValidation": "callbacks.start_validation",
     "StepFacts": "interfaces",
     "StepProgressBar": "callbacks.progress",
@@ -239,6 +246,7 @@ _HOMES = {
     "VLLMServerEngine": "backends.vllm.server",
     "VLLMServerTeacher": "backends.vllm.server",
     "WarmupDecay": "training.schedules",
+    "Weighted": "selection",
     "WeightsLost": "interfaces",
     "WholeCheckpoints": "training.checkpoints",
     "export": "training.checkpoints",

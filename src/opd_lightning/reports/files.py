@@ -22,12 +22,12 @@ def write_json(path: Path, numbers: Mapping[str, Any]) -> None:
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write plain rows as JSON, one a line."""
-    _replace(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
 def write_yaml(path: Path, settings: Mapping[str, Any]) -> None:
     """Write plain settings, in their order."""
-    _replace(path, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
 
 
 def write_page(path: Path, report: Report) -> None:
