@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import math
 
@@ -34,6 +35,17 @@ def write_parquet(path, rows):
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def not_utf8():
+    """A parquet file whose text is none."""
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = pyarrow.array([b"\xb6", b"1+1?"], pyarrow.binary()).view(pyarrow.string())
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"question": texts, "answer": ["1", "2"]}), file)
+    return file.getvalue()
 
 
 WRITERS = {".jsonl": write_jsonl, ".json": write_json, ".csv": write_csv, ".parquet": write_parquet}
@@ -188,6 +200,14 @@ GOOD_LINE = '{"question": "1+1?", "answer": "2"}\n'
         ("sums.json", GOOD_LINE, r"sums\.json: expected a list of objects, got .*\(dict\)"),
         ("sums.json", "[1]", r"sums\.json, row 1: expected an object with named columns"),
         ("sums.parquet", "PAR1", r"sums\.parquet: expected a parquet file, but"),
+        ("sums.parquet", not_utf8(), r"sums\.parquet: expected a parquet file, but .* can't decode byte 0xb6"),
+        (
+            "sums.jsonl",
+            GOOD_LINE + "9" * 5000,
+            r"line 2: expected one JSON object, but a number has thousands of digits",
+        ),
+        ("sums.json", f"[{'9' * 5000}]", r"sums\.json: expected valid JSON, but a number has thousands of digits"),
+        ("sums.json", "[" * 100_000, r"sums\.json: expected valid JSON, but it is nested too deeply"),
         (
             "sums.jsonl",
             '{"problem": "1", "answer": "2"}',

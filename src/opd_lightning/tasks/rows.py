@@ -74,18 +74,26 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             continue
         try:
             row = _named_columns(json.loads(line))
-        except json.JSONDecodeError as error:
-            row = f"expected one JSON object, but {error.msg} at character {error.colno}."
+        except (ValueError, RecursionError) as error:
+            row = f"expected one JSON object, but {_json_fault(error)}."
         yield f"line {number}", row
+
+
+def _json_fault(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at character {error.colno}"
+    # the other limits of Python's reader: digits of an integer, depth
+    return "it is nested too deeply" if isinstance(error, RecursionError) else "a number has thousands of digits"
 
 
 def _read_json(path: Path) -> Iterator[Row]:
     try:
         rows = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        place = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise ValueError(
-            f"{path}, line {error.lineno}: expected valid JSON, but {error.msg} at character {error.colno}. One object"
-            " per line goes into a file ending in .jsonl."
+            f"{path}{place}: expected valid JSON, but {_json_fault(error)}. One object per line goes into a file ending"
+            " in .jsonl."
         ) from error
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a list of objects, got {shorten(rows)}.")
@@ -110,10 +118,10 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: of single cells
         raise ValueError(f"{path}: expected a parquet file, but {error}") from error
-    for number, row in enumerate(table.to_pylist(), start=1):
+    for number, row in enumerate(rows, start=1):
         yield f"row {number}", row
 
 
