@@ -1,16 +1,23 @@
-"""What fewer_rollouts.py compares: problems with their bars, arms, and groups of arms with their seeds."""
+"""What fewer_rollouts.py compares: problems with their bars, and what a run may differ in."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from effopd_ideas import AlwaysBack
 from effopd_speedup_arms import TARGETS
+from long_sandbox import BARS, MAX_NEW_TOKENS, NUM_HELD_OUT
 
 from opd_lightning import EffOPD, TeacherKLOnNewRollouts
-from opd_lightning.interfaces import RolloutSource, Task
+from opd_lightning.backends.hf import LoraSettings
+from opd_lightning.interfaces import Advantage, Objective, RolloutSource, Task
+from opd_lightning.objectives import DivergenceObjective, SampledTokenObjective
+from opd_lightning.rollouts.horizon import GrowingHorizon, Horizon
 from opd_lightning.rollouts.on_policy import OnPolicy
 from opd_lightning.rollouts.reuse import Reuse
 from opd_lightning.tasks import ArithmeticTask
+from opd_lightning.tasks.ledger import LedgerTask
 
 
 @dataclass(frozen=True)
@@ -18,12 +25,16 @@ class Target:
     """A training problem and the bar that ends a run.
 
     Attributes:
-        sandbox: Its pair: the models `<sandbox>:student` and `<sandbox>:teacher`.
+        student: What is trained.
+        teacher: What it is distilled from.
         make_task: Makes the problems.
         max_new_tokens: Longest answer.
         kl: Reverse KL to the teacher on held-out problems, nats per token, at most.
         accuracy: Sampled accuracy on them, at least.
         num_held_out: How many.
+        no_use_above: A loss in training at which a run need not be evaluated to be known as not there yet.
+        max_seconds: Processor seconds after which a run gives up.
+        max_tokens: Padded tokens of a micro-batch.
     """
 
     student: str
@@ -33,9 +44,12 @@ class Target:
     kl: float
     accuracy: float
     num_held_out: int
+    no_use_above: float
+    max_seconds: float
+    max_tokens: int = 16384
 
 
-def short(name: str) -> Target:
+def short(name: str, no_use_above: float, max_seconds: float) -> Target:
     """A bar of the EffOPD benchmark, frozen there."""
     bar = TARGETS[name]
     return Target(
@@ -46,10 +60,35 @@ def short(name: str) -> Target:
         kl=bar.kl,
         accuracy=bar.accuracy,
         num_held_out=bar.num_held_out,
+        no_use_above=no_use_above,
+        max_seconds=max_seconds,
     )
 
 
-PROBLEMS = {"near": short("near"), "far": short("far")}
+PROBLEMS = {
+    "near": short("near", no_use_above=0.1, max_seconds=60),
+    "far": short("far", no_use_above=0.01, max_seconds=200),
+    "long": Target(
+        "sandbox:long-student",
+        "sandbox:long-teacher",
+        LedgerTask,
+        max_new_tokens=MAX_NEW_TOKENS,
+        kl=BARS["far"].kl,  # the near one is on the way
+        accuracy=BARS["far"].accuracy,
+        num_held_out=NUM_HELD_OUT,
+        no_use_above=0.05,
+        max_seconds=400,
+        max_tokens=2048,
+    ),
+}
+
+
+class Penalty(Advantage):
+    """-1 for every sampled token that the teacher finds less likely than the student does, 0 for the others."""
+
+    def __call__(self, rewards: torch.Tensor, *_: Any) -> torch.Tensor:
+        """Whatever the size of the reward."""
+        return -(rewards < 0).to(rewards.dtype)
 
 
 @dataclass(frozen=True)
@@ -63,7 +102,14 @@ class Arm:
         passes: How often each rollout is trained on: a number, or "adaptive".
         max_kl: End a round at this distance; None never does.
         search: Ends rounds with EffOPD's search on so many fresh rollouts; 0 searches nothing.
-        horizon: Only so many first tokens of an answer are generated and trained on; 0 takes whole answers.
+        blind: Goes back by this share of every round, unasked.
+        horizon: Only so many first tokens of an answer are generated and trained on, one and a half times as many in
+            every further round; 0 takes whole answers.
+        average: Decay per update of an average of the weights, which then has to reach the bar; 0 for none.
+        decay: Update at which a linear decay of the rate to zero ends; 0 keeps the rate.
+        is_behind: Rollouts come from the weights of one round before.
+        penalty: Trains with `Penalty` in place of the divergence over all tokens.
+        lora: Rank of an adapter that is trained in place of all weights; 0 for none.
         evaluate_every: Held-out problems are answered after rounds that end at a multiple of so many updates.
         max_updates: Give up here.
         target: Key of PROBLEMS.
@@ -75,7 +121,13 @@ class Arm:
     passes: int | str = 1
     max_kl: float | None = None
     search: int = 0
+    blind: float = 0.0
     horizon: int = 0
+    average: float = 0.0
+    decay: int = 0
+    is_behind: bool = False
+    penalty: bool = False
+    lora: int = 0
     evaluate_every: int = 1
     max_updates: int = 400
     target: str = "far"
@@ -84,7 +136,8 @@ class Arm:
     def name(self) -> str:
         """For example `far rollouts=256 lr=0.0002 U=4x8 max_kl=0.1`."""
         reuse = f" U={self.passes}x{self.mini_batches}" if (self.passes, self.mini_batches) != (1, 1) else ""
-        extras = [f"{key}={value}" for key in ("max_kl", "search", "horizon") if (value := getattr(self, key))]
+        keys = ("max_kl", "search", "blind", "horizon", "average", "decay", "is_behind", "penalty", "lora")
+        extras = [f"{key}={value}" for key in keys if (value := getattr(self, key))]
         return " ".join([f"{self.target} rollouts={self.rollouts} lr={self.lr:g}{reuse}", *extras])
 
     def make_source(self) -> RolloutSource:
@@ -93,56 +146,26 @@ class Arm:
             return OnPolicy()
         return Reuse(self.mini_batches, self.passes, max_kl=self.max_kl)
 
+    def make_horizon(self) -> Horizon | None:
+        """How long answers are."""
+        if not self.horizon:
+            return None
+        updates = self.mini_batches * (1 if self.passes == "adaptive" else int(self.passes))
+        return GrowingHorizon(self.horizon, every=updates, add=self.horizon // 2)
+
+    def make_objective(self) -> Objective:
+        """What is minimised."""
+        return SampledTokenObjective(advantage=Penalty()) if self.penalty else DivergenceObjective()
+
+    def student_options(self) -> dict[str, Any]:
+        """Beside the path."""
+        return {"lora": LoraSettings(r=self.lora)} if self.lora else {}
+
     def make_callbacks(self) -> list[Any]:
         """The search at the end of rounds."""
+        if self.blind:
+            return [EffOPD(AlwaysBack(), schedule="rounds", candidates=(1.0,), backward=(-self.blind,))]
         if not self.search:
             return []
-        return [
-            EffOPD(
-                TeacherKLOnNewRollouts(self.search), schedule="rounds", candidates=(0.5, 1.0), backward=(-0.25, -0.5)
-            )
-        ]
-
-
-FRESH_FIVE = range(30, 35)
-NEAR: dict[str, Any] = {"target": "near", "max_updates": 128, "evaluate_every": 2}
-REUSED = Arm(1024, 2e-4, mini_batches=16, passes=4)
-REUSED_SMALL = Arm(256, 2e-4, mini_batches=8, passes=4)
-CHECKED: dict[str, Any] = {"max_kl": 0.2, "search": 64}
-GROUPS: dict[str, tuple[range, list[Arm]]] = {  # seeds, arms; most important first
-    "far": (
-        FRESH_FIVE,
-        [
-            REUSED,
-            REUSED_SMALL,
-            Arm(256, 1e-3, evaluate_every=4),
-            Arm(64, 3e-4, evaluate_every=8),
-            Arm(32, 2e-4, evaluate_every=16),
-        ],
-    ),
-    "near": (
-        FRESH_FIVE,
-        [
-            *(Arm(64, lr, **NEAR) for lr in (3e-4, 5e-4, 1e-3)),
-            *(Arm(32, lr, **NEAR) for lr in (3e-4, 5e-4)),
-            Arm(64, 3e-4, mini_batches=4, passes=4, **NEAR),
-            Arm(64, 3e-4, mini_batches=4, passes=4, **NEAR, **CHECKED),
-        ],
-    ),
-    "checked": (
-        FRESH_FIVE,
-        [
-            replace(REUSED, **CHECKED),
-            replace(REUSED_SMALL, **CHECKED),
-            replace(REUSED_SMALL, passes="adaptive", **CHECKED),
-        ],
-    ),
-    "controls": (
-        FRESH_FIVE,
-        [
-            Arm(3072, 2e-4, mini_batches=48, passes=8, max_updates=384),  # one round, never again on-policy
-            replace(REUSED_SMALL, passes=1),  # several updates without a second pass
-        ],
-    ),
-    "far-paper": (range(30, 33), [Arm(1024, 1e-3)]),  # the EffOPD paper's number of rollouts; minutes per run
-}
+        score = TeacherKLOnNewRollouts(self.search)
+        return [EffOPD(score, schedule="rounds", candidates=(0.5, 1.0), backward=(-0.25, -0.5))]

@@ -1,70 +1,161 @@
-"""Tables of fewer_rollouts.py: what each arm had cost when it reached the bar.
+"""Tables of fewer_rollouts.py: what each arm had cost when it reached the bar, and against the best plain runs.
+
+Costs are means over seeds with 95 % t-intervals. Ratios are paired by seed (same prompts), averaged as logarithms, with
+t-intervals; on every axis the plain arm is the one whose mean is best *on that axis*, out of those that every seed of
+theirs brought to the bar. Searches are included in all costs. Seconds "at 50 %" and so on are computed, not measured:
+generation is taken to be so many times slower that it fills that share of a step of the plain arm with the fewest
+seconds; everything else stays as measured.
 
 Hardware: any.
-Command:  python benchmarks/fewer_rollouts_report.py
+Command:  python benchmarks/fewer_rollouts_report.py [near|far|long-near|long ...]
 """
 
-import json
+import math
 import statistics
+import sys
 from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from effopd_speedup_statistics import interval
 from fewer_rollouts import RESULTS
+from fewer_rollouts_groups import SCREEN
+from long_sandbox import BARS
+from sandbox_runs import read_runs
 
 COSTS = ("rounds", "rollouts", "tokens", "updates", "seconds")
 SHARES = (0.5, 0.75, 0.9)  # of a plain step, that generation is supposed to take
+COMPARED = ("rounds", "rollouts", "tokens", "seconds", *(f"seconds at {share:.0%}" for share in SHARES))
+REPORTS = {"near": "near", "far": "far", "long-near": "long", "long": "long"}  # bar: problem of the runs
+PLAIN_KEYS = ("max_kl", "search", "blind", "horizon", "is_behind", "penalty", "lora")
+
+Finish = dict[str, float] | None  # costs at the first point at the bar, or never
 
 
-def finish(run: dict[str, Any]) -> dict[str, float] | None:
+def finish(run: Mapping[str, Any], bar: Mapping[str, float]) -> Finish:
     """The first point at the bar; None where the run never got there."""
-    bar = run["settings"]["bar"]
-    points = run["trajectory"]
-    return next((p for p in points if p["kl"] <= bar["kl"] and p["accuracy"] >= bar["accuracy"]), None)
+    readout = "averaged_" if run["settings"].get("average") else ""
+    for point in run["trajectory"]:
+        if point[f"{readout}kl"] <= bar["kl"] and point[f"{readout}accuracy"] >= bar["accuracy"]:
+            return dict(point)
+    return None
 
 
-def describe(values: list[float], digits: int = 0) -> str:
+def is_plain(run: Mapping[str, Any]) -> bool:
+    """Whether each rollout is fresh, whole and trained on once, by OPD alone."""
+    settings = run["settings"]
+    once = settings["mini_batches"] == 1 and settings["passes"] == 1
+    return once and not any(settings.get(key) for key in PLAIN_KEYS)
+
+
+class Table:
+    """Arms with one bar.
+
+    Args:
+        name: Key of REPORTS.
+        runs: Those of its problem.
+    """
+
+    def __init__(self, name: str, runs: Sequence[Mapping[str, Any]]) -> None:
+        bar = vars(BARS["near"]) if name == "long-near" else runs[0]["settings"]["bar"]
+        self.prefix = f"{REPORTS[name]} "
+        self.finishes: dict[str, dict[int, Finish]] = defaultdict(dict)
+        for run in runs:
+            self.finishes[run["arm"]][run["seed"]] = finish(run, bar)
+        plain = {run["arm"] for run in runs if is_plain(run)}
+        self.plain = [arm for arm in plain if all(self.finishes[arm].values())]
+        self.add_slower_generation(self.best_plain("seconds"))
+
+    def best_plain(self, cost: str) -> str:
+        """The plain arm that is best on an axis, out of those with at least half as many seeds as any."""
+        most = max(len(self.finishes[arm]) for arm in self.plain)
+        return min(
+            (arm for arm in self.plain if 2 * len(self.finishes[arm]) >= most),
+            key=lambda arm: statistics.fmean(end[cost] for end in self.finishes[arm].values() if end),
+        )
+
+    def add_slower_generation(self, reference: str) -> None:
+        """Add seconds as they would be if generation filled a share of the reference's step."""
+        ends = [end for end in self.finishes[reference].values() if end]
+        generation = statistics.fmean(end["generation_seconds"] / end["seconds"] for end in ends)
+        self.measured_share = generation
+        for end in (end for by_seed in self.finishes.values() for end in by_seed.values() if end):
+            for share in SHARES:
+                slower = (1 - generation) * share / (1 - share) / generation
+                end[f"seconds at {share:.0%}"] = end["seconds"] + (slower - 1) * end["generation_seconds"]
+
+    def costs(self) -> str:
+        """One row for each arm: what it had spent at the bar."""
+        heads = ["arm", "seeds", "reached", *COSTS[:2], "tokens (1000)", *COSTS[3:], *COMPARED[4:]]
+
+        def row(arm: str) -> list[str]:
+            by_seed = self.finishes[arm]
+            ends = [end for end in by_seed.values() if end]
+            cells = [show_seeds(sorted(by_seed)), f"{len(ends)}/{len(by_seed)}"]
+            for cost in (*COSTS, *COMPARED[4:]):
+                scale = 1000 if cost == "tokens" else 1
+                cells.append(describe([end[cost] / scale for end in ends]) if ends else "-")
+            return cells
+
+        return self.markdown(heads, row)
+
+    def ratios(self, arms: Sequence[str]) -> str:
+        """How many times less than the best plain arm on each axis."""
+        best = {cost: self.best_plain(cost) for cost in COMPARED}
+        heads = ["arm", *(f"{cost} (best plain: {self.short(best[cost])})" for cost in COMPARED)]
+        return self.markdown(heads, lambda arm: [self.ratio(best[cost], arm, cost) for cost in COMPARED], arms)
+
+    def ratio(self, plain: str, arm: str, cost: str) -> str:
+        """Plain cost / cost of the arm."""
+        pairs = [(self.finishes[plain].get(seed), end) for seed, end in self.finishes[arm].items()]
+        logs = [math.log(before[cost] / after[cost]) for before, after in pairs if before and after]
+        if not logs or not all(self.finishes[arm].values()):
+            return "-"
+        mean, half = interval(logs)
+        text = f"{math.exp(mean):.2f}"
+        return text if len(logs) < 2 else f"{text} [{math.exp(mean - half):.2f}, {math.exp(mean + half):.2f}]"
+
+    def markdown(self, heads: list[str], row: Callable[[str], list[str]], arms: Sequence[str] | None = None) -> str:
+        """A table, arm by arm."""
+        lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+        lines += [f"| {' | '.join([self.short(arm), *row(arm)])} |" for arm in (arms or list(self.finishes))]
+        return "\n".join(lines)
+
+    def short(self, arm: str) -> str:
+        """Without the problem's name."""
+        return arm.removeprefix(self.prefix)
+
+
+def describe(values: Sequence[float]) -> str:
     """Mean and half width of the 95 % t-interval."""
     mean, half = interval(values)
+    digits = 1 if mean < 10 else 0
     return f"{mean:,.{digits}f}" + ("" if len(values) < 2 else f" ± {half:,.{digits}f}")
 
 
-def seconds_per_token(runs: list[dict[str, Any]]) -> tuple[float, float]:
-    """Of plain runs: everything else, and generation, per generated token."""
-    ends = [run["trajectory"][-1] for run in runs]
-    rest = statistics.fmean((end["seconds"] - end["generation_seconds"]) / end["tokens"] for end in ends)
-    return rest, statistics.fmean(end["generation_seconds"] / end["tokens"] for end in ends)
+def show_seeds(seeds: Sequence[int]) -> str:
+    """`30-34` or `30, 32`."""
+    is_run = len(seeds) > 2 and seeds[-1] - seeds[0] == len(seeds) - 1
+    return f"{seeds[0]}-{seeds[-1]}" if is_run else ", ".join(map(str, seeds))
 
 
-def table(target: str, runs: list[dict[str, Any]]) -> str:
-    """One row for each arm with this bar, and what seconds would be if generation were slower."""
-    by_arm = defaultdict(list)
-    for run in runs:
-        if run["settings"]["target"] == target:
-            by_arm[run["arm"]].append(run)
-    plain = [run for members in by_arm.values() for run in members if " U=" not in run["arm"]]
-    rest, generation = seconds_per_token(plain)
-    heads = ["arm", "reached", *COSTS, *(f"seconds if {share:.0%}" for share in SHARES)]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    for arm, members in by_arm.items():
-        ends = [end for end in map(finish, members) if end is not None]
-        cells = [arm.removeprefix(f"{target} "), f"{len(ends)}/{len(members)}"]
-        if ends:
-            cells += [describe([end[cost] for end in ends]) for cost in COSTS]
-            for share in SHARES:
-                slower = rest * share / (1 - share) / generation  # so that a plain step generates for that share of it
-                seconds = [e["seconds"] + (slower - 1) * e["generation_seconds"] for e in ends]
-                cells.append(describe(seconds))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Print a table for each bar."""
-    runs = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    for target in dict.fromkeys(run["settings"]["target"] for run in runs):
-        print(f"\n### {target}\n\n{table(target, runs)}")
+def main(names: Sequence[str]) -> None:
+    """Print the tables of each bar, screening apart."""
+    runs = read_runs(RESULTS)
+    for name in names or list(REPORTS):
+        members = [run for run in runs if run["settings"]["target"] == REPORTS[name]]
+        for title, chosen in (
+            ("screening", [run for run in members if run["seed"] in SCREEN]),
+            ("fresh seeds", [run for run in members if run["seed"] not in SCREEN]),
+        ):
+            if not chosen:
+                continue
+            table = Table(name, chosen)
+            print(f"\n### {name}: {title}\n\n{table.costs()}\n")
+            print(f"Generation takes {table.measured_share:.0%} of the reference's seconds as measured.")
+            others = [arm for arm in table.finishes if arm not in table.plain and any(table.finishes[arm].values())]
+            print(f"\nTimes less than the best plain arm on each axis:\n\n{table.ratios(others)}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -9,27 +9,22 @@ Command:  python benchmarks/found_rate.py [GROUP ...]    (adds what is missing; 
           python benchmarks/found_rate.py table          (the tables of README.md)
 """
 
-import json
-import logging
 import math
-import os
 import sys
-import time
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-from effopd_speedup import Trajectory, run
+from effopd_speedup import Searched, run
 from effopd_speedup_arms import TARGETS, Arm, Method
 from effopd_speedup_statistics import interval
 from found_rate_candidates import AcceptedFactors, PolyakRate
+from sandbox_runs import RESULTS as FOLDER
+from sandbox_runs import read_runs, run_missing
 
 from opd_lightning.callbacks.effopd_scores import TeacherKLOnFixedRollouts
 from opd_lightning.callbacks.learning_rate_search import LearningRateLineSearch
 
-RESULTS = Path(__file__).parent / "results" / "found_rate_cpu-2core.jsonl"
+RESULTS = FOLDER / "found_rate_cpu-2core.jsonl"
 STARTS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 SWEEP = (2e-4, 3e-4, 5e-4, 7e-4, 1e-3)
 METHODS: dict[str, Method] = {
@@ -67,7 +62,7 @@ GROUPS: dict[str, tuple[Sequence[int], list[Arm]]] = {  # seeds, arms
 }
 
 
-class EveryStep(Trajectory):
+class EveryStep(Searched):
     """Evaluates by one rule whatever the rate is said to be."""
 
     def may_have_arrived(self, loss: float, has_searched: bool) -> bool:
@@ -75,30 +70,15 @@ class EveryStep(Trajectory):
         return loss < 2 * TARGETS[self.arm.target].kl
 
 
-def measure_missing(groups: Sequence[str]) -> None:
-    """Run what is missing, seed by seed within a group, and append a line per run."""
-    for group in groups:
-        seeds, chosen = GROUPS[group]
-        for seed in seeds:
-            for arm in chosen:
-                if (arm.name, seed) in {(entry["arm"], entry["seed"]) for entry in read_runs()}:
-                    continue
-                result = {"group": group} | run(arm, seed, METHODS[arm.method], EveryStep)
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(result) + "\n")
-                last = result["trajectory"][-1]
-                print(time.strftime("%H:%M:%S"), group, arm.name, f"seed={seed}", last, flush=True)
-
-
-def read_runs() -> list[dict[str, Any]]:
-    """All runs recorded so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+def run_method(arm: Arm, seed: int) -> dict[str, Any]:
+    """A run of effopd_speedup.py with a method of this file."""
+    return run(arm, seed, METHODS[arm.method], EveryStep)
 
 
 def print_table() -> None:
     """One line per arm; ratios of seconds are to plain OPD at 5e-4 with the same seed."""
     ends: dict[str, dict[int, dict[str, float]]] = {}
-    for entry in read_runs():
+    for entry in read_runs(RESULTS):
         bar, last = entry["settings"]["bar"], entry["trajectory"][-1]
         has_arrived = last["kl"] <= bar["kl"] and last["accuracy"] >= bar["accuracy"]
         ends.setdefault(entry["arm"], {})[entry["seed"]] = last if has_arrived else {}
@@ -114,12 +94,7 @@ def print_table() -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    torch.set_num_threads(1)
     if sys.argv[1:] == ["table"]:
         print_table()
     else:
-        measure_missing(sys.argv[1:] or list(GROUPS))
+        run_missing(GROUPS, sys.argv[1:], run_method, lambda _: RESULTS)

@@ -6,44 +6,40 @@
 
 A run ends at the first evaluation that reaches its bar, or when its arm gives up. Held-out evaluation (fixed problems,
 fixed sampling seeds, own random state) is outside the clock. One line per run is appended to the results; runs already
-there are skipped. Seconds are processor seconds of the process. Another benchmark can import `BARS` and `measure`.
+there are skipped. Seconds are processor seconds of the process. Other benchmarks import `BARS`.
 
 Hardware: one x86-64 core and 1 GB.
 Command:  python benchmarks/long_sandbox.py [GROUP ...]    (no group: all)
 """
 
 import copy
-import json
-import logging
 import os
 import random
 import sys
 import time
-import warnings
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
+from sandbox_runs import RESULTS as FOLDER
+from sandbox_runs import Trajectory, facts, fit, run_missing
 
 from opd_lightning.backends.hf import HFStudent, HFTeacher
-from opd_lightning.callbacks.effopd_scores import divergence_from_teacher
-from opd_lightning.extrapolation import undisturbed
 from opd_lightning.interfaces import LiveStudent, Rollout, RolloutBatch, Sampling, StepPrompts
-from opd_lightning.rollouts.answering import answer, render_prompts
 from opd_lightning.rollouts.on_policy import OnPolicy
 from opd_lightning.tasks.ledger import LedgerTask
 from opd_lightning.training.datamodule import OPDDataModule
 from opd_lightning.training.module import OPDModule
 
-RESULTS = Path(__file__).parent / "results" / "long_sandbox_cpu-2core.jsonl"
+RESULTS = FOLDER / "long_sandbox_cpu-2core.jsonl"
 STUDENT = os.environ.get("LONG_STUDENT", "sandbox:long-student")
 TEACHER = os.environ.get("LONG_TEACHER", "sandbox:long-teacher")
 PROMPTS_PER_STEP = 64
 NUM_HELD_OUT = 64
 EVALUATE_EVERY = 10
-SAMPLING = Sampling(max_new_tokens=128)
+MAX_NEW_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -143,64 +139,36 @@ GROUPS: dict[str, tuple[tuple[int, ...], list[Arm]]] = {  # seeds, arms
 }
 
 
-@dataclass
-class Trajectory(Callback):
-    """Stops the clock, evaluates held-out problems, and ends the run at the bar."""
+class Costs(Trajectory):
+    """What an arm has spent at every tenth step."""
 
-    arm: Arm
-    source: TimedOnPolicy
-    points: list[dict[str, float]] = field(default_factory=list)
-    tokens: int = 0
-    seconds: float = 0.0
+    def __init__(self, arm: Arm, source: TimedOnPolicy) -> None:
+        super().__init__(NUM_HELD_OUT)
+        self.arm, self.source, self.tokens = arm, source, 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.evaluate(trainer, pl_module)
-        self.started = time.process_time()
+    def account(self, trainer: Trainer, module: Any, outputs: Any, batch: Any) -> bool:
+        self.tokens += sum(len(rollout.response_ids) for rollout in module.last_rollouts)
+        return trainer.global_step % EVALUATE_EVERY == 0
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        self.seconds += time.process_time() - self.started
-        self.tokens += sum(len(rollout.response_ids) for rollout in pl_module.last_rollouts)
-        if trainer.global_step % EVALUATE_EVERY == 0:
-            self.evaluate(trainer, pl_module)
-            bar = BARS[self.arm.bar] if self.arm.bar else Bar(0.0, 1.0)
-            arrived = self.points[-1]["kl"] <= bar.kl and self.points[-1]["accuracy"] >= bar.accuracy
-            trainer.should_stop = arrived or self.seconds > self.arm.max_seconds
-        self.started = time.process_time()
+    def spent(self, trainer: Trainer) -> dict[str, Any]:
+        return {
+            "step": trainer.global_step,
+            "seconds": round(self.seconds, 2),
+            "generation_seconds": round(self.source.seconds, 2),
+            "tokens": self.tokens,
+        }
 
-    def evaluate(self, trainer: Trainer, module: Any) -> None:
-        self.points.append(
-            {
-                "step": trainer.global_step,
-                "seconds": round(self.seconds, 2),
-                "generation_seconds": round(self.source.seconds, 2),
-                "tokens": self.tokens,
-                **measure(trainer, module),
-            }
-        )
-        if os.environ.get("SHOW"):
-            print(self.arm.name, self.points[-1], flush=True)
-
-
-def measure(trainer: Any, module: OPDModule) -> dict[str, float]:
-    """Reverse KL to the teacher per token, sampled accuracy and response length on the held-out problems."""
-    data = trainer.datamodule
-    problems = data.task.problems("validation")[:NUM_HELD_OUT]
-    prompts = render_prompts(
-        module.spec.tokenizer, problems, range(len(problems)), num_samples=1, seed_parts=("held out",)
-    )
-    with undisturbed(module, seed=0):
-        data.engine.sync(module.student, module.weight_version)
-        rollouts = answer(data.engine, data.task, prompts, data.sampling, num_samples=1).rollouts
-        total, count = divergence_from_teacher(module, rollouts)
-    accuracy = sum(rollout.reward for rollout in rollouts) / len(rollouts)
-    return {"kl": round(total / count, 5), "accuracy": round(accuracy, 4), "length": round(count / len(rollouts), 1)}
+    def is_over(self, points: Sequence[Mapping[str, Any]]) -> bool:
+        bar = BARS[self.arm.bar] if self.arm.bar else Bar(0.0, 1.0)
+        there = points[-1]["kl"] <= bar.kl and points[-1]["accuracy"] >= bar.accuracy
+        return bool(there or self.seconds > self.arm.max_seconds)
 
 
 def run(arm: Arm, seed: int) -> dict[str, Any]:
     """Train one arm with one seed, which decides prompts and samples."""
     seed_everything(seed, verbose=False)
     source = OneRound(arm.num_rollouts // PROMPTS_PER_STEP) if arm.method == "one-round" else TimedOnPolicy()
-    trajectory = Trajectory(arm, source)
+    costs = Costs(arm, source)
     module = OPDModule(
         HFStudent(STUDENT),
         HFTeacher(TEACHER, dtype="float32"),
@@ -208,44 +176,11 @@ def run(arm: Arm, seed: int) -> dict[str, Any]:
         max_tokens_per_micro_batch=2048,
         top_k_metrics=0,
     )
-    data = OPDDataModule(LedgerTask(), source=source, sampling=SAMPLING, prompts_per_step=PROMPTS_PER_STEP, seed=seed)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=arm.max_steps,
-        max_epochs=-1,
-        limit_val_batches=0,
-        callbacks=[trajectory],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, data)
-    if trainer.received_sigterm:
-        raise SystemExit("stopped in the middle of a run, which is not recorded")
-    facts = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    return {"arm": arm.name, "seed": seed, "settings": asdict(arm) | facts, "trajectory": trajectory.points}
-
-
-def main(groups: list[str]) -> None:
-    """Run what is missing and append a line per run."""
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    torch.set_num_threads(1)
-    for group in groups or list(GROUPS):
-        seeds, arms = GROUPS[group]
-        for seed in seeds:
-            for arm in arms:
-                lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-                if (arm.name, seed) in {(entry["arm"], entry["seed"]) for entry in map(json.loads, lines)}:
-                    continue
-                result = run(arm, seed)
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(result) + "\n")
-                print(time.strftime("%H:%M:%S"), group, arm.name, f"seed={seed}", result["trajectory"][-1], flush=True)
+    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS)
+    data = OPDDataModule(LedgerTask(), source=source, sampling=sampling, prompts_per_step=PROMPTS_PER_STEP, seed=seed)
+    fit(module, data, [costs], arm.max_steps)
+    return {"settings": asdict(arm) | facts(), "trajectory": costs.points}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_missing(GROUPS, sys.argv[1:], run, lambda _: RESULTS)
