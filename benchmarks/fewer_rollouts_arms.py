@@ -67,7 +67,7 @@ def short(name: str, no_use_above: float, max_seconds: float) -> Target:
 
 PROBLEMS = {
     "near": short("near", no_use_above=0.1, max_seconds=60),
-    "far": short("far", no_use_above=0.01, max_seconds=200),
+    "far": short("far", no_use_above=0.01, max_seconds=120),
     "long": Target(
         "sandbox:long-student",
         "sandbox:long-teacher",
@@ -77,7 +77,7 @@ PROBLEMS = {
         accuracy=BARS["far"].accuracy,
         num_held_out=NUM_HELD_OUT,
         no_use_above=0.05,
-        max_seconds=400,
+        max_seconds=130,
         max_tokens=2048,
     ),
 }

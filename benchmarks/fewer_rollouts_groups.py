@@ -1,5 +1,6 @@
-"""Which arms fewer_rollouts.py runs with which seeds. Screening chose the arms of a claim on seeds of its own."""
+"""Which arms fewer_rollouts.py runs with which seeds; screening has a seed of its own."""
 
+from dataclasses import replace
 from typing import Any
 
 from fewer_rollouts_arms import Arm
@@ -10,7 +11,7 @@ FRESH_FIVE = range(30, 35)
 
 def near(rollouts: int, lr: float, mini_batches: int = 1, passes: int = 1, **options: Any) -> Arm:
     """An arm of the near bar."""
-    return Arm(rollouts, lr, mini_batches, passes, target="near", max_updates=256, **options)
+    return Arm(rollouts, lr, mini_batches, passes, target="near", max_updates=128, **options)
 
 
 def long(rollouts: int, lr: float, mini_batches: int = 1, passes: int = 1, **options: Any) -> Arm:
@@ -18,6 +19,10 @@ def long(rollouts: int, lr: float, mini_batches: int = 1, passes: int = 1, **opt
     return Arm(rollouts, lr, mini_batches, passes, target="long", **options)
 
 
+SMALL_ROUNDS = near(64, 3e-4, 4, 4)
+ONE_ROUND = near(128, 3e-4, 8, 4)
+NEAR = [ONE_ROUND, near(32, 5e-4), near(8, 2e-4), SMALL_ROUNDS, replace(SMALL_ROUNDS, max_kl=0.2, search=32)]
+LONG_SMALL = long(64, 3e-4, 4, 4)
 GROUPS: dict[str, tuple[range, list[Arm]]] = {  # seeds, arms; most important first
     "near-screen": (
         SCREEN,
@@ -32,12 +37,33 @@ GROUPS: dict[str, tuple[range, list[Arm]]] = {  # seeds, arms; most important fi
             near(8, 2e-4),
             near(256, 3e-4, 16, 2),
             near(256, 1e-3),
-            near(8, 4e-4),
-            near(32, 3e-4, 4, 4),
-            near(32, 7e-4),
-            near(256, 5e-4, 8, 4),
-            near(512, 3e-4, 16, 2),
-            near(512, 1e-3),
+        ],
+    ),
+    "near": (range(30, 32), NEAR),
+    "long": (range(30, 31), [LONG_SMALL, long(64, 1e-3, evaluate_every=5), long(128, 5e-4, 8, 4)]),
+    "near-more": (FRESH_FIVE, NEAR),
+    "controls": (
+        range(30, 33),
+        [
+            near(64, 3e-4, 4, 1),  # several updates without a second pass
+            replace(SMALL_ROUNDS, is_behind=True),  # rollouts of one round before
+            replace(SMALL_ROUNDS, blind=0.5),  # goes back half of every round, unasked
+            near(64, 5e-4, penalty=True, evaluate_every=8),  # a fixed negative advantage
+            near(256, 1e-3),
+        ],
+    ),
+    "long-more": (
+        range(30, 33),
+        [LONG_SMALL, long(64, 1e-3, evaluate_every=5), replace(LONG_SMALL, horizon=32)],
+    ),
+    "far": (
+        FRESH_FIVE,
+        [
+            Arm(1024, 2e-4, 16, 4),
+            Arm(256, 2e-4, 8, 4),
+            Arm(256, 1e-3, evaluate_every=4),
+            Arm(64, 3e-4, evaluate_every=8),
+            Arm(32, 2e-4, evaluate_every=16),
         ],
     ),
 }
