@@ -20,8 +20,8 @@ def long(rollouts: int, lr: float, mini_batches: int = 1, passes: int = 1, **opt
 
 
 SMALL_ROUNDS = near(64, 3e-4, 4, 4)
-ONE_ROUND = near(128, 3e-4, 8, 4)
-NEAR = [ONE_ROUND, near(32, 5e-4), near(8, 2e-4), SMALL_ROUNDS, replace(SMALL_ROUNDS, max_kl=0.2, search=32)]
+CHECKED = replace(SMALL_ROUNDS, max_kl=0.2, search=32)
+NEAR = [near(128, 3e-4, 8, 4), near(32, 5e-4), SMALL_ROUNDS]
 LONG_SMALL = long(64, 3e-4, 4, 4)
 GROUPS: dict[str, tuple[range, list[Arm]]] = {  # seeds, arms; most important first
     "near-screen": (
@@ -39,23 +39,22 @@ GROUPS: dict[str, tuple[range, list[Arm]]] = {  # seeds, arms; most important fi
             near(256, 1e-3),
         ],
     ),
-    "near": (range(30, 32), NEAR),
-    "long": (range(30, 31), [LONG_SMALL, long(64, 1e-3, evaluate_every=5), long(128, 5e-4, 8, 4)]),
+    "near": (range(30, 33), NEAR),
+    "long": (range(1), [LONG_SMALL, long(128, 5e-4, 8, 4)]),  # the seed of the plain run in long_sandbox.py
     "near-more": (FRESH_FIVE, NEAR),
     "controls": (
-        range(30, 33),
+        range(30, 31),
         [
-            near(64, 3e-4, 4, 1),  # several updates without a second pass
             replace(SMALL_ROUNDS, is_behind=True),  # rollouts of one round before
+            near(64, 3e-4, 4, 1),  # several updates without a second pass
             replace(SMALL_ROUNDS, blind=0.5),  # goes back half of every round, unasked
             near(64, 5e-4, penalty=True, evaluate_every=8),  # a fixed negative advantage
-            near(256, 1e-3),
         ],
     ),
-    "long-more": (
-        range(30, 33),
-        [LONG_SMALL, long(64, 1e-3, evaluate_every=5), replace(LONG_SMALL, horizon=32)],
-    ),
+    "near-plain": (range(30, 33), [near(16, 3e-4)]),
+    "checked": (range(30, 33), [CHECKED]),
+    "near-plain-few": (range(30, 31), [near(8, 2e-4)]),
+    "long-more": (range(30, 33), [LONG_SMALL, long(64, 1e-3, evaluate_every=5), replace(LONG_SMALL, horizon=32)]),
     "far": (
         FRESH_FIVE,
         [
