@@ -41,6 +41,9 @@ GROUPS: dict[str, tuple[range, list[Arm]]] = {  # seeds, arms; most important fi
     ),
     "near": (range(30, 33), NEAR),
     "long": (range(1), [LONG_SMALL, long(128, 5e-4, 8, 4)]),  # the seed of the plain run in long_sandbox.py
+    "long-plain": (range(1), [long(32, 1e-3, evaluate_every=5)]),
+    "long-far": (range(1, 2), [long(128, 5e-4, 8, 4)]),
+    "near-claim": (FRESH_FIVE, NEAR[:2]),
     "near-more": (FRESH_FIVE, NEAR),
     "controls": (
         range(30, 31),

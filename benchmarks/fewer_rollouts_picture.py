@@ -10,6 +10,7 @@ from typing import Any
 
 from fewer_rollouts import RESULTS
 from fewer_rollouts_groups import SCREEN
+from fewer_rollouts_report import read_long_sandbox
 from sandbox_runs import read_runs
 
 PICTURE = Path(__file__).parent.parent / "docs" / "fewer_rollouts.png"
@@ -23,6 +24,7 @@ PANELS = {  # title: arms with their labels
         "near rollouts=128 lr=0.0003 U=4x8": "rounds of 128, 4 passes of 8 updates",
     },
     "long sandbox": {
+        "long one round of 3,072": "one round of 3,072, again and again",
         "long rollouts=64 lr=0.001": "plain, 64 rollouts a step",
         "long rollouts=64 lr=0.0003 U=4x4": "rounds of 64, 4 passes of 4 updates",
         "long rollouts=128 lr=0.0005 U=4x8": "rounds of 128, 4 passes of 8 updates",
@@ -64,4 +66,4 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(read_runs(RESULTS), PICTURE)
+    draw([*read_runs(RESULTS), *read_long_sandbox()], PICTURE)

@@ -20,7 +20,8 @@ from typing import Any
 from effopd_speedup_statistics import interval
 from fewer_rollouts import RESULTS
 from fewer_rollouts_groups import SCREEN
-from long_sandbox import BARS
+from long_sandbox import BARS, PROMPTS_PER_STEP
+from long_sandbox import RESULTS as LONG_RESULTS
 from sandbox_runs import read_runs
 
 COSTS = ("rounds", "rollouts", "tokens", "updates", "seconds")
@@ -64,6 +65,8 @@ class Table:
             self.finishes[run["arm"]][run["seed"]] = finish(run, bar)
         plain = {run["arm"] for run in runs if is_plain(run)}
         self.plain = [arm for arm in plain if all(self.finishes[arm].values())]
+        if not self.plain:
+            raise ValueError(f"{name}: no plain arm has reached the bar, so there is nothing to compare with.")
         self.add_slower_generation(self.best_plain("seconds"))
 
     def best_plain(self, cost: str) -> str:
@@ -126,6 +129,24 @@ class Table:
         return arm.removeprefix(self.prefix)
 
 
+def read_long_sandbox() -> list[dict[str, Any]]:
+    """Runs of long_sandbox.py in the words of fewer_rollouts.py: 64 rollouts a step, fresh or out of one round."""
+    runs = []
+    for run in read_runs(LONG_RESULTS):
+        is_plain = run["settings"]["method"] == "opd"
+        settings = {"target": "long", "mini_batches": 1, "passes": 1 if is_plain else "many"}
+        points = []
+        for point in run["trajectory"]:
+            rollouts = PROMPTS_PER_STEP * point["step"]
+            rounds = point["step"] if is_plain else min(point["step"], 1)
+            rollouts = rollouts if is_plain else min(rollouts, run["settings"]["num_rollouts"])
+            points.append(point | {"rounds": rounds, "rollouts": rollouts, "updates": point["step"]})
+        name = f"rollouts={PROMPTS_PER_STEP} lr={run['settings']['lr']:g}" if is_plain else "one round of 3,072"
+        bar = vars(BARS["far"])
+        runs.append(run | {"arm": f"long {name}", "settings": settings | {"bar": bar}, "trajectory": points})
+    return runs
+
+
 def describe(values: Sequence[float]) -> str:
     """Mean and half width of the 95 % t-interval."""
     mean, half = interval(values)
@@ -141,7 +162,7 @@ def show_seeds(seeds: Sequence[int]) -> str:
 
 def main(names: Sequence[str]) -> None:
     """Print the tables of each bar, screening apart."""
-    runs = read_runs(RESULTS)
+    runs = [*read_runs(RESULTS), *read_long_sandbox()]
     for name in names or list(REPORTS):
         members = [run for run in runs if run["settings"]["target"] == REPORTS[name]]
         for title, chosen in (
