@@ -35,7 +35,7 @@ def test_its_command_builds_its_objects(path, tmp_path, monkeypatch):
     base = yaml.safe_load(shipped_configs.path_of(command_of(path)[2].removeprefix("@")).read_text())
     settings = yaml.safe_load(path.read_text())
     (command,) = built
-    assert command.datamodule.prompts_per_step == base["data"]["prompts_per_step"]
+    assert command.datamodule.prompts_per_step == (base["data"] | settings["data"])["prompts_per_step"]
     assert command.datamodule.seed == base["seed_everything"]
     assert command.trainer.max_steps == (base["trainer"] | settings["trainer"])["max_steps"]
     assert command.trainer.default_root_dir.endswith(settings["trainer"]["default_root_dir"])
