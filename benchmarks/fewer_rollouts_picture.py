@@ -38,6 +38,7 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure, axes = plt.subplots(len(PANELS), 3, figsize=(11, 3.2 * len(PANELS)), layout="constrained", sharey="row")
     for (title, arms), line in zip(PANELS.items(), axes, strict=True):
@@ -59,9 +60,10 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
         for axis, cost in zip(line, COSTS, strict=True):
             axis.axhline(bar, color="black", linewidth=0.8, linestyle=":")
             axis.set(xscale="log", yscale="log", xlabel=COSTS[cost])
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3)
         line[0].set_ylabel(f"{title}\nheld-out reverse KL (nats per token)")
-        line[1].legend(fontsize=7)
+        line[1].legend(fontsize=7, framealpha=0.6)
     figure.savefig(path, dpi=110)
 
 
