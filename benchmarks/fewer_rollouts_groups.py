@@ -54,7 +54,7 @@ GROUPS: dict[str, tuple[range, list[Arm]]] = {  # seeds, arms; most important fi
             near(64, 5e-4, penalty=True, evaluate_every=8),  # a fixed negative advantage
         ],
     ),
-    "near-plain": (range(30, 33), [near(16, 3e-4)]),
+    "near-plain": (FRESH_FIVE, [near(16, 3e-4)]),
     "checked": (range(30, 33), [CHECKED]),
     "near-plain-few": (range(30, 31), [near(8, 2e-4), near(256, 1e-3)]),
     "long-more": (range(30, 33), [LONG_SMALL, long(64, 1e-3, evaluate_every=5), replace(LONG_SMALL, horizon=32)]),
