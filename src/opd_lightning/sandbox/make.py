@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -71,15 +71,31 @@ def write_solution(expression: str, carelessness: float, rng: random.Random) -> 
 def draw_batches(
     tokenizer: PreTrainedTokenizerFast, carelessness: float, held_out: set[str], rng: random.Random
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield right-padded conversations [B, L], rows of about one length together, and which tokens are learnt."""
+    """Yield `batches` of the pupil's solutions; held-out expressions are left out."""
+
+    def write() -> tuple[str, str]:
+        expression = draw_expression(rng, rng.randint(1, NUM_LEVELS))
+        while expression in held_out:
+            expression = draw_expression(rng, rng.randint(1, NUM_LEVELS))
+        return f"{expression}=", write_solution(expression, carelessness, rng)
+
+    return batches(tokenizer, write, rng)
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[[], tuple[str, str]], rng: random.Random
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield right-padded conversations [B, L], rows of about one length together, and which tokens are learnt.
+
+    Args:
+        tokenizer: Of the sandbox.
+        write: Gives the next question and its answer.
+        rng: Shuffles the batches.
+    """
     assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
     while True:
-        texts: list[str] = []
-        while len(texts) < 16 * BATCH_SIZE:
-            expression = draw_expression(rng, rng.randint(1, NUM_LEVELS))
-            if expression not in held_out:
-                solution = write_solution(expression, carelessness, rng)
-                texts.append(f"<|user|>{expression}=<|im_end|><|assistant|>{solution}<|im_end|>")
+        lessons = [write() for _ in range(16 * BATCH_SIZE)]
+        texts = [f"<|user|>{question}<|im_end|><|assistant|>{answer}<|im_end|>" for question, answer in lessons]
         rows = sorted(tokenizer(texts)["input_ids"], key=len)
         starts = list(range(0, len(rows), BATCH_SIZE))
         rng.shuffle(starts)
