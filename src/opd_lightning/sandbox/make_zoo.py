@@ -16,7 +16,7 @@ of the sandbox's models, by lessons of its own:
 
 All lessons are sums of two or three operations.
 
-The same machine, versions and seed give the same bytes. One thread; about 12 minutes on one CPU core.
+The same machine, versions and seed give the same bytes. One thread; about four minutes on one CPU core.
 """
 
 from __future__ import annotations
