@@ -1,6 +1,7 @@
 """Tables and pictures of phenomenology.py: written between the marks of docs/phenomenology.md, and beside it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,45 +122,44 @@ def write_report(results: Sequence[Run], docs: Path = DOCS) -> None:
 
 def draw_accuracies(results: Sequence[Run], path: Path) -> None:
     """One panel per phenomenon, one row per arm: before, after (a dot per seed), and the teacher."""
-    plt, figure, axes = panels()
-    for (phenomenon, arms), axis in zip(PHENOMENA.items(), axes.flat, strict=True):
-        for row, arm in enumerate(arms.values()):
-            runs = runs_of(results, arm)
-            axis.plot([accuracy_before(run) for run in runs], [row] * len(runs), "|", color="black", markersize=14)
-            axis.plot([run["teacher_accuracy"] for run in runs], [row] * len(runs), "x", color="tab:red")
-            axis.plot([accuracy_after(run) for run in runs], [row] * len(runs), "o", color="tab:blue", alpha=0.6)
-        axis.set(title=phenomenon.replace("_", " "), xlabel="held-out accuracy", xlim=(-0.02, 1.02))
-        axis.set_yticks(range(len(arms)), list(arms))
-        axis.set_ylim(len(arms) - 0.5, -0.5)
-        axis.grid(alpha=0.3)
-    figure.suptitle("before distillation (line), after (a dot per seed), teacher (cross)")
-    figure.savefig(path, facecolor="white", metadata={"Date": None})
-    plt.close(figure)
+    with panels(path) as (figure, axes):
+        for (phenomenon, arms), axis in zip(PHENOMENA.items(), axes, strict=True):
+            for row, arm in enumerate(arms.values()):
+                runs = runs_of(results, arm)
+                axis.plot([accuracy_before(run) for run in runs], [row] * len(runs), "|", color="black", markersize=14)
+                axis.plot([run["teacher_accuracy"] for run in runs], [row] * len(runs), "x", color="tab:red")
+                axis.plot([accuracy_after(run) for run in runs], [row] * len(runs), "o", color="tab:blue", alpha=0.6)
+            axis.set(title=phenomenon.replace("_", " "), xlabel="held-out accuracy", xlim=(-0.02, 1.02))
+            axis.set_yticks(range(len(arms)), list(arms))
+            axis.set_ylim(len(arms) - 0.5, -0.5)
+            axis.grid(alpha=0.3)
+        figure.suptitle("before distillation (line), after (a dot per seed), teacher (cross)")
 
 
 def draw_overlaps(results: Sequence[Run], path: Path) -> None:
     """One panel per phenomenon, one line per run: the overlap ratio of the training step's answers."""
-    plt, figure, axes = panels()
-    for (phenomenon, arms), axis in zip(PHENOMENA.items(), axes.flat, strict=True):
-        for (name, arm), color in zip(arms.items(), COLORS, strict=False):
-            for number, run in enumerate(runs_of(results, arm)):
-                ys = [facts["overlap_ratio"] for facts in run["steps"]]
-                label = None if number else name
-                axis.plot(range(1, len(ys) + 1), ys, color=color, alpha=0.7, linewidth=1.1, label=label)
-        axis.set(title=phenomenon.replace("_", " "), xlabel="optimiser steps", ylabel="overlap ratio of the top 16")
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=6)
-    figure.savefig(path, facecolor="white", metadata={"Date": None})
-    plt.close(figure)
+    with panels(path) as (_, axes):
+        for (phenomenon, arms), axis in zip(PHENOMENA.items(), axes, strict=True):
+            for (name, arm), color in zip(arms.items(), COLORS, strict=False):
+                for number, run in enumerate(runs_of(results, arm)):
+                    ys = [facts["overlap_ratio"] for facts in run["steps"]]
+                    label = None if number else name
+                    axis.plot(range(1, len(ys) + 1), ys, color=color, alpha=0.7, linewidth=1.1, label=label)
+            axis.set(title=phenomenon.replace("_", " "), xlabel="optimiser steps", ylabel="overlap ratio of the top 16")
+            axis.grid(alpha=0.3)
+            if axis.lines:
+                axis.legend(fontsize=6)
 
 
-def panels() -> Any:
-    """Pyplot, a figure, and an axis for each phenomenon."""
+@contextmanager
+def panels(path: Path) -> Iterator[Any]:
+    """An axis for each phenomenon, and the figure, which is written afterwards; no setting outlives it."""
     import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
 
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "opd-lightning", "font.size": 8}
-    return plt, *plt.subplots(3, 3, figsize=(13, 9), layout="constrained")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "opd-lightning", "font.size": 8}):
+        figure = Figure(figsize=(13, 9), layout="constrained")
+        FigureCanvasSVG(figure)
+        yield figure, figure.subplots(3, 3).flat
+        figure.savefig(path, format="svg", facecolor="white", metadata={"Date": None})
