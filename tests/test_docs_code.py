@@ -24,6 +24,12 @@ COMMANDS = commands()
 READ = {"text", "html", "json"}  # shown, not run: what a command prints, or what a file looks like
 NOT_RUN = {  # why a block is not run, page by page
     "docs/offline.md": ["fetches some 12 GB from the hub"],
+    "docs/prompts.md": [
+        "templates.yaml is the block below",
+        "settings of diagnose, not of fit; tests/tasks/test_prompts_docs.py reads it",
+        "the file is written by the command above; tests/commands/test_diagnose.py does both",
+    ],
+    "docs/tokens.md": ["tests/reports/test_token_records.py runs it on records made there"],
     "docs/vllm.md": ["two GPUs and vLLM's server; .ci/vllm starts such servers on vLLM's CPU build"],
 }
 SMALLEST = "--model.student HFStudent --model.student.path sandbox:student --data.task ArithmeticTask"
