@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import rich
 import torch
-from browser import browser as browser  # a fixture
-from forks import forks as forks  # another
+from browser import browser as browser  # a fixture, as the others that are imported here
+from forks import forks as forks
 from hypothesis import settings
+from recorded_runs import copied as copied
+from recorded_runs import recorded as recorded
 
 gc.disable()  # until all is imported: half a million objects that stay, which would be looked through again and again
 torch.set_num_threads(1)  # several workers share the cores; tiny models lose time on a second thread

@@ -78,7 +78,11 @@ def assert_greedy_is_the_same(student, model, engine):
 
 
 @BOTH_HEADS
-@pytest.mark.parametrize("lora", [None, LoraSettings(r=2, target_modules=["q_proj"])], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "lora",
+    [None, pytest.param(LoraSettings(r=2, target_modules=["q_proj"]), marks=pytest.mark.slow)],
+    ids=["whole", "lora"],
+)
 def test_rollouts_come_from_the_pushed_weights(folder, lora, tmp_path):
     student = HFStudent(str(folder), lora=lora)
     model = student.load()

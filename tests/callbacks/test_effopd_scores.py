@@ -151,7 +151,7 @@ def whole_weights(tmp_path_factory, tiny_qwen3_folder, tiny_teacher_folder):
 
 
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
-@pytest.mark.parametrize("stop", [2, 3])  # at a trigger and between two
+@pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.slow), 3])  # at a trigger and between two
 @pytest.mark.parametrize("name", SCORES)
 def test_resume_with_a_search_equals_one_run(
     tmp_path, tiny_qwen3_folder, tiny_teacher_folder, whole_weights, name, stop, lora

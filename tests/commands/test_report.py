@@ -8,7 +8,6 @@ import pytest
 from test_ckpt_path import SETTINGS, elsewhere  # noqa: F401
 
 sys.path.append(str(Path(__file__).parent.parent / "reports"))
-from recorded_runs import copied, recorded  # noqa: F401  # fixtures
 from recorded_tokens import write_records
 
 from opd_lightning.commands.cli import main
@@ -22,7 +21,7 @@ def without_curves(monkeypatch):
     monkeypatch.setattr("opd_lightning.reports.training_runs.page.can_draw", lambda: False)
 
 
-def test_a_run_and_two(copied, capsys):  # noqa: F811
+def test_a_run_and_two(copied, capsys):
     fast, slow = map(str, copied)
     main(["report", fast])
     shown = capsys.readouterr().out
@@ -36,7 +35,7 @@ def test_a_run_and_two(copied, capsys):  # noqa: F811
     assert [run["label"] for run in numbers["runs"]] == ["fast", "slow"]
 
 
-def test_tokens_are_the_last_part_of_the_page_or_a_page_alone(copied, capsys):  # noqa: F811
+def test_tokens_are_the_last_part_of_the_page_or_a_page_alone(copied, capsys):
     run = copied[0]
     write_records(run / FOLDER)
     main(["report", str(run)])
@@ -61,7 +60,7 @@ def test_tokens_are_the_last_part_of_the_page_or_a_page_alone(copied, capsys):  
         (["{fast}", "--tokens"], "holds no records of tokens"),
     ],
 )
-def test_mistakes_are_one_line(words, message, recorded, capfd):  # noqa: F811
+def test_mistakes_are_one_line(words, message, recorded, capfd):
     fast, slow = recorded
     with pytest.raises(SystemExit, match="2"):
         main(["report", *(word.format(fast=fast, slow=slow) for word in words)])

@@ -163,7 +163,7 @@ def test_generation_goes_on_while_the_step_trains(tmp_path, folders):
     assert all("train/seconds/wait" in metrics for metrics in recorder.metrics[1:])
 
 
-@pytest.mark.parametrize("selector", [Shuffled, DifficultyPool])
+@pytest.mark.parametrize("selector", [pytest.param(Shuffled, marks=pytest.mark.slow), DifficultyPool])
 @pytest.mark.parametrize("stop", [1, 3, pytest.param(4, marks=pytest.mark.slow)])  # a pass is 3 steps
 def test_stop_and_resume_equals_one_run(tmp_path, folders, selector, stop):
     whole = make_run(folders, selector=selector)

@@ -207,6 +207,7 @@ def test_answers_are_marked_side_by_side(tmp_path):
         assert process.stdout.read() == "[True, False, True, False]\n"
 
 
+@pytest.mark.slow
 def test_signals_to_the_whole_job_do_not_end_it(checker):
     assert checker.equal("x+1", "1+x")
     pid = worker_pid(checker)
@@ -229,6 +230,7 @@ def test_limit_must_be_positive():
         AnswerChecker(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda checker: pickle.loads(pickle.dumps(checker))])
 def test_copies_start_their_own_process(checker, duplicate):
     assert checker.equal("x+1", "1+x")
@@ -240,6 +242,7 @@ def test_copies_start_their_own_process(checker, duplicate):
     assert checker.equal("x+2", "2+x")
 
 
+@pytest.mark.slow
 def test_close_and_garbage_collection_end_the_process():
     checker = AnswerChecker()
     checker.equal("x+1", "1+x")
@@ -252,6 +255,7 @@ def test_close_and_garbage_collection_end_the_process():
     assert not is_alive(pid)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_forked_copy_marks_and_leaves_its_parents_process_alone(checker):
     assert checker.equal("x+1", "1+x")
@@ -276,6 +280,7 @@ print(checker._worker._process.pid, flush=True)
 """
 
 
+@pytest.mark.slow
 def test_end_of_the_interpreter_ends_the_process():
     script = MARK_AND_REPORT.format(seconds=3, then="sys.exit()")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
