@@ -49,7 +49,8 @@ def test_it_runs_and_shows_what_is_shown(tmp_path):
     done = run(PATH, tmp_path)
     outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
     assert [output.output_type for output in outputs] == [output["output_type"] for output in OUTPUTS]
-    words = outputs[0].text.replace("%", "").split()
+    said = next(output.text for output in outputs if output.output_type == "stream")
+    words = said.replace("%", "").split()
     assert float(words[3]) > float(words[1]) + 20  # after and before, in percent
     assert {path.name for path in tmp_path.iterdir()} == {"tokens", "tokens.html"}
     assert "<html" in (tmp_path / "tokens.html").read_text(encoding="utf-8")

@@ -85,9 +85,12 @@ def test_time_by_part_adds_up(recorded):
 def test_generated_ahead_counts_what_was_waited_for(tmp_path):
     row = {"step": 0, "train/seconds/generate": 9, "train/seconds/wait": 1, "train/seconds/student": 3}
     row["DeviceStatsMonitor.on_train_batch_end/allocated_bytes.all.peak"] = 3 * 2**29
+    row |= {"train/memory_gb/between_steps": 2.5, "train/memory_gb/student": 4}
     run = read_run(write_run(tmp_path / "run", [row]), "run")
     assert [(each.part, each.total) for each in time_by_part(run)] == [("wait", 1), ("student", 3)]
-    memory = time_panels([run])[-1]
+    by_part, memory = time_panels([run])[-2:]
+    assert by_part.title == "Memory by part of a step"
+    assert [(curve.label, curve.ys) for curve in by_part.curves] == [("between steps", [2.5]), ("student", [4])]
     assert memory.title == "Memory of the GPU" and memory.curves[0].ys == [1.5]
 
 

@@ -65,6 +65,7 @@ class OPDModule(PairModule):
         max_skipped_steps: A step with a non-finite gradient is skipped; so many in a row stop the run.
         top_k_metrics: Size of the top-k sets that the overlap metrics compare; 0 leaves the token metrics out.
         exact_timings: Wait for the GPU around each part of a step, so that `train/seconds/*` are true.
+        measure_memory: Log the most memory held during each part of a step, `train/memory_gb/*`.
         override_optimizer_on_resume: A resumed run takes this run's optimiser settings and scheduler instead of those
             in the checkpoint (a new learning rate, say); moments and step counts stay.
     """
@@ -82,6 +83,7 @@ class OPDModule(PairModule):
         max_skipped_steps: int = 5,
         top_k_metrics: int = 16,
         exact_timings: bool = True,
+        measure_memory: bool = False,
         override_optimizer_on_resume: bool = False,
     ) -> None:
         reads_facts = token_weighting is not None and bool(token_weighting.reads)
@@ -99,9 +101,8 @@ class OPDModule(PairModule):
         self.automatic_optimization = False
         self.token_weighting = token_weighting
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
-        self.gradient_clip_norm = gradient_clip_norm
-        self.skipped = SkippedSteps(max_skipped_steps)
-        self.exact_timings = exact_timings
+        self.gradient_clip_norm, self.skipped = gradient_clip_norm, SkippedSteps(max_skipped_steps)
+        self.exact_timings, self.measure_memory = exact_timings, measure_memory
         self.override_optimizer_on_resume = override_optimizer_on_resume
         self.step_metrics = Means()
         self.last_rollouts: list[Rollout] = []
@@ -121,7 +122,7 @@ class OPDModule(PairModule):
         # dropout must depend neither on how often the global generator was used before (a resumed run has used it less)
         # nor on the process, of which there may be more
         torch.manual_seed(derive_seed(self.data.seed, "dropout", batch.step))
-        self.stopwatch = Stopwatch(self.device, is_exact=self.exact_timings)
+        self.stopwatch.restart()
         rollouts = shape_groups(self.objective, batch.rollouts, self.data.rollouts_per_prompt)
         trained = self.accumulate_gradients(self.make_micro_batches(rollouts), self.teacher_of(batch))
         self.update_weights()
@@ -213,6 +214,7 @@ class OPDModule(PairModule):
         """Load the teacher; what it said in an earlier fit counts no longer."""
         super().on_fit_start()
         self.kept_scores = None
+        self.stopwatch = Stopwatch(self.device, is_exact=self.exact_timings, measures_memory=self.measure_memory)
 
     def setup(self, stage: str) -> None:
         """Check, before any weight is loaded, that objective, teacher, student and sampling fit together."""
@@ -275,17 +277,15 @@ class OPDModule(PairModule):
         return block() if block is not None else nullcontext()
 
     def _sum_over_ranks(self, count: int | Tensor) -> float:
-        total: Tensor = self.trainer.strategy.reduce(torch.as_tensor(count, device=self.device), reduce_op="sum")
-        return total.item()
+        return float(self.trainer.strategy.reduce(torch.as_tensor(count, device=self.device), reduce_op="sum"))
 
     def log_step(self, batch: RolloutBatch) -> None:
         """Reduce and log everything known about this step."""
-        seconds = batch.seconds | self.stopwatch.seconds
-        self.step_metrics.update(rollout_statistics(batch.rollouts) | speeds(batch, seconds))
+        measured = rollout_statistics(batch.rollouts) | speeds(batch, batch.seconds | self.stopwatch.seconds)
+        self.step_metrics.update(measured, {f"memory_gb/{part}": gb for part, gb in self.stopwatch.memory_gb.items()})
         values = self.step_metrics.compute()
         self.step_metrics.reset()
-        values["skipped_steps"] = float(self.skipped.total)
-        values["weight_version"] = float(self.weight_version)
+        values |= {"skipped_steps": float(self.skipped.total), "weight_version": float(self.weight_version)}
         if batch.staleness is not None:
             values["staleness"] = float(batch.staleness)
         if batch.round is not None:

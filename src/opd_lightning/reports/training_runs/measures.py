@@ -140,6 +140,16 @@ MEMORY = Measure(
     scale=2.0**-30,
 )
 
+MEMORY_BY_PART = Measure(
+    "Memory by part of a step",
+    "GB",
+    tuple(
+        (part.replace("_", " "), rf"train/memory_gb/{part}")
+        for part in ("between_steps", "teacher", "student", "optimizer")
+    ),
+    note="Most held at once (model.measure_memory): of the GPU by tensors, else by the whole process.",
+)
+
 
 def panels_of(measure: Measure, runs: Sequence[Run]) -> list[Panel]:
     """The drawing of a measure, if any run knows some of its metrics.

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 
 from opd_lightning.reports.contents import Curve, Panel, Table, number, share
 from opd_lightning.reports.training_runs.folder import Run, Series
-from opd_lightning.reports.training_runs.measures import MEMORY, SPEED, TIME_PARTS, X_LABEL, panels_of, thinned
+from opd_lightning.reports.training_runs.measures import (
+    MEMORY,
+    MEMORY_BY_PART,
+    SPEED,
+    TIME_PARTS,
+    X_LABEL,
+    panels_of,
+    thinned,
+)
 from opd_lightning.reports.training_runs.searches import searches_of
 
 SEARCHES = "searches"
@@ -71,7 +79,7 @@ def time_panels(runs: Sequence[Run]) -> list[Panel]:
         ]
         if curves:
             panels.append(Panel("Time of a step", X_LABEL, "seconds", curves, note=note))
-    return [*panels, *panels_of(SPEED, runs), *panels_of(MEMORY, runs)]
+    return [*panels, *panels_of(SPEED, runs), *panels_of(MEMORY_BY_PART, runs), *panels_of(MEMORY, runs)]
 
 
 def _whole(seconds: Mapping[str, Series]) -> dict[int, float]:
