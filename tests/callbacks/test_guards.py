@@ -57,6 +57,13 @@ CASES = [
     (EntropyGuard(window=2), "student_entropy", [0.3, 0.3, 0.3, 0.9, 0.9, 0.9, 0.3, 0.3, 0.9, 0.9], [5, 10]),
     (EntropyGuard(window=1), "student_entropy", [0.01, 0.05, 0.1], []),  # small numbers may double
     (EntropyGuard(window=1), "", [{"student_entropy": 0.1, "teacher_entropy": t} for t in (0.3, 0.5, 0.5)], [2]),
+    (EntropyGuard(window=2), "", [{"student_entropy": 0.1, "teacher_entropy": t} for t in (0.3, 0.45, 0.45)], [3]),
+    (
+        EntropyGuard(window=2),
+        "",
+        [{"student_entropy": 0.1}, *[{"student_entropy": 0.1, "teacher_entropy": 1.0}] * 2],
+        [3],
+    ),
     (EntropyGuard(window=1), "", [{"student_entropy": 1e-4, "teacher_entropy": 0.002}], []),
     (OverlapGuard(window=1), "overlap_ratio", [0.7, 0.8, 0.71, 0.69, 0.6, 0.75], [4]),
     (LengthGuard(window=2), "response_length", [10.0, 10.0, 20.0, 20.0, 21.0], [5]),
@@ -130,17 +137,23 @@ def test_held_out_problems_count_against_training(capsys):
     assert found == [False, False, False, True, False, False, True]
 
 
-def test_a_guard_goes_on_where_it_was(capsys):
-    values = [0.7, 0.7, 0.8, 0.8, 0.75, 0.68, 0.6]
-    whole, run = OverlapGuard(window=2), Run()
-    for value in values:
-        run.step(whole, overlap_ratio=value)
-    first, second, run = OverlapGuard(window=2), OverlapGuard(window=2), Run()
-    for value in values[:4]:
-        run.step(first, overlap_ratio=value)
+@pytest.mark.parametrize(
+    ("cls", "steps"),
+    [
+        (OverlapGuard, [{"overlap_ratio": value} for value in (0.7, 0.7, 0.8, 0.8, 0.75, 0.68, 0.6)]),
+        (EntropyGuard, [{"student_entropy": 0.1, "teacher_entropy": t} for t in (0.1, 0.1, 0.1, 0.1, 0.9)]),
+    ],
+)
+def test_a_guard_goes_on_where_it_was(cls, steps, capsys):
+    whole, run = cls(window=2), Run()
+    for step in steps:
+        run.step(whole, **step)
+    first, second, run = cls(window=2), cls(window=2), Run()
+    for step in steps[:4]:
+        run.step(first, **step)
     second.load_state_dict(first.state_dict())
-    for value in values[4:]:
-        run.step(second, overlap_ratio=value)
+    for step in steps[4:]:
+        run.step(second, **step)
     assert second.state_dict() == whole.state_dict() and whole.is_alarmed
 
 

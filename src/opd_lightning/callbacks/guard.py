@@ -1,7 +1,7 @@
 """`Guard`: watches one number of a run, and warns, shortens the horizon or stops when it goes where it should not.
 
-It logs the number it judges (`guard/...`), smoothed over some steps, keeps what it remembers in the checkpoint, and
-acts once each time a threshold is crossed.
+It logs the number it judges (`guard/...`), smoothed over some steps (`HeldOutGuard` does neither), keeps what it
+remembers in the checkpoint, and acts once each time a threshold is crossed.
 """
 
 from __future__ import annotations
@@ -96,7 +96,10 @@ class Guard(Callback, ABC):
         choose = max if self.best_is_highest else min
         self.best = now if self.best is None else choose(self.best, now)
         pl_module.log(f"guard/{self.signal}", now, batch_size=1)
-        complaint = self.complaint(now, self.first, self.best)
+        self.ring(self.complaint(now, self.first, self.best), trainer)
+
+    def ring(self, complaint: str | None, trainer: Trainer) -> None:
+        """Act on a complaint, once until there is none any more."""
         if complaint is not None and not self.is_alarmed:
             self.act(complaint, trainer)
         self.is_alarmed = complaint is not None

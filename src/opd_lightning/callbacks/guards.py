@@ -52,20 +52,32 @@ class EntropyGuard(GrowthGuard):
         super().__init__(most, action, window)
         check_range(self, "least", least, low=0.0, high=1.0)
         self.least = least
-        self.teacher: float | None = None
+        self.teachers: list[float] = []  # of the same steps as `recent`; NaN where it was not known
 
     @override
     def measure(self, trainer: Trainer, outputs: Any) -> float | None:
-        self.teacher = logged(trainer, "train/teacher_entropy")
-        return logged(trainer, "train/student_entropy")
+        student, teacher = logged(trainer, "train/student_entropy"), logged(trainer, "train/teacher_entropy")
+        if student is not None and math.isfinite(student):
+            self.teachers = [*self.teachers, math.nan if teacher is None else teacher][-self.window :]
+        return student
 
     @override
     def complaint(self, now: float, first: float, best: float) -> str | None:
         if now > self.most * first and now > first + 0.1:
             return f"the student's entropy has grown from {first:.3g} to {now:.3g} nats per token."
-        if self.teacher is not None and self.teacher > 0.01 and now < self.least * self.teacher:
-            return f"the student's entropy has fallen to {now:.3g} nats per token, the teacher's is {self.teacher:.3g}."
+        teacher = sum(self.teachers) / len(self.teachers)  # NaN, and so no complaint, unless known in all these steps
+        if teacher > 0.01 and now < self.least * teacher:
+            return f"the student's entropy has fallen to {now:.3g} nats per token, the teacher's is {teacher:.3g}."
         return None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"teachers": self.teachers}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.teachers = list(state_dict["teachers"])
 
 
 class OverlapGuard(Guard):
@@ -171,7 +183,8 @@ def entropy_sums(rollouts: Sequence[TrainedRollout]) -> torch.Tensor:
 class HeldOutGuard(Guard):
     """Watches a held-out metric: alarm when it has fallen below its best while the training metric went on improving.
 
-    The fall is our choice; make it larger than the noise of your validation (avg@1 on 256 problems: about 0.03).
+    Judges each validation as it is, without a mean, and logs nothing: the metric is logged already. The fall is our
+    choice; make it larger than the noise of your validation (avg@1 on 256 problems: about 0.03).
 
     Args:
         held_out: Logged metric of the validation, such as ``val/avg_at_1`` or ``val/reverse_kl``.
@@ -180,8 +193,6 @@ class HeldOutGuard(Guard):
         higher_is_better: Whether that is so of the held-out metric.
         action: What to do.
     """
-
-    signal = "held_out"
 
     def __init__(
         self,
@@ -211,10 +222,7 @@ class HeldOutGuard(Guard):
         self.best = held_out if best is None else (max if self.best_is_highest else min)(best, held_out)
         if self.best != best:
             self.training_at_best = self.training_now
-        complaint = self.complaint(held_out, held_out, self.best)
-        if complaint is not None and not self.is_alarmed:
-            self.act(complaint, trainer)
-        self.is_alarmed = complaint is not None
+        self.ring(self.complaint(held_out, held_out, self.best), trainer)
 
     @override
     def complaint(self, now: float, first: float, best: float) -> str | None:
