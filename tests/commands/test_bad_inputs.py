@@ -259,6 +259,11 @@ CASES = [
         {"data.sampling.top_k": None},
     ),
     bad(
+        "null for a mapping to anything, in one of several sources",
+        r"data.task.train.0.where: expected dict\[str, Any\], got null. Leave it out for {}\.",
+        {"data.task": of_class("MathTask", train=[{"path": "t.jsonl", "where": None}])},
+    ),
+    bad(
         "null for a setting of a callback",
         r"trainer.callbacks.0.schedule: expected .*, got null. Leave it out for",
         {"trainer.callbacks": [of_class("EffOPD", score=of_class("TeacherKL"), schedule=None)]},

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import Namespace
 
 from opd_lightning.commands.parser import class_at
 from opd_lightning.training.datamodule import OPDDataModule
 from opd_lightning.training.module import OPDModule
-
-_MAY_BE_NULL = ("None", "Optional", "Any")
 
 
 def check_nulls(settings: Mapping[str, Any] | Namespace) -> None:
@@ -42,12 +41,12 @@ def _nulls(path: str, cls: Any, arguments: Any) -> Iterator[str]:
         parameter = parameters.get(name)
         if parameter is None or name in ("optimizer", "lr_scheduler"):  # tried by one step (training.resuming)
             continue
-        if value is None and _refuses_null(parameter):
-            default = parameter.default
-            remedy = "" if default is inspect.Parameter.empty else f" Leave it out for {default!r}."
-            yield f"{path}.{name}: expected {_words(parameter.annotation)}, got null.{remedy}"
+        hint = _type_of(parameter, cls)
+        if value is None and _refuses_null(parameter, hint):
+            expected = _words(parameter.annotation)
+            yield f"{path}.{name}: expected {expected}, got null.{_remedy(name, parameter, cls)}"
         else:
-            yield from _nulls_within(f"{path}.{name}", _dataclass_in(parameter, cls), value)
+            yield from _nulls_within(f"{path}.{name}", _dataclass_in(hint), value)
 
 
 def _nulls_within(path: str, dataclass: Any, value: Any) -> Iterator[str]:
@@ -61,18 +60,46 @@ def _nulls_within(path: str, dataclass: Any, value: Any) -> Iterator[str]:
         yield from _nulls(path, dataclass, value)
 
 
-def _dataclass_in(parameter: inspect.Parameter, cls: Any) -> Any:
-    """The dataclass that a parameter takes, by its annotation; None if it takes none."""
-    names = getattr(cls.__init__, "__globals__", {})
-    known = (names.get(word.strip()) for word in _words(parameter.annotation).split("|"))
-    return next((each for each in known if dataclasses.is_dataclass(each)), None)
+def _dataclass_in(hint: Any) -> Any:
+    """The dataclass that a parameter takes, alone or in a list, by its type; None if it takes none."""
+    if dataclasses.is_dataclass(hint):
+        return hint
+    return next((found for each in get_args(hint) if (found := _dataclass_in(each)) is not None), None)
 
 
-def _refuses_null(parameter: inspect.Parameter) -> bool:
-    annotation = parameter.annotation
-    if annotation is inspect.Parameter.empty or parameter.default is None:
+def _refuses_null(parameter: inspect.Parameter, hint: Any) -> bool:
+    if parameter.annotation is inspect.Parameter.empty or parameter.default is None:
         return False
-    return not any(word in _words(annotation) for word in _MAY_BE_NULL)
+    return not _takes_null(hint)
+
+
+def _takes_null(hint: Any) -> bool:
+    """Whether None is of this type; dict[str, Any], say, takes it within and not in its place."""
+    if get_origin(hint) in (Union, UnionType, Annotated):
+        return any(map(_takes_null, get_args(hint)))
+    return hint in (None, NoneType, Any, object) or (get_origin(hint) is Literal and None in get_args(hint))
+
+
+def _type_of(parameter: inspect.Parameter, cls: Any) -> Any:
+    """The type that stands behind an annotation, which is text in modules that postpone them; Any if it is unknown."""
+    if not isinstance(parameter.annotation, str):
+        return parameter.annotation
+    names = getattr(cls if inspect.isfunction(cls) else cls.__init__, "__globals__", {})
+    try:
+        return eval(parameter.annotation, dict(names))  # as inspect and typing do it: it is the class's own code
+    except (NameError, AttributeError, TypeError, SyntaxError):  # a name for type checkers only, for example
+        return Any
+
+
+def _remedy(name: str, parameter: inspect.Parameter, cls: Any) -> str:
+    default = parameter.default
+    if default is inspect.Parameter.empty:
+        return ""
+    made = (
+        {each.name: each.default_factory for each in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    )
+    factory = made.get(name, dataclasses.MISSING)
+    return f" Leave it out for {(default if factory is dataclasses.MISSING else factory())!r}."
 
 
 def _words(annotation: Any) -> str:
