@@ -51,8 +51,10 @@ def test_tokens_are_the_last_part_of_the_page_or_a_page_alone(copied, capsys):
     ("words", "message"),
     [
         (["nowhere"], "runs: there is no folder 'nowhere'"),
-        ([], "runs"),
-        (["--output", "x"], "runs"),
+        ([], "runs: expected at least one folder of a run: opd-lightning report RUN [RUN2 ...]."),
+        (["--output", "x"], "runs: expected at least one folder of a run"),
+        (["{fast}", "--runs", "{slow}"], "runs: expected folders as words or after --runs, got both"),
+        (["--tokens", "{fast}"], "holds no records of tokens"),
         (["{fast}", "{fast}"], "is named twice. Name different runs"),
         (["{fast}", *["{slow}"] * 9], "runs: expected at most 8, one for each colour, got 10"),
         (["{fast}", "--output", "{fast}/metrics.csv"], "cannot be a folder, since"),
@@ -76,3 +78,13 @@ def test_folders_may_have_any_name():
         "d",
     ]
     assert with_runs_named(["--help"]) == ["--help"]
+
+
+def test_folders_may_stand_anywhere():
+    assert with_runs_named(["--output", "x", "a", "--tokens", "b"]) == [
+        "--runs",
+        "['a', 'b']",
+        "--output",
+        "x",
+        "--tokens=true",
+    ]

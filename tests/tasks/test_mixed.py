@@ -55,6 +55,14 @@ def test_each_part_is_marked_by_its_own_task_and_held_out_splits_stay():
     [
         (lambda: MixedTask(Chats(), {}), r"task\.others: expected tasks by name to mix in, got none"),
         (lambda: MixedTask(Chats(), {"a/b": Chats()}), r"task\.others: expected names without slashes, got 'a/b'"),
+        (
+            lambda: MixedTask(Chats(), {"b": Chats()}, name="a/b"),
+            r"task\.name: expected names without slashes, got 'a/b'",
+        ),
+        (
+            lambda: MixedTask(LetterTask(0), {"b": Chats()}).problems("train"),
+            r"task\.inner: it has no training questions\. Give it some, or use the others alone",
+        ),
         (lambda: MixedTask(Chats(), {"main": Chats()}), r"task\.name: 'main' is also the name of another task"),
         (
             lambda: MixedTask(Chats(), {"empty": LetterTask(0)}).problems("train"),

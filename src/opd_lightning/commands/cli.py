@@ -268,7 +268,7 @@ def _run_plain(command: str, words: list[str]) -> None:
     auto_cli(
         PLAIN_COMMANDS[command],
         args=words,
-        prog=f"{PROGRAM} {command}",
+        prog=f"{PROGRAM} {command}" + (" RUN [RUN2 ...]" if command == "report" else ""),
         as_positional=False,
         description=str(PLAIN_COMMANDS[command].__doc__).splitlines()[0],
         parser_class=OneLineParser,

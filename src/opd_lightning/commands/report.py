@@ -17,8 +17,10 @@ from opd_lightning.reports.training_runs.folder import find_folder, read_runs
 from opd_lightning.reports.training_runs.page import write_report
 from opd_lightning.training.output_paths import check_folder
 
+_TAKE_A_VALUE = ("--runs", "--output", "--config")
 
-def report(runs: Sequence[str], output: str | None = None, tokens: bool = False) -> None:
+
+def report(runs: Sequence[str] = (), output: str | None = None, tokens: bool = False) -> None:
     """Show what a run recorded, or several beside each other: RUN [RUN2 ...] are their folders.
 
     Args:
@@ -58,10 +60,21 @@ def _write_tokens(runs: Sequence[str], output: str | None) -> None:
 
 
 def with_runs_named(words: Sequence[str]) -> list[str]:
-    """The words of the command line with the folders that come first as the value of `--runs`, `--tokens` as true."""
-    words = [word if word != "--tokens" else "--tokens=true" for word in words]
-    count = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
-    if not count:
-        return list(words)
-    as_yaml = ", ".join("'" + word.replace("'", "''") + "'" for word in words[:count])
-    return ["--runs", f"[{as_yaml}]", *words[count:]]
+    """The words of the command line with the folders among them as the value of `--runs`, and `--tokens` as true.
+
+    Raises:
+        ValueError: Folders are named in both ways.
+    """
+    folders: list[str] = []
+    others: list[str] = []
+    for before, word in zip(("", *words), words, strict=False):
+        if word.startswith("-") or before in _TAKE_A_VALUE:
+            others.append("--tokens=true" if word == "--tokens" else word)
+        else:
+            folders.append(word)
+    if not folders:
+        return others
+    if any(word.partition("=")[0] == "--runs" for word in others):
+        raise ValueError(f"runs: expected folders as words or after --runs, got both (as a word: {folders[0]!r}).")
+    as_yaml = ", ".join("'" + folder.replace("'", "''") + "'" for folder in folders)
+    return ["--runs", f"[{as_yaml}]", *others]

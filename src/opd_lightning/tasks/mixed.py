@@ -42,9 +42,9 @@ class MixedTask(Task):
     def __init__(self, inner: Task, others: dict[str, Task], name: str = "main") -> None:
         if not others:
             raise ValueError("task.others: expected tasks by name to mix in, got none. Name one, or use `inner` alone.")
-        for each in (name, *others):
+        for setting, each in (("name", name), *(("others", other) for other in others)):
             if not each or "/" in each:
-                raise ValueError(f"task.others: expected names without slashes, got {each!r}.")
+                raise ValueError(f"task.{setting}: expected names without slashes, got {each!r}.")
         if name in others:
             raise ValueError(f"task.name: {name!r} is also the name of another task. Choose another.")
         self.inner, self.others, self.name = inner, others, name
@@ -63,6 +63,8 @@ class MixedTask(Task):
         for name, task in self._parts.items():
             problems = task.problems("train")
             if not problems:
+                if task is self.inner:
+                    raise ValueError("task.inner: it has no training questions. Give it some, or use the others alone.")
                 raise ValueError(f"task.others: {name!r} has no training questions. Give it some, or leave it out.")
             mixed += [
                 MixedProblem(f"{name}/{each.uid}", each.messages, each.answer, name, each.columns, inner=each)
