@@ -81,7 +81,7 @@ def _holds(value: Any, sign: str, bound: Any) -> bool:
         return False
     if sign == "!=":
         return not _is_one_of(value, bound)
-    left, right = _number(value), _number(bound)
+    left, right = as_number(value), as_number(bound)
     if left is not None and right is not None:
         return bool(_COMPARISONS[sign](left, right))
     return isinstance(value, str) and isinstance(bound, str) and bool(_COMPARISONS[sign](value, bound))
@@ -100,7 +100,8 @@ def _is_empty(value: Any) -> bool:
     return value is MISSING or value is None or (isinstance(value, list | tuple | Mapping) and not value)
 
 
-def _number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
+    """The number that a column holds, perhaps as text (a CSV file holds nothing else); None if it holds none."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
     try:

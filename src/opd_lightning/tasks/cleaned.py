@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from opd_lightning.interfaces import Problem, Rollout, Split, Task
+from typing_extensions import override
+
+from opd_lightning.interfaces import Problem, Split, Task
+from opd_lightning.tasks.around import TaskAround
 from opd_lightning.tasks.near_duplicates import find_near_duplicates
 from opd_lightning.tasks.overlap import find_overlap
 
 
-class CleanedTask(Task):
+class CleanedTask(TaskAround):
     """A task whose training questions are cleaned; everything else is that of the inner task.
 
     Left out are questions that nearly repeat an earlier one (`find_near_duplicates`), and those that stand in a
@@ -41,11 +43,12 @@ class CleanedTask(Task):
             raise ValueError(f"task.near_duplicates: expected a number in (0, 1] or null, got {near_duplicates}.")
         if "train" in held_out:
             raise ValueError("task.held_out: expected splits other than train, which is the one that is cleaned.")
-        self.inner = inner
+        super().__init__(inner)
         self.near_duplicates = near_duplicates
         self.held_out = tuple(held_out)
         self.report = report
 
+    @override
     def problems(self, split: Split) -> list[Problem]:
         """The problems of the inner task; of the training split those that are left."""
         problems = self.inner.problems(split)
@@ -69,27 +72,6 @@ class CleanedTask(Task):
                 " Leave splits out, or train on others."
             )
         return left
-
-    def grade(self, problem: Problem, response: str) -> float:
-        """As the inner task marks it."""
-        return self.inner.grade(problem, response)
-
-    def grade_rollouts(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """As the inner task marks them."""
-        return self.inner.grade_rollouts(rollouts)
-
-    @property
-    def is_graded(self) -> bool:
-        """Whether the inner task marks."""
-        return self.inner.is_graded
-
-    def can_grade(self, problem: Problem) -> bool:
-        """Whether the inner task can mark it."""
-        return self.inner.can_grade(problem)
-
-    def reworded(self, wording: Mapping[str, Any]) -> Task:
-        """The inner task in other words, not cleaned."""
-        return self.inner.reworded(wording)
 
     def _find_dropped(self, problems: Sequence[Problem]) -> dict[str, dict[str, str]]:
         """By uid: why, and what the question resembles."""

@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
-from opd_lightning.interfaces import Problem, Rollout, Split, Task
-from opd_lightning.interfaces.columns import check_where, matches
+from typing_extensions import override
+
+from opd_lightning.interfaces import Problem, Split, Task
+from opd_lightning.interfaces.columns import as_number, check_where, matches
 from opd_lightning.randomness import derive_seed
+from opd_lightning.tasks.around import TaskAround
 from opd_lightning.tasks.rows import read_rows
 
 COLUMN = "scores"
@@ -19,7 +22,7 @@ Missing = Literal["refuse", "drop", "keep"]
 Prefer = Literal["highest", "lowest", "middle"]
 
 
-class ScoredTask(Task):
+class ScoredTask(TaskAround):
     """A task with a file of scores, such as `opd-lightning diagnose` writes; chooses training questions by them.
 
     A row has the uid of a question and numbers about it. They become the column `scores` of the problem, for selectors
@@ -60,11 +63,13 @@ class ScoredTask(Task):
             raise ValueError(f"task.keep: expected a share in (0, 1], got {keep}.")
         if keep < 1 and rank_by is None:
             raise ValueError(f"task.rank_by: keep={keep} needs a score to rank by, such as teacher_gain; got null.")
-        self.inner, self.scores = inner, scores
+        super().__init__(inner)
+        self.scores = scores
         self.where = where or {}
         check_where(self.where, "task")
         self.rank_by, self.keep, self.prefer, self.missing = rank_by, keep, prefer, missing
 
+    @override
     def problems(self, split: Split) -> list[Problem]:
         """The problems of the inner task; of the training split those that are kept, with their scores.
 
@@ -96,27 +101,6 @@ class ScoredTask(Task):
                 stacklevel=2,
             )
         return left
-
-    def grade(self, problem: Problem, response: str) -> float:
-        """As the inner task marks it."""
-        return self.inner.grade(problem, response)
-
-    def grade_rollouts(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """As the inner task marks them."""
-        return self.inner.grade_rollouts(rollouts)
-
-    @property
-    def is_graded(self) -> bool:
-        """Whether the inner task marks."""
-        return self.inner.is_graded
-
-    def can_grade(self, problem: Problem) -> bool:
-        """Whether the inner task can mark it."""
-        return self.inner.can_grade(problem)
-
-    def reworded(self, wording: Mapping[str, Any]) -> Task:
-        """The inner task in other words; the scores were taken of these."""
-        return self.inner.reworded(wording)
 
     def _check_rows(
         self, problems: Sequence[Problem], known: Sequence[Problem], rows: Mapping[str, Mapping[str, Any]]
@@ -181,14 +165,9 @@ def read_scores(path: str) -> dict[str, Mapping[str, Any]]:
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, str):  # a CSV file holds nothing else
-        try:
-            value = float(value)
-        except ValueError:
-            return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+    """The number of a column, if it can be ranked."""
+    number = as_number(value)
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _numbers(rows: Any) -> list[str]:
