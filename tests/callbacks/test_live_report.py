@@ -13,6 +13,7 @@ from opd_lightning import EffOPD
 from opd_lightning.callbacks import live_report
 from opd_lightning.callbacks.held_out_marks import HeldOutMarks
 from opd_lightning.callbacks.live_report import LiveReport
+from opd_lightning.callbacks.start_validation import StartValidation
 from opd_lightning.reports.training_runs.folder import read_runs
 from opd_lightning.training.metrics_file import WholeCSVLogger
 
@@ -117,9 +118,11 @@ def test_tensorboard_gets_a_figure_of_every_search(tmp_path, folders, monkeypatc
 def test_marks_of_single_problems_are_those_of_the_validation(tmp_path, folders):
     task = LetterTask(num_held_out=5)
     data = make_data(task=task, validation_samples=2, validation_batch_size=2)
-    fit(tmp_path, folders, HeldOutMarks(), steps=2, data=data, **VALIDATED)
+    options = VALIDATED | {"val_check_interval": 2, "log_every_n_steps": 3}  # most validations have no row of training
+    fit(tmp_path, folders, StartValidation(), HeldOutMarks(), steps=4, data=data, **options)
     (run,) = read_runs([tmp_path])
-    assert list(run.marks) == [1, 2] and all(len(marks) == 5 for marks in run.marks.values())
+    assert list(run.marks) == list(run.series["val/avg_at_2"]) == [0, 2, 4]
+    assert all(len(marks) == 5 for marks in run.marks.values())
     for step, marks in run.marks.items():
         assert run.series["val/avg_at_2"][step] == pytest.approx(sum(marks.values()) / 5)
     lines = (tmp_path / "held_out_marks.jsonl").read_text().splitlines()

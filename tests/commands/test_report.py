@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from test_ckpt_path import SETTINGS, elsewhere  # noqa: F401
 
 sys.path.append(str(Path(__file__).parent.parent / "reports"))
@@ -45,6 +46,29 @@ def test_tokens_are_the_last_part_of_the_page_or_a_page_alone(copied, capsys):
     page = (run / "report" / "tokens.html").read_text()
     assert "problem/0" in page and "Reverse KL</figcaption>" not in page
     assert "tokens.html" in capsys.readouterr().out
+
+
+def write_settings(run, ckpt_path=None, dirpath=None):
+    recorder = {"class_path": "opd_lightning.TokenRecorder", "init_args": {"dirpath": dirpath}}
+    settings = {"trainer": {"callbacks": [recorder]}, "ckpt_path": ckpt_path}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+
+
+@pytest.mark.parametrize("kind", ["resumed", "dirpath"])
+def test_tokens_are_found_where_the_run_recorded_them(copied, tmp_path, capsys, kind):
+    first, run = copied
+    write_settings(run)
+    main(["report", str(run)])
+    assert f"TokenRecorder left no records in '{run}'" in capsys.readouterr().err
+    if kind == "resumed":
+        write_records(first / FOLDER)
+        write_settings(run, ckpt_path=str(first / "checkpoints" / "last.ckpt"))
+    else:
+        write_settings(run, dirpath=str(write_records(tmp_path / "elsewhere")))
+    for words, page in (([], "report.html"), (["--tokens"], "tokens.html")):
+        main(["report", str(run), *words])
+        assert "problem/0" in (run / "report" / page).read_text()
+    assert "left no records" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

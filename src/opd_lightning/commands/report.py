@@ -12,8 +12,8 @@ from opd_lightning.reports.files import write_text
 from opd_lightning.reports.plots import COLOURS, can_draw
 from opd_lightning.reports.screen import show
 from opd_lightning.reports.token_records import has_records
-from opd_lightning.reports.token_view import render_token_page, token_fragment
-from opd_lightning.reports.training_runs.folder import find_folder, read_runs
+from opd_lightning.reports.token_view import Fragment, name_of, render_token_page, token_fragment
+from opd_lightning.reports.training_runs.folder import RECORDER, Run, find_folder, find_tokens, read_runs
 from opd_lightning.reports.training_runs.page import write_report
 from opd_lightning.training.output_paths import check_folder
 
@@ -43,19 +43,33 @@ def report(runs: Sequence[str] = (), output: str | None = None, tokens: bool = F
     found = read_runs(runs)
     folder = Path(output) if output is not None else found[0].folder / ("report" if len(found) == 1 else "comparison")
     check_folder("output", folder)
-    fragment = token_fragment([run.folder for run in found], labels=[run.label for run in found])
-    shown = write_report(folder, found, fragments=[fragment] if fragment is not None else [])
+    shown = write_report(folder, found, fragments=_fragments(found))
     show(shown.for_terminal(), rich.get_console())
     if not can_draw():
         print("Without curves: they are drawn where matplotlib is installed (the extra 'reports').", file=sys.stderr)
     print(f"\nWrote {folder / 'report.html'} and {folder / 'report.json'}")
 
 
+def _fragments(runs: Sequence[Run]) -> list[Fragment]:
+    """The token view of the first two runs with records; parts of one run share theirs."""
+    recorded: dict[Path, str] = {}
+    for run in runs:
+        tokens = find_tokens(run.folder)
+        if tokens is not None:
+            recorded.setdefault(tokens.resolve(), run.label)
+        elif RECORDER in run.settings:
+            named = run.settings.get(f"{RECORDER}.dirpath") or run.folder
+            print(f"Without tokens of {run.label}: TokenRecorder left no records in {str(named)!r}.", file=sys.stderr)
+    fragment = token_fragment(list(recorded), labels=list(recorded.values()))
+    return [] if fragment is None else [fragment]
+
+
 def _write_tokens(runs: Sequence[str], output: str | None) -> None:
-    recorded = [Path(run) if has_records(Path(run)) else find_folder(run) for run in runs]
-    folder = Path(output) if output is not None else recorded[0] / "report"
+    places = [Path(run) if has_records(Path(run)) else find_folder(run) for run in runs]
+    folder = Path(output) if output is not None else places[0] / "report"
     check_folder("output", folder)
-    write_text(folder / "tokens.html", render_token_page(recorded))
+    page = render_token_page([find_tokens(place) or place for place in places], labels=list(map(name_of, places)))
+    write_text(folder / "tokens.html", page)
     print(f"Wrote {folder / 'tokens.html'}")
 
 

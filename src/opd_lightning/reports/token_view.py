@@ -19,9 +19,10 @@ from opd_lightning.reports.contents import Statement, Table
 from opd_lightning.reports.plots import draw
 from opd_lightning.reports.token_findings import carries_answer, fades, measure_of, read_answers, where
 from opd_lightning.reports.token_payload import Payload, shown_steps
-from opd_lightning.reports.token_records import find_records, has_records
+from opd_lightning.reports.token_records import FOLDER, find_records, has_records
 
 _HERE = Path(__file__).parent
+Fragment = tuple[str, str]  # heading, and HTML that is safe as it is
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def token_view(records: Sequence[Path], *, labels: Sequence[str] = (), max_token
     if not 1 <= len(records) <= 2:
         raise ValueError(f"records: expected one or two runs, got {len(records)}.")
     folders = [find_records(Path(folder)) for folder in records]
-    names = list(labels) or [_name_of(folder) for folder in folders]
+    names = list(labels) or [name_of(folder) for folder in folders]
     payload = Payload(names if len(folders) > 1 else [""])
     notes = []
     for run, folder in enumerate(folders):
@@ -92,7 +93,7 @@ def token_view(records: Sequence[Path], *, labels: Sequence[str] = (), max_token
     )
 
 
-def token_fragment(runs: Sequence[Path], *, labels: Sequence[str] = ()) -> tuple[str, str] | None:
+def token_fragment(runs: Sequence[Path], *, labels: Sequence[str] = ()) -> Fragment | None:
     """Heading and fragment for a page about runs; None where nothing was recorded of any. The first two are shown.
 
     Args:
@@ -102,7 +103,7 @@ def token_fragment(runs: Sequence[Path], *, labels: Sequence[str] = ()) -> tuple
     Raises:
         ValueError: Records cannot be read.
     """
-    names = list(labels) or [_name_of(Path(folder)) for folder in runs]
+    names = list(labels) or [name_of(Path(folder)) for folder in runs]
     recorded = [(folder, name) for folder, name in zip(runs, names, strict=True) if has_records(Path(folder))][:2]
     if not recorded:
         return None
@@ -154,6 +155,7 @@ def as_script_data(contents: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _name_of(folder: Path) -> str:
-    """The run's folder where that of the records has the usual name."""
-    return folder.resolve().parent.name if folder.name == "tokens" else folder.name
+def name_of(folder: Path) -> str:
+    """The run's folder, also where that of the records is given and has the usual name."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == FOLDER else folder.name

@@ -1,7 +1,8 @@
 """Read the folder of a run: `metrics.csv`, `config.yaml`, and the marks of held-out problems where they were kept.
 
 Steps count the optimiser steps that the weights have made. Lightning numbers rows otherwise: what training logs in its
-first step has step 0, which is where the weights of its rollouts are, but a validation after it has step 0 as well.
+first step has step 0, which is where the weights of its rollouts are, but a validation after it has step 0 as well, and
+so has one before it. The first at step 0 is taken for the latter, unless training logged that step before.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from typing import Any
 
 import yaml
 
+from opd_lightning.reports.token_records import find_records, has_records
 from opd_lightning.reports.training_runs.settings import readable
 
+RECORDER = "trainer.callbacks.TokenRecorder"
 METRICS, CONFIG, MARKS = "metrics.csv", "config.yaml", "held_out_marks.jsonl"
 DEEPEST = 5  # default_root_dir/mlruns/EXPERIMENT/RUN/...
 
@@ -109,6 +112,21 @@ def read_run(folder: Path, label: str) -> Run:
     return Run(label, folder, series, settings, marks, tuple(notes))
 
 
+def find_tokens(folder: Path) -> Path | None:
+    """The folder of what `TokenRecorder` recorded of a run; None where nothing is found.
+
+    It lies in the run's folder, where `dirpath` says, or in that of the run which this one went on from: a resumed run
+    records where the first one did.
+    """
+    settings = _settings(folder)
+    named = settings.get(f"{RECORDER}.dirpath")
+    for place in (folder, *([Path(named).expanduser()] if isinstance(named, str) else [])):
+        if has_records(place):
+            return find_records(place)
+    before = _earlier_part(folder, settings)
+    return None if before is None else find_tokens(before)
+
+
 def read_metrics(path: Path) -> tuple[dict[str, Series], list[str]]:
     """Every metric's value by step, and a note where a kill has cut the last row.
 
@@ -153,7 +171,10 @@ def _add_row(series: dict[str, dict[int, float]], trained: set[int], values: dic
     is_training = any(name.startswith(("train/", "selection/")) for name in values)
     if is_training:
         trained.add(int(step))
-    is_after = int(step) in trained and any(name.startswith("val/") for name in values)
+    validated = [name for name in values if name.startswith("val/")]
+    # whether training logged the step too says nothing: it logs every log_every_n_steps only
+    is_repeated = any(0 in series.get(name, ()) for name in validated)
+    is_after = bool(validated) and (step > 0 or 0 in trained or is_repeated)
     for name, value in values.items():
         series.setdefault(name, {})[int(step) + is_after] = value
 

@@ -12,10 +12,9 @@ from markupsafe import Markup
 from opd_lightning.reports.contents import Panel
 from opd_lightning.reports.files import templates, write_json, write_text
 from opd_lightning.reports.plots import COLOURS, Drawing, can_draw, draw_alone
+from opd_lightning.reports.token_view import Fragment
 from opd_lightning.reports.training_runs.folder import Run
 from opd_lightning.reports.training_runs.report import RunReport, as_json, make_report
-
-Fragment = tuple[str, str]  # heading, and HTML that is safe as it is
 
 
 def write_report(
