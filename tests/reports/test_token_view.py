@@ -43,10 +43,14 @@ def test_answers_cannot_leave_their_place(tmp_path):
     assert "</script>" in texts and "\\x1b[2J" in texts
 
 
-def test_a_step_that_is_own_and_fixed_is_one_look(tmp_path):
-    write_record(tmp_path, 0, [row(0, 0, ["a"], kind=kind, prompt_ids=[1]) for kind in ("own", "fixed")], HEADER)
-    (look,) = payload(token_view([tmp_path]))["looks"]
+@pytest.mark.parametrize("kinds", [("own", "fixed"), ("fixed", "own")])
+def test_a_step_that_is_own_and_fixed_is_one_look_with_what_was_trained(tmp_path, kinds):
+    trained = {"own": {"token_weight": [0.5], "advantage": [-0.25]}, "fixed": {}}
+    rows = [row(0, 0, ["a"], kind=kind, prompt_ids=[1], **trained[kind]) for kind in kinds]
+    write_record(tmp_path, 0, rows, HEADER)
+    (look,) = payload(token_view([tmp_path], max_tokens=2))["looks"]
     assert look["kinds"] == ["fixed", "own"]
+    assert look["values"]["token_weight"] == [0.5] and look["values"]["advantage"] == [-0.25]
 
 
 def test_what_is_shown_is_bounded_and_said(tmp_path):

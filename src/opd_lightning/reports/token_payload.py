@@ -97,17 +97,12 @@ class Payload:
             point = len(self._points)
             label = f"{self._names[run]} step {step}".strip()
             self._points.append({"run": run, "step": step, "label": label})
-            looks: dict[int, dict[str, Any]] = {}
-            rows = read_record(files[step])
-            fitting = _first_that_fit(rows, max_tokens)
-            self._num_left_out += len(rows) - len(fitting)
-            for row in fitting:
-                key = answer_key(row)
-                if key in looks:  # a fixed answer is an own one in the step that it comes from
-                    looks[key]["kinds"].append(row["kind"])
-                else:
-                    looks[key] = self._look(row, key, point)
-            self._looks += looks.values()
+            answers: dict[int, list[Row]] = {}
+            for row in read_record(files[step]):
+                answers.setdefault(answer_key(row), []).append(row)
+            fitting = _first_that_fit(list(answers.items()), max_tokens)
+            self._num_left_out += len(answers) - len(fitting)
+            self._looks += [self._look(rows, key, point) for key, rows in fitting]
         header = read_header(folder)
         if not header["gives_vocabulary"]:
             self._lacking.append((self._names[run], header["teacher"] or ""))
@@ -144,7 +139,10 @@ class Payload:
             notes.append(f"{self._num_left_out} recorded answers are left out here, as the page would be too large.")
         return notes
 
-    def _look(self, row: Row, key: int, point: int) -> dict[str, Any]:
+    def _look(self, rows: Sequence[Row], key: int, point: int) -> dict[str, Any]:
+        """One look at one answer: a fixed answer is an own one too in the step that it comes from."""
+        # only the own row has the weight and the advantage, since only that was trained on
+        row = min(rows, key=lambda row: row["kind"] != "own")
         if key not in self._places:
             self._places[key] = len(self._answers)
             self._answers.append(self._answer(row))
@@ -153,7 +151,7 @@ class Payload:
         return {
             "answer": self._places[key],
             "point": point,
-            "kinds": [row["kind"]],
+            "kinds": sorted({each["kind"] for each in rows}),
             "reward": row["reward"],
             "truncated": row["truncated"],
             "values": values,
@@ -214,15 +212,15 @@ def shown_steps(folder: Path, max_tokens: int) -> tuple[list[int], int, str]:
     return steps, max_tokens if fits else max_tokens // len(steps), "" if steps == every else note
 
 
-def _first_that_fit(rows: Sequence[Row], max_tokens: int) -> list[Row]:
-    """Rows in order, the fixed answers first: of every step the same ones are there to be compared."""
-    kept: list[Row] = []
+def _first_that_fit(answers: Sequence[tuple[int, list[Row]]], max_tokens: int) -> list[tuple[int, list[Row]]]:
+    """Answers in order, the fixed ones first: of every step the same ones are there to be compared."""
+    kept: list[tuple[int, list[Row]]] = []
     num_tokens = 0
-    for row in sorted(rows, key=lambda row: row["kind"] != "fixed"):
-        num_tokens += row["num_tokens"]
+    for key, rows in sorted(answers, key=lambda pair: all(row["kind"] != "fixed" for row in pair[1])):
+        num_tokens += rows[0]["num_tokens"]
         if kept and num_tokens > max_tokens:
             break
-        kept.append(row)
+        kept.append((key, rows))
     return kept
 
 
