@@ -127,6 +127,24 @@ def test_two_runs_beside_each_other(recorded):
     assert numbers["held_out_differences"][0]["mean"] == found.mean
 
 
+def test_untrained_weights_are_not_compared(tmp_path):
+    """Both validated at 0; what they came to was validated at different steps."""
+    runs = [
+        read_run(
+            write_run(
+                tmp_path / name,
+                [{"step": 0, "train/loss": 1}],
+                marks=[{"step": 0, "marks": {"a": [0]}}, {"step": step, "marks": {"a": [mark]}}],
+            ),
+            name,
+        )
+        for name, step, mark in (("one", 4, 0), ("two", 6, 1))
+    ]
+    (found,) = differences_of(runs)
+    assert (found.before, found.after, found.mean) == ("one, step 4", "two, step 6", 1)
+    assert differences_of([replace(run, marks={0: run.marks[0]}) for run in runs]) == []
+
+
 def test_settings_of_classes_have_short_names_and_do_not_shift():
     one = {"class_path": "a.One", "init_args": {"x": 1, "inner": {"class_path": "b.Inner"}}}
     two = {"class_path": "c.Two", "init_args": None}

@@ -85,6 +85,13 @@ def test_a_teacher_of_lists_is_measured_by_the_sampled_token():
         (["4", "2", "=", "42"], [False, False, False, True]),
         (["is 4", "2."], [True, True]),
         (["nothing"], []),
+        (["42", " #", "142", "."], [True, False, False, False]),
+        (["42", ", 42", ".5"], [True, False, False]),
+        (["42", " 1,", "42"], [True, False, False]),
+        (["42", " = ", "-", "42"], [True, False, False, False]),
+        (["x=50", "-", "42", "."], [False, False, True, False]),
+        (["答案是", "42", "。"], [False, True, False]),
+        (["42nd of x42"], []),
     ],
 )
 def test_the_reference_is_found_across_tokens_at_its_last_place(texts, hits):

@@ -7,6 +7,7 @@ the teacher does not tell its whole distribution.
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -179,7 +180,7 @@ def _answer(row: Row, measure: str) -> Answer:
 
 
 def _own(answers: Sequence[Answer]) -> list[Answer]:
-    """What the student answered itself, each answer once; the fixed ones where nothing else was recorded."""
+    """What the student answered itself; where that was not recorded, the fixed answers as often as looked at."""
     return [a for a in answers if a.kind == "own" and a.known] or [a for a in answers if a.known]
 
 
@@ -192,15 +193,27 @@ def _last_line(texts: Sequence[str]) -> list[bool]:
 
 
 def _last_mention(texts: Sequence[str], reference: str | None) -> list[bool]:
-    """Which tokens have a part in the last place where the reference is said."""
-    start = "".join(texts).rfind(reference) if reference else -1
-    if not reference or start < 0:
+    """Which tokens have a part in the last place where the reference is said, as a whole word or number."""
+    said = list(_as_a_whole(reference).finditer("".join(texts))) if reference else []
+    if not said:
         return []
-    stop, place, hits = start + len(reference), 0, []
+    (start, stop), place, hits = said[-1].span(), 0, []
     for text in texts:
         hits.append(place < stop and place + len(text) > start)
         place += len(text)
     return hits
+
+
+def _as_a_whole(reference: str) -> re.Pattern[str]:
+    """Not inside a longer word or number: 6 is not in 26, 6.5, 1,6 or -6, but is in 5-6 and in 6."""
+    before = r"(?<!\w)" if re.match(r"\w", reference, re.ASCII) else ""
+    after = r"(?!\w)" if re.search(r"\w\Z", reference, re.ASCII) else ""
+    if reference[0].isdigit():
+        before += r"(?<!\d[.,])(?<!(?<![\w)])-)"
+    if reference[-1].isdigit():
+        after += r"(?![.,]\d)"
+    # ASCII: languages without spaces write words right beside a number
+    return re.compile(before + re.escape(reference) + after, re.ASCII)
 
 
 def _texts_table(answers: Sequence[Answer], total: float, num_tokens: int) -> Table:

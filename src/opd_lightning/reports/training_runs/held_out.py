@@ -62,7 +62,10 @@ def difference(before: str, first: Mapping[str, float], after: str, second: Mapp
 
 
 def differences_of(runs: Sequence[Run]) -> list[Difference]:
-    """Of one run: its last validation beside its first. Of several: each beside the first, at the last common step."""
+    """Of one run: its last validation beside its first. Of several: each beside the first, at the last common step.
+
+    Step 0 is no such step: there both are what they started from. Without another one the last of each are compared.
+    """
     if len(runs) == 1:
         marks = runs[0].marks
         if len(marks) < 2:
@@ -77,8 +80,10 @@ def differences_of(runs: Sequence[Run]) -> list[Difference]:
 def _between(first: Run, second: Run) -> Difference | None:
     if not (first.marks and second.marks):
         return None
-    common = first.marks.keys() & second.marks.keys()
+    common = (first.marks.keys() & second.marks.keys()) - {0}
     steps = (max(common),) * 2 if common else (max(first.marks), max(second.marks))
+    if not any(steps):
+        return None
     names = [f"{run.label}, step {step}" for run, step in zip((first, second), steps, strict=True)]
     return difference(names[0], first.marks[steps[0]], names[1], second.marks[steps[1]])
 
