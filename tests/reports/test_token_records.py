@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 from recorded_tokens import HEADER, row, write_records
 
-from opd_lightning.callbacks.token_recorder import BYTES_PER_TOKEN
+from opd_lightning.callbacks.token_recorder import estimated_bytes
 from opd_lightning.reports.token_records import VALUES, find_records, read_header, read_record, steps_of, write_record
 
 DOCS = Path(__file__).parents[2] / "docs" / "tokens.md"
@@ -23,19 +23,24 @@ def test_what_is_written_is_read(tmp_path):
     assert read_header(tmp_path) == HEADER | {"format": "opd_lightning tokens 1"}
 
 
-def test_a_token_takes_no_more_bytes_than_stated(tmp_path):
+@pytest.mark.parametrize(("num_tokens", "top_k", "num_prompt_tokens"), [(2000, 8, 0), (100, 1, 4000), (100, 32, 0)])
+def test_a_record_takes_about_as_many_bytes_as_stated(tmp_path, num_tokens, top_k, num_prompt_tokens):
     """Numbers that cannot be compressed, and words of a vocabulary of 50,000."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghij", k=6)) for _ in range(50_000)]
-    ids = [rng.randrange(50_000) for _ in range(2000)]
+    ids = [rng.randrange(50_000) for _ in range(num_tokens)]
     many = row(0, 0, [words[i] for i in ids]) | {"token_ids": ids}
     many |= {name: [rng.random() for _ in ids] for name in VALUES}
     for who in ("student", "teacher"):
-        listed = [[rng.randrange(50_000) if rng.random() < 0.2 else i % 3000 for _ in range(8)] for i in ids]
+        listed = [[rng.randrange(50_000) if rng.random() < 0.2 else i % 3000 for _ in range(top_k)] for i in ids]
         many[f"{who}_top_ids"] = listed
         many[f"{who}_top_texts"] = [[words[i] for i in each] for each in listed]
         many[f"{who}_top_log_probs"] = [[-rng.random() for _ in each] for each in listed]
-    assert write_record(tmp_path, 0, [many], {}) / len(ids) < BYTES_PER_TOKEN
+    asked = [rng.randrange(50_000) for _ in range(num_prompt_tokens)]
+    text = "".join(words[i] for i in asked)
+    many |= {"prompt_ids": asked, "student_prompt": text, "teacher_prompt": f"[INST] {text}"}
+    said = estimated_bytes(num_tokens, top_k, num_prompt_tokens)
+    assert 0.8 * said < write_record(tmp_path, 0, [many], {}) < 1.02 * said
 
 
 def test_the_page_names_every_column(tmp_path):

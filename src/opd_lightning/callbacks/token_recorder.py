@@ -28,7 +28,10 @@ from opd_lightning.rollouts.records import from_record, to_record
 from opd_lightning.training.module import OPDModule
 from opd_lightning.training.output_paths import check_folder, run_folder
 
-BYTES_PER_TOKEN = 260  # with lists of 8, before parquet makes it smaller (docs/tokens.md)
+# of a record on the disk, measured on numbers that cannot be compressed (docs/tokens.md)
+BYTES_OF_ALL = 16_000  # names and kinds of the columns
+BYTES_PER_TOKEN, BYTES_PER_LISTED = 85, 20  # of an answer; for each place of its two lists besides
+BYTES_PER_PROMPT_TOKEN = 10
 
 
 class TokenRecorder(Callback):
@@ -40,7 +43,7 @@ class TokenRecorder(Callback):
     top-k lists, the weight and the advantage of the training, prompts and marks (docs/tokens.md); what a teacher does
     not tell is null.
 
-    Costs a pass of student and teacher without gradients over the recorded rollouts only, at most 260 bytes a token on
+    Costs a pass of student and teacher without gradients over the recorded rollouts only, about 245 bytes a token on
     the disk with lists of 8, and nothing in the steps between. A record is there whole or not at all; a resumed run
     goes on in the folder of the first one, and records of steps that it does again are replaced. With several processes
     the first one writes. Works with `OPDModule`; the objective's `shape` and the token weighting are asked once more.
@@ -106,11 +109,11 @@ class TokenRecorder(Callback):
         self.folder = folder
         self._rows = TokenRows(pl_module.spec.tokenizer, pl_module.teacher)
         longest = pl_module.data.sampling.max_new_tokens
-        size = (self.num_rollouts + self.num_fixed) * longest * BYTES_PER_TOKEN * self.top_k / 8
+        size = estimated_bytes((self.num_rollouts + self.num_fixed) * longest, self.top_k)
         say(
             trainer,
             f"TokenRecorder: every {self.every_n_steps} steps {self.num_rollouts} rollouts and {self.num_fixed} fixed"
-            f" answers, at most {size / 2**20:.2g} MiB, in {folder}",
+            f" answers, about {size / 2**20:.2g} MiB at full length without prompts, in {folder}",
         )
 
     @override
@@ -239,6 +242,12 @@ class TokenRecorder(Callback):
             "teacher_temperature": 1.0 if needed is None else needed.temperature,
             "facts_k": module.facts_k or DEFAULT_K,
         }
+
+
+def estimated_bytes(num_tokens: int, top_k: int, num_prompt_tokens: int = 0) -> int:
+    """What a record with answers of so many tokens together takes on the disk; an estimate, no bound."""
+    per_token = BYTES_PER_TOKEN + BYTES_PER_LISTED * top_k
+    return BYTES_OF_ALL + num_tokens * per_token + num_prompt_tokens * BYTES_PER_PROMPT_TOKEN
 
 
 def _order(rollout: Rollout) -> int:
