@@ -14,6 +14,7 @@ from opd_lightning.callbacks import live_report
 from opd_lightning.callbacks.held_out_marks import HeldOutMarks
 from opd_lightning.callbacks.live_report import LiveReport
 from opd_lightning.callbacks.start_validation import StartValidation
+from opd_lightning.callbacks.token_recorder import TokenRecorder
 from opd_lightning.reports.training_runs.folder import read_runs
 from opd_lightning.training.metrics_file import WholeCSVLogger
 
@@ -70,7 +71,7 @@ def test_a_page_after_the_first_step_then_now_and_then_and_at_the_end(tmp_path, 
 def test_writing_takes_a_hundredth_of_the_time_at_most(tmp_path, folders, monkeypatch):
     clock, written = [0.0], []
 
-    def write(folder, runs, *, refresh_seconds):
+    def write(folder, runs, *, refresh_seconds, fragments):
         written.append((clock[0], refresh_seconds))
         clock[0] += 2.0
 
@@ -90,6 +91,25 @@ def test_a_page_that_cannot_be_written_is_a_warning(tmp_path, folders, monkeypat
     with pytest.warns(UserWarning, match=r"LiveReport: the page could not be written \(.*; the run goes on"):
         _, trainer = fit(tmp_path, folders, LiveReport())
     assert trainer.global_step == 3
+
+
+def test_what_cannot_be_drawn_is_a_warning(tmp_path, folders, monkeypatch):
+    def draw(*_):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("opd_lightning.reports.training_runs.page.can_draw", lambda: True)
+    monkeypatch.setattr("opd_lightning.reports.training_runs.page.draw_alone", draw)
+    with pytest.warns(UserWarning, match=r"LiveReport: the page could not be written \(no fonts\); the run goes on"):
+        _, trainer = fit(tmp_path, folders, LiveReport(), steps=1)
+    assert trainer.global_step == 1
+
+
+def test_the_last_page_has_the_tokens(tmp_path, folders, monkeypatch):
+    without_curves(monkeypatch)
+    pages = Pages(tmp_path, [0.0])
+    fit(tmp_path, folders, TokenRecorder(num_rollouts=1, num_fixed=1), LiveReport(), pages, steps=2)
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert pages.seen[-1] == (1, True, False) and '"label":"step 2"' in page
 
 
 @pytest.mark.parametrize("every", ["5", "0s", "soon", "-1m", "5 m"])

@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from opd_lightning.reports.plots import figure_of
-from opd_lightning.reports.training_runs.folder import Run, read_run
+from opd_lightning.reports.token_view import token_fragment
+from opd_lightning.reports.training_runs.folder import Run, find_tokens, read_run
 from opd_lightning.reports.training_runs.page import write_report
 from opd_lightning.reports.training_runs.searches import search_panels, searches_of
 
@@ -28,8 +29,10 @@ class LiveReport(Callback):
 
     Until the run ends the page loads itself anew as often as it is written. The first process writes it, from the
     `metrics.csv` of the run's `CSVLogger`, after the first step and then at most every `every`; when writing takes long
-    (a second or two with matplotlib) it is done less often, so that it stays below one percent of the run's time. What
-    cannot be written is a warning; the run goes on.
+    (a second or two with matplotlib) it is done less often, so that it stays below one percent of the time after the
+    first page and before the last. The last one has the token view too, of what `TokenRecorder` wrote until then: all
+    of it when that callback stands before this one. Files that cannot be read or written are a warning, and so is what
+    cannot be drawn; the run goes on.
 
     A `TensorBoardLogger` gets every search of EffOPD and of `LearningRateLineSearch` as a figure, if matplotlib is
     installed; its curves are there in any case.
@@ -87,9 +90,17 @@ class LiveReport(Callback):
             logger.save()
             run = read_run(folder, str(folder))
             pause = max(self._pause, self._last_cost / MOST_OF_TIME)
-            write_report(folder / "report", [run], refresh_seconds=None if is_over else math.ceil(pause))
+            # reading all records takes seconds, so pages on the way do without
+            tokens = find_tokens(folder) if is_over else None
+            fragment = None if tokens is None else token_fragment([tokens], labels=[str(folder)])
+            write_report(
+                folder / "report",
+                [run],
+                refresh_seconds=None if is_over else math.ceil(pause),
+                fragments=[] if fragment is None else [fragment],
+            )
             self._log_figures(trainer, run)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # the last: matplotlib's
             rank_zero_warn(f"LiveReport: the page could not be written ({error}); the run goes on.")
         self._last_cost = time.monotonic() - started
         self._due = time.monotonic() + max(self._pause, self._last_cost / MOST_OF_TIME)

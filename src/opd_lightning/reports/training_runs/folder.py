@@ -138,8 +138,10 @@ def read_metrics(path: Path) -> tuple[dict[str, Series], list[str]]:
     if len(lines) > 1 and not lines[-1].endswith("\n"):
         lines.pop()
         notes.append(f"The last row of {str(path)!r} is cut off, and left out.")
-    rows = csv.reader(lines)
-    names = next(rows, [])
+    try:
+        names, *rows = [*csv.reader(lines)] or [[]]
+    except csv.Error as error:
+        raise ValueError(f"runs: {str(path)!r} is no table: {error}. Mend it, or take it away.") from error
     if "step" not in names or (not text.endswith("\n") and len(lines) < 2):
         raise ValueError(
             f"runs: {str(path)!r} is no table of metrics: expected a first line with names, 'step' among them."
