@@ -9,10 +9,18 @@ import pytest
 import yaml
 from recorded_runs import SETTINGS
 
+from opd_lightning.reports.contents import Curve, Panel
 from opd_lightning.reports.plots import draw_alone
 from opd_lightning.reports.training_runs.folder import find_folder, read_metrics, read_run, read_runs
 from opd_lightning.reports.training_runs.held_out import difference, differences_of
-from opd_lightning.reports.training_runs.measures import MEASURES, MOST_POINTS, panels_of, thinned, wilson
+from opd_lightning.reports.training_runs.measures import (
+    MEASURES,
+    MOST_POINTS,
+    mean_of_steps,
+    panels_of,
+    thinned,
+    wilson,
+)
 from opd_lightning.reports.training_runs.page import render_page, write_report
 from opd_lightning.reports.training_runs.report import as_json, make_report
 from opd_lightning.reports.training_runs.searches import RATE, search_panels, searches_of
@@ -145,6 +153,12 @@ def test_untrained_weights_are_not_compared(tmp_path):
     assert differences_of([replace(run, marks={0: run.marks[0]}) for run in runs]) == []
 
 
+@pytest.mark.parametrize(("num_steps", "first", "last"), [(1, 0, 0), (3, 0, 2), (6, 1, 4), (20, 2, 17)])
+def test_first_and_last_share_no_step_of_several(num_steps, first, last):
+    series = {step: float(step) for step in range(num_steps)}
+    assert [mean_of_steps(series, last=each) for each in (False, True)] == [first, last]
+
+
 def test_settings_of_classes_have_short_names_and_do_not_shift():
     one = {"class_path": "a.One", "init_args": {"x": 1, "inner": {"class_path": "b.Inner"}}}
     two = {"class_path": "c.Two", "init_args": None}
@@ -210,6 +224,7 @@ def test_a_kill_in_the_middle_of_a_row_costs_that_row(copied):
     ("name", "text", "message"),
     [
         ("metrics.csv", "", "is no table of metrics"),
+        ("metrics.csv", f"step,train/loss\n0,{'1' * 200_000}\n", "is no table: field larger than"),
         ("metrics.csv", "step,train/lo", "is no table of metrics"),
         ("metrics.csv", "step,train/loss\n", "holds no values yet"),
         ("metrics.csv", "step,train/loss\n0,1,2\n", "line 2 of .* has 3 cells, but the first line has 2 names"),
@@ -277,3 +292,8 @@ def test_ids_of_drawings_differ_and_the_box_is_where_the_axes_are(recorded):
     left, right, top, bottom = drawings[0].box
     assert 0 < left < right <= 1 and 0 <= top < bottom < 1
     assert drawings[0].limits[0] < 0 < 3 < drawings[0].limits[1]
+
+
+def test_there_is_no_half_of_a_step():
+    svg = draw_alone(Panel("Loss", "step", "nats", [Curve("", [0, 1, 2], [7, 8, 9])]), "a").svg
+    assert ">1<" in svg and ">0.5<" not in svg

@@ -22,7 +22,7 @@ def test_where():
     total = sum(3.0 - 0.5 * a + 6 * 0.02 for a in range(4))  # one peak each, of 3, 2.5, 2 and 1.5 nats
     assert statement.words == "Half of the divergence lies on 7.1% of the tokens."  # two of 28
     grounds = dict(statement.grounds)
-    assert grounds["most on"] == f"␣sum: {9 / total:.1%} of the divergence on 14.3% of the tokens"
+    assert grounds["most on"] == f"the token “␣sum”: {9 / total:.1%} of the divergence on 14.3% of the tokens"
     assert grounds["the worst 1 %"].endswith(f"{3 / total:.1%} of the divergence, the worst 10 % {7.5 / total:.1%}")
     assert grounds["measured on"] == f"28 tokens of 4 answers; {total / 28:.3g} nats per token"
     assert texts.rows[0] == ["␣sum", "4", "14.3%", f"{9 / total:.1%}", "2.25"]
@@ -75,7 +75,9 @@ def _later(answer):
 def test_a_teacher_of_lists_is_measured_by_the_sampled_token():
     found = answers(steps=(0,), measure="sampled_log_ratio", lists_only=True)
     statement, _ = where(found, "sampled_log_ratio")
-    assert dict(statement.grounds)["most on"].startswith("the: ")  # 1.5 nats below, which is as far as above
+    assert dict(statement.grounds)["most on"].startswith(
+        "the token “the”: "
+    )  # 1.5 nats below, which is as far as above
     assert "does not tell its whole distribution" in dict(statement.grounds)["divergence"]
 
 

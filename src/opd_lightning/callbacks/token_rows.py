@@ -16,7 +16,7 @@ from opd_lightning.rollouts.inspection import InspectedRollout, TopTokens
 
 
 class TokenRows:
-    """Makes rows; every token and prompt is decoded once.
+    """Makes rows; the text of a token is looked up once, that of a prompt in every record.
 
     Args:
         tokenizer: The student's.

@@ -42,8 +42,13 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw(panels: Sequence[Panel]) -> str | None:
-    """All panels below each other as one inline SVG in the colours of the page; None without matplotlib or panels."""
+def draw(panels: Sequence[Panel], prefix: str = "") -> str | None:
+    """All panels below each other as one inline SVG in the colours of the page; None without matplotlib or panels.
+
+    Args:
+        panels: What to draw.
+        prefix: Begins the ids inside, which have to differ from those of other drawings on the page; empty for none.
+    """
     if not panels or not can_draw():
         return None
     with _style():
@@ -55,7 +60,7 @@ def draw(panels: Sequence[Panel]) -> str | None:
             if len(panel.curves) > 1:
                 axes.legend(frameon=False)
         svg = _saved(figure)
-    return _inline(svg, ", ".join(panel.title for panel in panels))
+    return _inline(svg, ", ".join(panel.title for panel in panels), prefix)
 
 
 def draw_alone(panel: Panel, prefix: str) -> Drawing | None:
@@ -80,8 +85,7 @@ def draw_alone(panel: Panel, prefix: str) -> Drawing | None:
         svg = _saved(figure)
         place = axes.get_position()
         limits = axes.get_xlim()
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", _inline(svg, panel.title))
-    return Drawing(svg, (place.x0, place.x1, 1 - place.y1, 1 - place.y0), limits)
+    return Drawing(_inline(svg, panel.title, prefix), (place.x0, place.x1, 1 - place.y1, 1 - place.y0), limits)
 
 
 def figure_of(panel: Panel) -> Any:
@@ -129,6 +133,8 @@ def plot(axes: Any, panel: Panel, *, is_named: bool = False) -> None:
     for x, y in panel.marks:
         axes.plot([x], [y], marker="o", ms=9, mfc="none", mew=1.8, color=_INK)
     axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
+    if all(float(x).is_integer() for curve in panel.curves for x in curve.xs):  # there is no half of a step
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.16, color=_INK)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -198,8 +204,10 @@ def _saved(figure: Any) -> str:
     return file.getvalue()
 
 
-def _inline(svg: str, label: str) -> str:
+def _inline(svg: str, label: str, prefix: str) -> str:
     """The drawing without prolog, addresses of namespaces and fixed size; ink becomes the colour of the text."""
+    if prefix:
+        svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)

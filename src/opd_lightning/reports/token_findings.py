@@ -93,7 +93,7 @@ def where(answers: Sequence[Answer], measure: str) -> tuple[Statement, list[Tabl
                 "the worst 1 %",
                 f"of the tokens hold {share(hundredth)} of the divergence, the worst 10 % {share(tenth)}",
             ),
-            ("most on", f"{worst[0]}: {worst[3]} of the divergence on {worst[2]} of the tokens"),
+            ("most on", f"the token “{worst[0]}”: {worst[3]} of the divergence on {worst[2]} of the tokens"),
             ("measured on", f"{len(every)} tokens of {len(own)} answers; {number(total / len(every))} nats per token"),
             ("divergence", _named(measure)),
         ),

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 FOLDER = "tokens"
 FORMAT = "opd_lightning tokens 1"
-KINDS = ("own", "fixed")  # what the student answered in that step; the answers that are looked at in every step
 VALUES = (  # of single tokens, float32; null where unknown
     "student_log_prob",
     "teacher_log_prob",

@@ -340,7 +340,7 @@
   });
   find("previous").addEventListener("click", () => go(state.at < 0 ? 0 : state.at - 1));
   find("next").addEventListener("click", () => go(state.at + 1));
-  view.addEventListener("keydown", (event) => {
+  document.addEventListener("keydown", (event) => { // a click beside the tokens leaves the focus with the whole page
     if (event.altKey || event.ctrlKey || event.metaKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
     if (event.key === "n") go(state.at + 1);
     else if (event.key === "p") go(state.at < 0 ? 0 : state.at - 1);

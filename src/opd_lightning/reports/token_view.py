@@ -6,16 +6,15 @@ Findings in words and tables come from here and need no script; the answers them
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from opd_lightning.reports.contents import Statement, Table
+from opd_lightning.reports.files import templates
 from opd_lightning.reports.plots import draw
 from opd_lightning.reports.token_findings import carries_answer, fades, measure_of, read_answers, where
 from opd_lightning.reports.token_payload import Payload, shown_steps
@@ -78,18 +77,19 @@ def token_view(records: Sequence[Path], *, labels: Sequence[str] = (), max_token
         steps, most, note = shown_steps(folder, max_tokens // len(folders))
         payload.add(folder, run, steps, most)
         notes += [note] if note else []
-    environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template("token_view.html.jinja").render(
-        runs=[
-            RunView(name, find(folder, f"tokens-{run}-"))
-            for run, (name, folder) in enumerate(zip(names, folders, strict=True))
-        ],
-        notes=[*notes, *payload.notes()],
-        payload=Markup(as_script_data(payload.contents())),
-        style=Markup((_HERE / "token_view.css").read_text(encoding="utf-8")),
-        script=Markup((_HERE / "token_view.js").read_text(encoding="utf-8")),
+    return (
+        templates()
+        .get_template("token_view.html.jinja")
+        .render(
+            runs=[
+                RunView(name, find(folder, f"tokens-{run}"))
+                for run, (name, folder) in enumerate(zip(names, folders, strict=True))
+            ],
+            notes=[*notes, *payload.notes()],
+            payload=Markup(as_script_data(payload.contents())),
+            style=Markup((_HERE / "token_view.css").read_text(encoding="utf-8")),
+            script=Markup((_HERE / "token_view.js").read_text(encoding="utf-8")),
+        )
     )
 
 
@@ -121,12 +121,9 @@ def render_token_page(records: Sequence[Path], *, labels: Sequence[str] = (), ma
     Raises:
         ValueError: A folder holds no records, or there are neither one nor two.
     """
-    environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     fragment = token_view(records, labels=labels, max_tokens=max_tokens)
     title = "What the teacher said about every token"
-    return environment.get_template("token_page.html.jinja").render(title=title, fragment=Markup(fragment))
+    return templates().get_template("token_page.html.jinja").render(title=title, fragment=Markup(fragment))
 
 
 def find(folder: Path, prefix: str) -> list[Finding]:
@@ -139,9 +136,7 @@ def find(folder: Path, prefix: str) -> list[Finding]:
     measure = measure_of(folder)
     answers = read_answers(folder, measure)
     (faded, fade_tables, panels) = fades(answers)
-    drawing = draw(panels)
-    if drawing is not None:
-        drawing = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", drawing)
+    drawing = draw(panels, prefix)
     return [
         Finding("Where do they disagree?", *where(answers, measure)),
         Finding("Does it carry the answer?", *carries_answer(answers)),

@@ -222,7 +222,8 @@ def wilson(share: float, count: float, z: float = 1.96) -> tuple[float, float]:
 
 
 def mean_of_steps(series: Series, *, last: bool, count: int = 5) -> float | None:
-    """Mean of the first or last values that are numbers; None without any."""
+    """Mean of the first or last values that are numbers, of half of them at most; None without any."""
     values = [value for value in series.values() if math.isfinite(value)]
+    count = max(1, min(count, len(values) // 2))  # the first ones and the last share none
     chosen = values[-count:] if last else values[:count]
     return sum(chosen) / len(chosen) if chosen else None

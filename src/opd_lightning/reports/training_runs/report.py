@@ -110,7 +110,10 @@ def _summary(runs: Sequence[Run]) -> Table:
     return Table("What matters, at the end", ("", *(run.label for run in runs)), rows, _MEANS_NOTE)
 
 
-_MEANS_NOTE = "First and last, and the end: means of 5 steps; of validations, the first and the last one."
+_MEANS_NOTE = (
+    "First and last, and the end: means of 5 logged steps, of half of them where there are fewer than 10; of"
+    " validations, the first and the last one."
+)
 
 
 def _rows(run: Run) -> list[tuple[str, str]]:
