@@ -7,7 +7,6 @@ the teacher does not tell its whole distribution.
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from opd_lightning.reports.contents import Curve, Panel, Statement, Table, number, share
 from opd_lightning.reports.printable import printable
+from opd_lightning.reports.token_places import last_line, last_mention
 from opd_lightning.reports.token_records import Row, find_records, read_header, read_record, steps_of
 
 _COLUMNS = ("step", "kind", "prompt_ids", "token_ids", "texts", "reference", "reward", "num_tokens")
@@ -174,46 +174,14 @@ def _answer(row: Row, measure: str) -> Answer:
         row["reward"],
         texts,
         [None if value is None else abs(value) if measure == "sampled_log_ratio" else value for value in values],
-        _last_line(texts),
-        _last_mention(texts, row["reference"]),
+        last_line(texts),
+        last_mention(texts, row["reference"]),
     )
 
 
 def _own(answers: Sequence[Answer]) -> list[Answer]:
     """What the student answered itself; where that was not recorded, the fixed answers as often as looked at."""
     return [a for a in answers if a.kind == "own" and a.known] or [a for a in answers if a.known]
-
-
-def _last_line(texts: Sequence[str]) -> list[bool]:
-    """Which tokens stand behind the last line break that has something behind it."""
-    breaks = [place for place, text in enumerate(texts) if "\n" in text]
-    filled = [place for place, text in enumerate(texts) if text.strip()]
-    before = [place for place in breaks if filled and place < filled[-1]]
-    return [place > before[-1] for place in range(len(texts))] if before else []
-
-
-def _last_mention(texts: Sequence[str], reference: str | None) -> list[bool]:
-    """Which tokens have a part in the last place where the reference is said, as a whole word or number."""
-    said = list(_as_a_whole(reference).finditer("".join(texts))) if reference else []
-    if not said:
-        return []
-    (start, stop), place, hits = said[-1].span(), 0, []
-    for text in texts:
-        hits.append(place < stop and place + len(text) > start)
-        place += len(text)
-    return hits
-
-
-def _as_a_whole(reference: str) -> re.Pattern[str]:
-    """Not inside a longer word or number: 6 is not in 26, 6.5, 1,6 or -6, but is in 5-6 and in 6."""
-    before = r"(?<!\w)" if re.match(r"\w", reference, re.ASCII) else ""
-    after = r"(?!\w)" if re.search(r"\w\Z", reference, re.ASCII) else ""
-    if reference[0].isdigit():
-        before += r"(?<!\d[.,])(?<!(?<![\w)])-)"
-    if reference[-1].isdigit():
-        after += r"(?![.,]\d)"
-    # ASCII: languages without spaces write words right beside a number
-    return re.compile(before + re.escape(reference) + after, re.ASCII)
 
 
 def _texts_table(answers: Sequence[Answer], total: float, num_tokens: int) -> Table:
