@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from recorded_tokens import HOSTILE, divergence, write_records
+from recorded_tokens import HEADER, HOSTILE, divergence, row, write_records
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
+from opd_lightning.reports.token_records import write_record
 from opd_lightning.reports.token_view import render_token_page
 
 pytestmark = pytest.mark.slow
@@ -87,6 +88,15 @@ def test_pointing_at_a_token_shows_what_both_expected(browser, records, tmp_path
     rows = view.texts("[data-tv='detail'] table:first-of-type tr")
     assert rows[:2] == ["sum60.7 %both", "seven30.1 %both"] or rows[:2] == [" sum60.7 %both", "seven30.1 %both"]
     assert "reverse KL 3 0.273" in view.detail and "weight unknown unknown" in view.detail
+
+
+def test_bars_of_both_lists_are_as_wide(browser, tmp_path):
+    top = {"teacher_top_texts": [["a", "a rather long token"]] * 2, "teacher_top_ids": [[10, 99]] * 2}
+    write_record(tmp_path, 0, [row(0, 0, ["a", "b"], **top)], HEADER)
+    view, _ = show(browser, tmp_path, tmp_path)
+    ActionChains(view.driver).move_to_element(view.all(".answer .tok")[0]).perform()
+    meters = view.all("[data-tv='detail'] .meter")
+    assert len(meters) == 4 and len({(each.rect["x"], each.rect["width"]) for each in meters}) == 1
 
 
 def test_the_keyboard_goes_to_the_worst_and_from_token_to_token(browser, records, tmp_path):

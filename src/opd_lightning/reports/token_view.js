@@ -262,7 +262,7 @@
     if (!ids) return make("p", "faint", "none: the student did not write this token");
     const other = new Set(look[who === "student" ? "teacher" : "student"]?.tokens[place] ?? []);
     const sampled = data.answers[look.answer].tokens[place];
-    const table = make("table");
+    const table = make("table", "likeliest");
     ids.forEach((index, rank) => {
       const row = make("tr", index === sampled ? "sampled" : "");
       const name = make("th", "", visible(data.vocabulary[index].text));
