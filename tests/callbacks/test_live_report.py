@@ -141,7 +141,7 @@ def test_marks_of_single_problems_are_those_of_the_validation(tmp_path, folders)
     options = VALIDATED | {"val_check_interval": 2, "log_every_n_steps": 3}  # most validations have no row of training
     fit(tmp_path, folders, StartValidation(), HeldOutMarks(), steps=4, data=data, **options)
     (run,) = read_runs([tmp_path])
-    assert list(run.marks) == list(run.series["val/avg_at_2"]) == [0, 2, 4]
+    assert list(run.marks) == list(run.series["val/avg_at_2"]) == [0, 2, 4] and run.num_steps == 4
     assert all(len(marks) == 5 for marks in run.marks.values())
     for step, marks in run.marks.items():
         assert run.series["val/avg_at_2"][step] == pytest.approx(sum(marks.values()) / 5)

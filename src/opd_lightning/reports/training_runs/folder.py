@@ -49,9 +49,8 @@ class Run:
 
     @property
     def num_steps(self) -> int:
-        """Optimiser steps made."""
-        trained = [step + 1 for name, values in self.series.items() if name.startswith("train/") for step in values]
-        return max(trained, default=max((step for values in self.series.values() for step in values), default=0))
+        """Optimiser steps made, as far as anything of them was logged."""
+        return max((s + name.startswith("train/") for name, values in self.series.items() for s in values), default=0)
 
 
 def read_runs(places: Sequence[str | Path]) -> list[Run]:
