@@ -971,7 +971,7 @@ def test_settings_that_a_resume_overrides_are_named(tmp_path, checkpoint):
         run(tmp_path, changes, "--ckpt_path", str(checkpoint))
 
 
-@pytest.mark.parametrize("filename", ["{step}", "the only one"])
+@pytest.mark.parametrize("filename", [pytest.param("{step}", marks=pytest.mark.slow), "the only one"])
 def test_a_full_disk_leaves_the_last_checkpoint_as_it_was(filename, tmp_path, monkeypatch, capfd):
     """No file may grow beyond a limit that is set once the first checkpoint is there."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

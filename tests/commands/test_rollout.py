@@ -89,7 +89,7 @@ def test_the_student_answers_with_another_file_ending_the_same(roll_out):
     assert rows != roll_out("b.jsonl", **(options | {"role": "teacher"}))
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize("ending", ["jsonl", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_and_nothing_is_generated_twice(roll_out, tmp_path, ending):
     options = {"num_samples": 2, "reject": Rejection(truncated=False, pattern="[aeiou]"), "num_attempts": 4}
     whole = FailingEngine()

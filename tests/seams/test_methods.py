@@ -71,6 +71,7 @@ def test_the_documentation_shows_the_files_as_they_are():
         assert f"```python\n{path.read_text()}```" in page, path.name
 
 
+@pytest.mark.slow
 def test_two_teachers_mixed(tmp_path):
     sandbox = {"class_path": "HFTeacher", "init_args": {"path": "sandbox:teacher", "dtype": "float32"}}
     arguments = {"first": sandbox, "second": sandbox | {"init_args": {"path": "sandbox:student", "dtype": "float32"}}}
@@ -111,6 +112,7 @@ def test_an_objective_that_needs_log_probs_refuses_recorded_answers(tmp_path, ca
     assert "SampledTokenObjective needs the log-probabilities" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_advantage_with_a_baseline(tmp_path):
     objective = ("--model.objective", "SampledTokenObjective")
     plain = fit(tmp_path / "plain", *objective, steps=1)

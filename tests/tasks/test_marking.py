@@ -171,6 +171,7 @@ def test_a_process_that_is_killed_again_and_again_is_an_error(monkeypatch, tmp_p
         AnswerChecker().equal("x+1", "1+x")
 
 
+@pytest.mark.slow
 def test_an_interrupted_question_is_not_answered_later(checker, monkeypatch):
     assert checker.equal("x+1", "1+x")
     pid = worker_pid(checker)
@@ -307,6 +308,7 @@ def test_process_and_forks_do_not_outlive_a_killed_trainer(then, number):
         wait_until_gone(process)
 
 
+@pytest.mark.slow
 def test_marking_process_loads_no_torch_and_import_loads_no_math_verify():
     script = (
         "import sys, opd_lightning.tasks, json;"

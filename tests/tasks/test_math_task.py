@@ -183,6 +183,7 @@ def test_grades_are_one_or_zero():
     assert task.grade_rollouts([]) == []
 
 
+@pytest.mark.slow
 def test_task_survives_pickling_after_marking(write):
     task = MathTask(write([("a", "x+1")]))
     assert task.grade(problem("x+1"), r"\boxed{1+x}") == 1.0

@@ -79,7 +79,9 @@ class Interrupt(ModelCheckpoint):
             raise RuntimeError("the teacher's server is gone")
 
 
-@pytest.mark.parametrize("at_step", [1, 2, 3])
+@pytest.mark.parametrize(
+    "at_step", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_a_step_that_failed_is_rescued_and_done_again(
     tmp_path, tiny_qwen3_folder, tiny_teacher_folder, whole_weights, at_step, capsys
 ):
