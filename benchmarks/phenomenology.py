@@ -25,6 +25,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from phenomenology_arms import OBJECTIVES, PHENOMENA, SEEDS, Arm
 from phenomenology_report import write_report
+from sandbox_runs import fit
 from transformers import AutoModelForCausalLM
 
 from opd_lightning.backends.hf import HFStudent, HFTeacher
@@ -151,24 +152,6 @@ def model_path(name: str) -> str:
     return resolve(f"sandbox:{name}") if name in SHIPPED else str(ZOO / name)
 
 
-def fit(module: OPDModule, data: OPDDataModule, num_steps: int, recorder: Recorder) -> None:
-    """Train, and leave nothing on the disk."""
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=num_steps,
-        max_epochs=-1,
-        limit_val_batches=0,
-        callbacks=[recorder],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, data)
-    if trainer.received_sigterm:
-        raise SystemExit("stopped in the middle of a run, which is not recorded")
-
-
 def imitate(arm: Arm, seed: int, folder: Path, before: dict[str, float] | None = None) -> Recorder:
     """The cold start: the student learns the teacher's answers to other prompts and is written to the folder."""
     module = OPDModule(HFStudent(model_path(arm.student)), None, NLL(), optimizer=adamw(arm), top_k_metrics=0)
@@ -180,7 +163,7 @@ def imitate(arm: Arm, seed: int, folder: Path, before: dict[str, float] | None =
         seed=seed,
     )
     recorder = Recorder(arm.cold_start, before=before)
-    fit(module, data, arm.cold_start, recorder)
+    fit(module, data, [recorder], arm.cold_start)
     module.spec.save(module.model, folder)
     return recorder
 
@@ -216,7 +199,7 @@ def run(arm: Arm, seed: int, known: Sequence[dict[str, Any]] = ()) -> dict[str, 
             seed=seed,
         )
         recorder = Recorder(arm.num_steps, next(teachers, None), before)
-        fit(module, data, arm.num_steps, recorder)
+        fit(module, data, [recorder], arm.num_steps)
     return result | {
         "teacher_accuracy": recorder.teacher_accuracy,
         "evaluations": recorder.evaluations,

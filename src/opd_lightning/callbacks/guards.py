@@ -77,7 +77,7 @@ class EntropyGuard(GrowthGuard):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.teachers = list(state_dict["teachers"])
+        self.teachers = list(state_dict.get("teachers", ()))  # an older checkpoint has none: the window fills anew
 
 
 class OverlapGuard(Guard):
