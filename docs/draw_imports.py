@@ -16,6 +16,7 @@ ROOMS = (  # from the ground up; tests/test_imports.py enforces it
     ("extrapolation", "objectives", "geometry"),
     ("tasks", "selection", "rollouts"),
     ("sandbox", "teachers", "diagnosis"),
+    ("methods",),
     ("backends",),
     ("training",),
     ("callbacks",),

@@ -25,6 +25,8 @@ METHODS = (  # kinds of methods: title, key of SEAMS, and where a configuration 
     ("Divergences", "divergence", "model.objective.divergence"),
     ("Estimators", "estimator", "model.objective.estimator"),
     ("Importance ratios", "importance", "model.objective.importance"),
+    ("Advantages", "advantage", "model.objective.advantage"),
+    ("Token weightings", "token_weighting", "model.token_weighting"),
     ("Students", "student", "model.student"),
     ("Teachers", "teacher", "model.teacher"),
     ("Rollout sources", "source", "data.source"),
@@ -43,6 +45,7 @@ ROOMS = {  # the other public names, in the order in which a reader needs them: 
     "Seams": "interfaces",
     "Factors of objectives": "objectives",
     "Rollouts": "rollouts",
+    "Published methods": "methods",
     "Pages": "reports",
 }
 

@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from opd_lightning.interfaces import TokenWeighting as TokenWeighting
     from opd_lightning.interfaces import TrainedRollout as TrainedRollout
     from opd_lightning.interfaces import WeightsLost as WeightsLost
+    from opd_lightning.methods import KLBaseline as KLBaseline
     from opd_lightning.objectives import NLL as NLL
     from opd_lightning.objectives import CandidateScore as CandidateScore
     from opd_lightning.objectives import Clipped as Clipped
@@ -167,6 +168,7 @@ _HOMES = {
     "InOrder": "selection",
     "Intersection": "objectives",
     "JensenShannon": "objectives",
+    "KLBaseline": "methods",
     "LateEntropyGuard": "callbacks.guards",
     "LearningRateLineSearch": "callbacks.learning_rate_search",
     "LedgerTask": "tasks",

@@ -20,8 +20,9 @@ def folder() -> Path:
 
 
 def names() -> list[str]:
-    """Their names, sorted."""
-    return sorted(path.stem for path in folder().glob("*.yaml"))
+    """Their names, sorted, those of published methods (`methods/vopd`) last."""
+    found = (path.relative_to(folder()).with_suffix("").as_posix() for path in folder().rglob("*.yaml"))
+    return sorted(found, key=lambda name: ("/" in name, name))
 
 
 def path_of(name: str) -> Path:

@@ -18,6 +18,7 @@ ROOMS = (  # `HFStudent` works in YAML for the whole path, but only once its roo
     "callbacks.mismatch",
     "callbacks.token_recorder",
     "callbacks.update_recorder",
+    "methods",
     "objectives",
     "rollouts.horizon",
     "rollouts.one_step_ahead",
