@@ -1,0 +1,211 @@
+"""Which published method brings a sandbox's student nearer its teacher than plain distillation, at equal cost?
+
+Contestants are the files of configs/methods as they are, on top of the sandbox's own configuration: plain distillation
+with nothing on top, the plain sampled-token estimator, and a control that ignores the teacher. Every one of them gets
+the same rollouts per step, the same optimiser (AdamW at a constant rate) and the same three rates to be tuned with, one
+run each; the best of the three, by held-out divergence, is run with fresh seeds. A run goes on until it has had its
+rollouts and its processor seconds, whichever comes later, and is measured on the way: reverse KL to the sandbox's
+teacher and sampled accuracy on held-out problems, outside the clock. One line per run is appended to the results; runs
+already there are skipped.
+
+Hardware: one x86-64 core and 2 GB. A run takes some 10 (short) to 40 seconds (long).
+Command:  python benchmarks/methods.py short|long tune|compare [NAME ...]    (no name: all)
+"""
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fewer_rollouts import ClockedEngine
+from lightning.pytorch import Trainer, seed_everything
+from sandbox_runs import RESULTS as FOLDER
+from sandbox_runs import Trajectory, facts, fit, read_runs
+
+from opd_lightning import Advantage
+from opd_lightning.backends.hf import HFTeacher
+from opd_lightning.commands.cli import OPDCLI
+from opd_lightning.commands.shipped_configs import folder
+
+RESULTS = FOLDER / "methods_cpu-2core.jsonl"
+RATES = (2e-4, 5e-4, 1e-3)
+TUNING_SEED, SEEDS = 20, range(30, 35)
+MOST = 4  # times its rollouts, that a cheap method may go on to use up its seconds
+
+
+class Blind(Advantage):
+    """-1 for every token, whatever the teacher says."""
+
+    def __call__(self, rewards: torch.Tensor, *_: Any) -> torch.Tensor:
+        """Of the same shape."""
+        return -torch.ones_like(rewards)
+
+
+SAMPLED = ["--model.objective", "SampledTokenObjective"]
+CONTROLS: dict[str, list[str]] = {  # what the command says in place of a method's configuration
+    "plain": [],
+    "plain-sampled": SAMPLED,
+    "control": [*SAMPLED, "--model.objective.advantage", "methods.Blind"],
+}
+NOT_RUN: dict[str, str] = {}  # methods that need files or models which the sandbox has not, each with what it needs
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """Where contestants meet.
+
+    Attributes:
+        config: The configuration they go on top of.
+        teacher: Whom all are measured against, whatever teaches them.
+        rollouts: What everybody gets, in steps of `per_step`.
+        seconds: Processor seconds, likewise.
+        every: Rollouts between two measurements.
+        num_held_out: Problems.
+        flags: Settings of all contestants.
+    """
+
+    config: str
+    teacher: str
+    rollouts: int
+    seconds: float
+    every: int
+    num_held_out: int
+    per_step: int = 64
+    flags: tuple[str, ...] = ()
+
+
+SANDBOXES = {
+    "short": Sandbox("@quickstart", "sandbox:teacher", 512, 8.0, every=128, num_held_out=96),
+    "long": Sandbox("@long_sandbox", "sandbox:long-teacher", 512, 30.0, every=128, num_held_out=64),
+}
+
+
+class Progress(Trajectory):
+    """What has been spent at each measurement, and what was reached."""
+
+    def __init__(self, sandbox: Sandbox, engine: ClockedEngine) -> None:
+        super().__init__(sandbox.num_held_out)
+        self.sandbox, self.engine, self.measured = sandbox, engine, 0
+
+    def begin(self, trainer: Trainer) -> None:
+        self.engine.forget()
+        self.judge = HFTeacher(self.sandbox.teacher, dtype="float32")
+        module: Any = trainer.lightning_module
+        self.judge.setup(module.spec, module.student, module.device)
+
+    def account(self, trainer: Trainer, module: Any, outputs: Any, batch: Any) -> bool:
+        """After every so many rollouts, and when the seconds are over."""
+        due = self.engine.rollouts - self.measured >= self.sandbox.every or self.seconds >= self.sandbox.seconds
+        if due:
+            self.measured = self.engine.rollouts
+        return due
+
+    def spent(self, trainer: Trainer) -> dict[str, Any]:
+        return {
+            "updates": trainer.global_step,
+            "rollouts": self.engine.rollouts,
+            "tokens": self.engine.tokens,
+            "seconds": round(self.seconds, 3),
+            "generation_seconds": round(self.engine.seconds, 3),
+        }
+
+    def is_over(self, points: Sequence[Mapping[str, Any]]) -> bool:
+        rollouts, enough = points[-1]["rollouts"], self.sandbox.rollouts
+        return bool(rollouts >= enough and (self.seconds >= self.sandbox.seconds or rollouts >= MOST * enough))
+
+    def add_point(self, trainer: Trainer, module: Any) -> None:
+        """Against the sandbox's teacher, and without counting what evaluation generates."""
+        kept = vars(self.engine).copy()
+        own, module.teacher = module.teacher, self.judge
+        super().add_point(trainer, module)
+        module.teacher = own
+        vars(self.engine).update({name: kept[name] for name in ("seconds", "rounds", "rollouts", "tokens")})
+
+
+class Built(OPDCLI):
+    """The command up to the point at which it would run."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def contestants() -> list[str]:
+    """The controls, then every shipped method."""
+    return [*CONTROLS, *sorted(path.stem for path in (folder() / "methods").glob("*.yaml"))]
+
+
+def run(name: str, sandbox: Sandbox, lr: float, seed: int) -> dict[str, Any]:
+    """Train one contestant; the seed decides prompts, samples and orders."""
+    seed_everything(seed, verbose=False)
+    method = CONTROLS.get(name, ["--config", f"@methods/{name}"])
+    words = ["fit", "--config", sandbox.config, "--trainer.callbacks", "[]", *method]
+    words += ["--seed_everything", str(seed), "--model.lr_scheduler", "null", "--model.optimizer.lr", str(lr)]
+    words += [*sandbox.flags, "--data.num_validation_problems", "null"]
+    with tempfile.TemporaryDirectory() as root:
+        built = Built([*words, "--trainer.default_root_dir", root])
+        module, data = built.model, built.datamodule
+        data.engine = engine = ClockedEngine(is_behind=False)
+        data.prompts_per_step = max(1, sandbox.per_step // data.rollouts_per_prompt)
+        progress = Progress(sandbox, engine)
+        own = built.config_init.fit.trainer.callbacks or []
+        fit(module, data, [*own, progress], MOST * sandbox.rollouts)
+    settings = {"lr": lr, "rates": RATES, "per_step": sandbox.per_step} | asdict(sandbox) | facts()
+    return {"settings": settings, "trajectory": progress.points}
+
+
+def best_rate(name: str, where: str) -> float:
+    """The rate whose tuning run came nearest the teacher once it had had its rollouts.
+
+    Raises:
+        ValueError: Not every rate has been tried.
+    """
+    found = {}
+    for record in read_runs(RESULTS):
+        if (record["name"], record["sandbox"], record["seed"]) == (name, where, TUNING_SEED):
+            found[record["settings"]["lr"]] = after_rollouts(record)["kl"]
+    if set(found) != set(RATES):
+        raise ValueError(f"{name}: tune it first; tried {sorted(found)} of {RATES}.")
+    return min(found, key=found.__getitem__)
+
+
+def after_rollouts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The first point at which a run had had its rollouts."""
+    enough = record["settings"]["rollouts"]
+    return next(point for point in record["trajectory"] if point["rollouts"] >= enough)
+
+
+def main(where: str, stage: str, *names: str) -> None:
+    """Run what is missing and append it."""
+    warnings.simplefilter("ignore")
+    for logger in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    torch.set_num_threads(1)
+    for name in names or contestants():
+        if name in NOT_RUN:
+            print(f"{name}: not run, {NOT_RUN[name]}")
+            continue
+        cases = [(lr, TUNING_SEED) for lr in RATES]
+        if stage == "compare":
+            lr = best_rate(name, where)
+            cases = [(lr, seed) for seed in SEEDS]
+        for lr, seed in cases:
+            key = (name, where, lr, seed)
+            if key in {(one["name"], one["sandbox"], one["settings"]["lr"], one["seed"]) for one in read_runs(RESULTS)}:
+                continue
+            record = {"name": name, "sandbox": where, "seed": seed} | run(name, SANDBOXES[where], lr, seed)
+            with Path(RESULTS).open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            print(time.strftime("%H:%M:%S"), name, lr, seed, record["trajectory"][-1], flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
