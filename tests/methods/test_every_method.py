@@ -9,30 +9,15 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from built_methods import CONFIGS, NAMES, ROOT, SGD, Method, header
 
 import opd_lightning.methods
-from opd_lightning.commands.cli import OPDCLI
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
-NAMES = [path.stem for path in CONFIGS]
 HEADINGS = ["Equation", "Paper and code", "What it needs", "Cost", "When it helps"]
-TINY = {
-    "trainer.default_root_dir": "runs",
-    "data.num_validation_problems": 4,
-    "data.prompts_per_step": 4,
-    "data.sampling.max_new_tokens": 12,
-}
 EQUAL = {  # how teacher and student are made the same where `model.teacher` is not simply an HFTeacher: settings
 }
-SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}}  # the step is the gradient
-
-
-def header(path):
-    return dict(re.findall(r"^# (\w+): +(.*)$", path.read_text(), flags=re.MULTILINE))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
@@ -53,51 +38,10 @@ def test_every_class_of_the_room_is_named_in_a_configuration_or_on_a_page():
     assert [name for name in opd_lightning.methods.__all__ if not re.search(rf"\b{name}\b", texts)] == []
 
 
-class Method:
-    """A method's objects, built as the command builds them, as often as wanted from settings parsed once."""
-
-    def __init__(self, path, monkeypatch):
-        monkeypatch.setattr(OPDCLI, "_run_subcommand", lambda self, subcommand: None)
-        self.name = path.stem
-        words = shlex.split(header(path)["Command"])[1:]
-        tiny = [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
-        # the base's callbacks save and print; those of the method stay
-        first = words.index("--config") + 2
-        self.cli = OPDCLI([*words[:first], "--trainer.callbacks", "[]", *words[first:], *tiny])
-
-    def build(self, changes):
-        settings = self.cli.config.clone()
-        for key, value in changes.items():
-            settings[f"fit.{key}"] = value
-        return self.cli.parser.instantiate_classes(settings).fit
-
-    def fit(self, folder, steps=1, ckpt_path=None, **changes):
-        """The student's weights after so many steps."""
-        made = self.build({key.replace("__", "."): value for key, value in changes.items()})
-        trainer = Trainer(
-            accelerator="cpu",
-            max_steps=steps,
-            max_epochs=-1,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-            callbacks=[
-                *(made.trainer.callbacks or []),
-                ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1),
-            ],
-        )
-        trainer.fit(made.model, made.data, ckpt_path=ckpt_path, weights_only=True)
-        assert trainer.global_step == steps
-        return {name: tensor.clone() for name, tensor in made.model.model.named_parameters() if tensor.requires_grad}
-
-
 @pytest.fixture
 def method(request, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    return Method(request.param, monkeypatch)
+    return Method(request.param)
 
 
 def size(weights, others):
@@ -110,7 +54,7 @@ every = pytest.mark.parametrize("method", CONFIGS, ids=NAMES, indirect=True)
 @pytest.mark.slow
 @every
 def test_it_learns_resumes_exactly_and_does_not_mind_the_cut(method, tmp_path):
-    start = method.fit(tmp_path / "start", steps=1, model__optimizer=SGD | {"init_args": {"lr": 0.0}})
+    start = method.fit(tmp_path / "start", model__optimizer=SGD | {"init_args": {"lr": 0.0}})
     once = method.fit(tmp_path / "once", model__optimizer=SGD)
     cut = method.fit(tmp_path / "cut", model__optimizer=SGD, model__max_tokens_per_micro_batch=64)
     moved = size(once, start)
@@ -119,6 +63,25 @@ def test_it_learns_resumes_exactly_and_does_not_mind_the_cut(method, tmp_path):
     whole = method.fit(tmp_path / "whole", steps=2)
     resumed = method.fit(tmp_path / "resumed", steps=2, ckpt_path=tmp_path / "whole" / "step=1.ckpt")
     assert size(whole, resumed) == 0
+
+
+@pytest.fixture(scope="module")
+def on_processes(forks, tmp_path_factory):
+    """The folder of each number of processes, with the weights of every method after a step."""
+    folders = {number: tmp_path_factory.mktemp(f"processes{number}") for number in (1, 2)}
+    for number, folder in folders.items():
+        done = forks.run(Path(__file__).parent / "every_method_run.py", number, folder, cwd=folder, processes=number)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_make_the_step_of_one(name, on_processes):
+    start, one, two = (
+        torch.load(on_processes[number] / f"{name}_{rate}.pt") for number, rate in ((1, 0), (1, 1), (2, 1))
+    )
+    assert size(one, two) < 1e-4 * size(one, start) + 1e-6
 
 
 @pytest.mark.slow

@@ -1,0 +1,75 @@
+"""The methods of configs/methods as the command builds them, for tests and for the program that they start."""
+
+import re
+import shlex
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+
+from opd_lightning.commands.cli import OPDCLI
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
+NAMES = [path.stem for path in CONFIGS]
+TINY = {
+    "trainer.default_root_dir": "runs",
+    "data.num_validation_problems": 4,
+    "data.prompts_per_step": 4,
+    "data.sampling.max_new_tokens": 12,
+}
+SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}}  # the step is the gradient
+
+
+def header(path):
+    return dict(re.findall(r"^# (\w+): +(.*)$", path.read_text(), flags=re.MULTILINE))
+
+
+class Built(OPDCLI):
+    """The command up to the point at which it would run."""
+
+    def _run_subcommand(self, subcommand):
+        pass
+
+
+class Method:
+    """A method's objects, built as the command builds them, as often as wanted from settings parsed once."""
+
+    def __init__(self, path):
+        self.name = path.stem
+        words = shlex.split(header(path)["Command"])[1:]
+        tiny = [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
+        # the base's callbacks save and print; those of the method stay
+        first = words.index("--config") + 2
+        self.cli = Built([*words[:first], "--trainer.callbacks", "[]", *words[first:], *tiny])
+
+    def build(self, changes):
+        settings = self.cli.config.clone()
+        for key, value in changes.items():
+            settings[f"fit.{key}"] = value
+        return self.cli.parser.instantiate_classes(settings).fit
+
+    def fit(self, folder, steps=1, ckpt_path=None, devices=1, **changes):
+        """The student's weights after so many steps."""
+        made = self.build({key.replace("__", "."): value for key, value in changes.items()})
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=devices,
+            strategy=DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto",
+            max_steps=steps,
+            max_epochs=-1,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+            callbacks=[
+                *(made.trainer.callbacks or []),
+                ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1),
+            ],
+        )
+        trainer.fit(made.model, made.data, ckpt_path=ckpt_path, weights_only=True)
+        assert trainer.global_step == steps
+        return {name: tensor.clone() for name, tensor in made.model.model.named_parameters() if tensor.requires_grad}
