@@ -6,7 +6,7 @@ import pytest
 import torch
 from objective_cases import make_case
 
-from opd_lightning.interfaces import Advantage, ScoreRequest
+from opd_lightning.interfaces import Advantage, Problem, Rollout, ScoreRequest
 from opd_lightning.methods import KLBaseline
 from opd_lightning.objectives import (
     DivergenceObjective,
@@ -54,3 +54,31 @@ def test_who_looks_on_sees_the_advantages_of_the_losses(advantage):
     log_probs = case.p.log()[range(4), case.response_ids]
     torch.testing.assert_close(-shown * log_probs, case.losses(objective))
     assert DivergenceObjective().advantages(case.logits, case.scores(), case.tokens) is None
+
+
+class Shifted(Advantage):
+    """Adds to every token the mean log-ratio of its response."""
+
+    needs_log_ratios = True
+
+    def shape(self, groups):
+        def shifted(rollout):
+            ratios = rollout.extras["log_ratio"]
+            return replace(rollout, extras={"shift": ratios.mean().expand(len(ratios))})
+
+        return [[shifted(rollout) for rollout in group] for group in groups]
+
+    def __call__(self, rewards, student_logits, teacher, tokens):
+        return rewards + tokens.extras["shift"]
+
+
+def test_an_advantage_may_look_at_whole_groups_whose_log_ratios_are_clipped_as_rewards_are():
+    ids, ratios = torch.tensor([1, 2]), torch.tensor([0.5, -3.0])
+    rollout = Rollout(Problem("a", ()), ids, ids, torch.zeros(2), True, seed=0, extras={"log_ratio": ratios})
+    for clip, mean in [(None, -1.25), (1.0, -0.25)]:
+        objective = SampledTokenObjective(importance=None, advantage=Shifted(), advantage_clip=clip)
+        assert objective.needs_log_ratios
+        assert objective.needs_rollout_log_probs  # what log-ratios are made of
+        [[shaped]] = objective.shape([[rollout]])
+        assert shaped.extras["shift"].tolist() == [mean, mean]
+    assert not SampledTokenObjective(advantage=KLBaseline()).needs_log_ratios

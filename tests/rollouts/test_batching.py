@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_lightning.interfaces import Problem, Rollout
-from opd_lightning.objectives import NLL
-from opd_lightning.rollouts.answering import shape_groups
+from opd_lightning.objectives import NLL, DenseScores
 from opd_lightning.rollouts.batching import collate, cut_by_tokens, sequence_length
+from opd_lightning.rollouts.shaping import attach_log_ratios, shape_groups
 
 
 def make_rollout(prompt, response, seed=0, **options):
@@ -120,3 +120,26 @@ def test_an_objective_that_loses_rollouts_is_refused():
     rollouts = [make_rollout([5], [6], seed=i) for i in range(4)]
     with pytest.raises(ValueError, match=r"Losing\.shape must return the same rollouts in the same order"):
         shape_groups(Losing(), rollouts, 2)
+
+
+def test_tokens_know_their_step():
+    shaped = shape_groups(NLL(), [make_rollout([5], [6, 7], seed=0)], 1, step=3)
+    assert collate(shaped, pad_id=0).tokens.extras["step"].tolist() == [3, 3]
+
+
+def test_log_ratios_are_attached_to_whole_rollouts_however_they_are_cut():
+    hidden = torch.tensor([True, False, True])
+    rollouts = [
+        replace(
+            make_rollout([5], [1, 2, 3], seed=0, student_wrote=hidden), log_probs=torch.tensor([-1.0, torch.nan, -2])
+        ),
+        replace(make_rollout([5, 5, 5], [0, 1], seed=1), log_probs=torch.tensor([-0.5, -1.5])),
+    ]
+
+    def teacher(batch):
+        return DenseScores(torch.arange(-8.0, 0).expand(batch.num_tokens, 8), batch.tokens.ids)  # log q(y) = y - 8
+
+    for cut in ([[0, 1]], [[1], [0]]):
+        batches = [collate([rollouts[place] for place in places], pad_id=0) for places in cut]
+        attached = attach_log_ratios(rollouts, batches, [teacher(batch) for batch in batches])
+        assert [r.extras["log_ratio"].tolist() for r in attached] == [[-6, 0, -3], [-7.5, -5.5]]

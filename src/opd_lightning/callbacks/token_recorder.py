@@ -22,7 +22,6 @@ from opd_lightning.interfaces.modes import evaluation_mode
 from opd_lightning.objectives.supports import DEFAULT_K
 from opd_lightning.randomness import derive_seed
 from opd_lightning.reports.token_records import FOLDER, steps_of, write_record
-from opd_lightning.rollouts.answering import shape_groups
 from opd_lightning.rollouts.inspection import InspectedRollout, Look, all_offered, inspect_rollouts
 from opd_lightning.rollouts.records import from_record, to_record
 from opd_lightning.training.module import OPDModule
@@ -135,7 +134,7 @@ class TokenRecorder(Callback):
             first = _choose(batch.rollouts, self.num_fixed)
             chosen = gather_objects([batch.rollouts[place] for place in first])
             self._fix([rollout for part in chosen for rollout in part])
-        shaped = shape_groups(pl_module.objective, batch.rollouts, pl_module.data.rollouts_per_prompt)
+        shaped = pl_module.shape(batch)
         self._record(trainer, pl_module, batch.step, [shaped[place] for place in own], batch.staleness)
 
     @override

@@ -18,7 +18,7 @@ from opd_lightning.diagnosis.template_choice import REFERENCE, PromptTemplate, c
 from opd_lightning.diagnosis.templates import find_differences, render_both
 from opd_lightning.diagnosis.tokens import facts_by_position, mean_facts, reward_auroc
 from opd_lightning.interfaces import Problem, Prompt, Rollout
-from opd_lightning.rollouts.answering import render_prompts, shape_groups
+from opd_lightning.rollouts.answering import render_prompts
 
 Say = Callable[[str], None]
 
@@ -50,7 +50,7 @@ def diagnose(
     with pair.loaded():
         say(f"the student answers {len(problems)} prompts, {num_samples} times each")
         groups = pair.answer(prompts)
-        rollouts = shape_groups(pair.objective, [rollout for group in groups for rollout in group], num_samples)
+        rollouts = pair.shape([rollout for group in groups for rollout in group], num_samples)
         say("student and teacher are compared on every token")
         compared = pair.compare(rollouts)
         teacher = _TeacherAnswers(pair, prompts, groups, say)

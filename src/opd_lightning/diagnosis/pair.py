@@ -12,6 +12,7 @@ from torch import nn
 
 from opd_lightning.diagnosis.gradients import SIZES
 from opd_lightning.interfaces import (
+    MicroBatch,
     Objective,
     Prompt,
     Rollout,
@@ -26,6 +27,7 @@ from opd_lightning.interfaces import (
 from opd_lightning.interfaces.modes import evaluation_mode
 from opd_lightning.rollouts.answering import answer
 from opd_lightning.rollouts.comparison import compare, make_micro_batches
+from opd_lightning.rollouts.shaping import attach_log_ratios, shape_groups
 
 Precision = Callable[[], AbstractContextManager[Any]]
 
@@ -109,12 +111,18 @@ class Pair:
         with torch.no_grad():
             return self.teacher_engine.generate(prompts, sampling)
 
+    def shape(self, rollouts: Sequence[Rollout], group_size: int) -> list[Rollout]:
+        """Answers, those of a prompt together, with all that the objective attaches to their tokens."""
+        if self.objective.needs_log_ratios:
+            batches = self._cut(rollouts)
+            with self.precision():
+                rollouts = attach_log_ratios(rollouts, batches, self.teacher.score_all(batches, self.request))
+        return shape_groups(self.objective, rollouts, group_size)
+
     def compare(self, rollouts: Sequence[Rollout]) -> list[TrainedRollout]:
         """Facts of every token of the student's answers, in the order of the answers."""
         assert self.model is not None, "the pair is not loaded"
-        batches = make_micro_batches(
-            rollouts, max_tokens=self.max_tokens, pad_id=self.student.tokenizer.pad_id, device=self.device
-        )
+        batches = self._cut(rollouts)
         found: list[TrainedRollout] = []
         with torch.no_grad(), self.precision():
             for compared in compare(
@@ -123,6 +131,11 @@ class Pair:
                 found += compared.by_rollout()
         places = {id(rollout): place for place, rollout in enumerate(rollouts)}
         return sorted(found, key=lambda each: places[id(each.rollout)])
+
+    def _cut(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
+        return make_micro_batches(
+            rollouts, max_tokens=self.max_tokens, pad_id=self.student.tokenizer.pad_id, device=self.device
+        )
 
     def _answer(self, engine: RolloutEngine, prompts: Sequence[Prompt]) -> list[list[Rollout]]:
         with torch.no_grad():

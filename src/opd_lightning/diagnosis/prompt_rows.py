@@ -8,7 +8,6 @@ from typing import Any
 
 from opd_lightning.diagnosis.pair import Pair
 from opd_lightning.interfaces import Prompt, Rollout, TrainedRollout
-from opd_lightning.rollouts.answering import shape_groups
 from opd_lightning.tasks.scored import question_digest
 
 PROMPT_NUMBERS = {  # in words, in the order of the columns
@@ -46,7 +45,7 @@ def measure_prompts(pair: Pair, prompts: Sequence[Prompt]) -> list[PromptRow]:
     """
     groups = pair.answer(prompts)
     rollouts = [rollout for group in groups for rollout in group]
-    compared = pair.compare(shape_groups(pair.objective, rollouts, len(groups[0])))
+    compared = pair.compare(pair.shape(rollouts, len(groups[0])))
     return prompt_rows(groups, compared, pair.answer_as_teacher(prompts) if pair.speaker is not None else None)
 
 

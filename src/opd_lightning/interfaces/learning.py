@@ -25,12 +25,15 @@ class Objective(ABC):
         value_is_divergence: Whether the losses are a divergence from the teacher, so that smaller is closer; the values
             of score functions are surrogates, of which only the gradient means something.
         needs_rollout_log_probs: Whether the losses read the log-probabilities that rollouts were drawn with.
+        needs_log_ratios: Whether `shape` reads the extra `log_ratio` of whole rollouts. The teacher is then asked once
+            more, before micro-batches are cut.
     """
 
     student_temperature: float = 1.0
     chunk_tokens: int = 512
     value_is_divergence: bool = False
     needs_rollout_log_probs: bool = False
+    needs_log_ratios: bool = False
 
     @abstractmethod
     def request(self) -> ScoreRequest | None:
@@ -60,7 +63,11 @@ class Objective(ABC):
         """Look at the step's rollouts as whole groups, those of one prompt together, before they are cut up.
 
         Return them in the same order, with values attached to their tokens (`Rollout.extras`); `token_losses` finds
-        them in `tokens.extras`. All rollouts of a prompt are on the same process.
+        them in `tokens.extras`, and beside them `step`, the number of the step in the run (counted from 0), for what
+        changes on the way. All rollouts of a prompt are on the same process.
+
+        Where `needs_log_ratios`, each rollout comes with the extra `log_ratio`: log q(y) - log p_rollout(y) of the
+        tokens y that the student wrote, 0 at others.
         """
         return groups
 
@@ -76,7 +83,20 @@ class Objective(ABC):
 
 
 class Advantage(ABC):
-    """Turns the reward of each sampled token into its advantage."""
+    """Turns the reward of each sampled token into its advantage.
+
+    Attributes:
+        needs_log_ratios: Whether `shape` reads the extra `log_ratio` of whole rollouts (`Objective.needs_log_ratios`).
+    """
+
+    needs_log_ratios: bool = False
+
+    def shape(self, groups: Sequence[Sequence[Rollout]]) -> Sequence[Sequence[Rollout]]:
+        """Look at the step's rollouts as whole groups before they are cut up, as `Objective.shape` does.
+
+        The extra `log_ratio` is clipped as the rewards are.
+        """
+        return groups
 
     def request(self, needed: ScoreRequest) -> ScoreRequest:
         """What must be asked of the teacher, when the reward alone asks for `needed`."""

@@ -19,7 +19,7 @@ class ResponseTokens:
         ids: int64 [N], the tokens.
         rollout_log_probs: float32 [N], nats: the engine's log-probabilities of them; NaN where it does not know.
         positions: int64 [N], 0-based position inside the response.
-        extras: float32 [N] each: what an objective's `shape` has attached, by name.
+        extras: float32 [N] each: what an objective's `shape` has attached, by name, and the `step` of a training run.
     """
 
     ids: Tensor

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from opd_lightning.interfaces import Advantage, ResponseTokens, Sampling, ScoreRequest, TeacherScores
+from opd_lightning.interfaces import Advantage, ResponseTokens, Rollout, Sampling, ScoreRequest, TeacherScores
 from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.objectives.arguments import (
     check_advantage_clip,
@@ -175,7 +176,8 @@ class SampledTokenObjective(ScoreObjective):
         self.teacher_temperature = teacher_temperature
         self.allow_biased_sampling = allow_biased_sampling
         self.chunk_tokens = chunk_tokens
-        self.needs_rollout_log_probs = importance is not None
+        self.needs_log_ratios = advantage is not None and advantage.needs_log_ratios
+        self.needs_rollout_log_probs = importance is not None or self.needs_log_ratios
 
     @override
     def request(self) -> ScoreRequest:
@@ -187,10 +189,27 @@ class SampledTokenObjective(ScoreObjective):
         check_whole_distribution(sampling, self.student_temperature, self.allow_biased_sampling)
 
     @override
+    def shape(self, groups: Sequence[Sequence[Rollout]]) -> Sequence[Sequence[Rollout]]:
+        if self.advantage is None:
+            return groups
+        if self.needs_log_ratios and self.advantage_clip is not None:
+            groups = [[self._clipped(rollout) for rollout in group] for group in groups]
+        return self.advantage.shape(groups)
+
+    @override
     def losses_from(self, student: StudentScores, teacher: TeacherScores | None, tokens: ResponseTokens) -> Tensor:
         assert teacher is not None
         log_probs = close_slots(student.at(tokens.ids[:, None]).squeeze(-1))
-        advantages = self._advantages(log_probs.detach(), student, teacher, tokens)
+        return self.surrogate(self._advantages(log_probs.detach(), student, teacher, tokens), log_probs, tokens)
+
+    def surrogate(self, advantages: Tensor, log_probs: Tensor, tokens: ResponseTokens) -> Tensor:
+        """Losses [n] that push the sampled tokens with these advantages.
+
+        Args:
+            advantages: [n], without gradient.
+            log_probs: [n] log p of the sampled tokens, with gradient.
+            tokens: The n tokens.
+        """
         if self.importance is None:
             return -advantages * log_probs
         log_ratio = (log_probs - tokens.rollout_log_probs.to(log_probs)).clamp(
@@ -204,6 +223,10 @@ class SampledTokenObjective(ScoreObjective):
         student = StudentLogits(student_logits, self.student_temperature)
         log_probs = close_slots(student.at(tokens.ids[:, None]).squeeze(-1))
         return self._advantages(log_probs, student, teacher, tokens)
+
+    def _clipped(self, rollout: Rollout) -> Rollout:
+        clipped = clip_reward(rollout.extras["log_ratio"], self.advantage_clip)
+        return replace(rollout, extras={**rollout.extras, "log_ratio": clipped})
 
     @torch.no_grad()
     def _advantages(

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from opd_lightning.interfaces import (
-    Objective,
     Problem,
     Prompt,
     PromptOutcome,
@@ -150,21 +149,6 @@ def check_rollouts(batch: RolloutBatch, num_expected: int, source: str) -> None:
                 f"data.source: {source} gave problem {rollout.problem.uid!r} a response of {len(rollout.response_ids)}"
                 f" tokens with {len(rollout.log_probs)} log-probabilities; expected one each (NaN where not known)."
             )
-
-
-def shape_groups(objective: Objective, rollouts: Sequence[Rollout], group_size: int) -> list[Rollout]:
-    """Let an objective attach values to the rollouts of a step, those of a prompt together.
-
-    Raises:
-        ValueError: It gave others back than it was given.
-    """
-    groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
-    shaped = [rollout for group in objective.shape(groups) for rollout in group]
-    if [rollout.seed for rollout in shaped] != [rollout.seed for rollout in rollouts]:
-        raise ValueError(
-            f"model.objective: {type(objective).__name__}.shape must return the same rollouts in the same order."
-        )
-    return shaped
 
 
 def answer(

@@ -30,7 +30,6 @@ from opd_lightning.objectives import DivergenceObjective
 from opd_lightning.objectives.supports import DEFAULT_K
 from opd_lightning.objectives.token_weights import known_divisor, loss_factors, weigh_tokens
 from opd_lightning.randomness import derive_seed
-from opd_lightning.rollouts.answering import shape_groups
 from opd_lightning.teachers import KeptScores
 from opd_lightning.training.checkpoints import check_resumable
 from opd_lightning.training.checks import check_fit, check_horizon, check_weighting
@@ -123,8 +122,9 @@ class OPDModule(PairModule):
         # nor on the process, of which there may be more
         torch.manual_seed(derive_seed(self.data.seed, "dropout", batch.step))
         self.stopwatch.restart()
-        rollouts = shape_groups(self.objective, batch.rollouts, self.data.rollouts_per_prompt)
-        trained = self.accumulate_gradients(self.make_micro_batches(rollouts), self.teacher_of(batch))
+        teacher = self.teacher_of(batch)
+        rollouts = self.shape(batch, teacher, self.stopwatch)
+        trained = self.accumulate_gradients(self.make_micro_batches(rollouts), teacher)
         self.update_weights()
         self.last_rollouts = batch.rollouts
         self.log_step(batch)

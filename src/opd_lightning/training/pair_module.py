@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from opd_lightning.interfaces import MicroBatch, Objective, Rollout, ScoreRequest, Student, Teacher
+from opd_lightning.interfaces import MicroBatch, Objective, Rollout, RolloutBatch, ScoreRequest, Student, Teacher
 from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.objectives import known_facts
-from opd_lightning.rollouts.comparison import Comparison, compare, make_micro_batches
+from opd_lightning.rollouts.comparison import Clock, Comparison, compare, make_micro_batches
+from opd_lightning.rollouts.shaping import attach_log_ratios, shape_groups
 from opd_lightning.training.checks import check_teacher
 from opd_lightning.training.metrics import Means, add_metrics, fact_statistics
 from opd_lightning.training.student_module import StudentModule
@@ -114,6 +116,24 @@ class PairModule(StudentModule):
     ) -> Iterator[Comparison]:
         """Student against teacher (or who else has its scores), as `rollouts.comparison.compare`."""
         return compare(self.spec, self.model, micro_batches, objective, teacher or self.teacher, request, **options)
+
+    def shape(
+        self, batch: RolloutBatch, teacher: Teacher | None = None, clock: Clock = lambda part: nullcontext()
+    ) -> list[Rollout]:
+        """A step's rollouts with all that the objective attaches to their tokens.
+
+        Args:
+            batch: The step.
+            teacher: Who has its scores; None asks the teacher.
+            clock: Measures the part "teacher".
+        """
+        rollouts, asked = batch.rollouts, teacher or self.teacher
+        if self.objective.needs_log_ratios and asked is not None:
+            cut = self.make_micro_batches(rollouts)
+            assert self.score_request is not None
+            with clock("teacher"), self.autocast():
+                rollouts = attach_log_ratios(rollouts, cut, asked.score_all(cut, self.score_request))
+        return shape_groups(self.objective, rollouts, self.data.rollouts_per_prompt, step=batch.step)
 
     @override
     def announce(self, rollout: Rollout, step: int) -> None:

@@ -1,0 +1,62 @@
+"""What is attached to the tokens of a step's rollouts before they are cut into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from opd_lightning.interfaces import MicroBatch, Objective, Rollout, TeacherScores
+
+
+def shape_groups(objective: Objective, rollouts: Sequence[Rollout], group_size: int, *, step: int = 0) -> list[Rollout]:
+    """Let an objective attach values to the rollouts of a step, those of a prompt together; add the step's number.
+
+    Args:
+        objective: Where it `needs_log_ratios`, `attach_log_ratios` comes first.
+        rollouts: `group_size` of each prompt, next to each other.
+        group_size: Rollouts per prompt.
+        step: Of the run, counted from 0.
+
+    Raises:
+        ValueError: It gave others back than it was given.
+    """
+    groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
+    shaped = [rollout for group in objective.shape(groups) for rollout in group]
+    if [rollout.seed for rollout in shaped] != [rollout.seed for rollout in rollouts]:
+        raise ValueError(
+            f"model.objective: {type(objective).__name__}.shape must return the same rollouts in the same order."
+        )
+    return [attach(rollout, step=torch.full((len(rollout.response_ids),), float(step))) for rollout in shaped]
+
+
+def attach(rollout: Rollout, **values: Tensor) -> Rollout:
+    """The rollout with more values [T] of its tokens, by name."""
+    return replace(rollout, extras={**rollout.extras, **values})
+
+
+@torch.no_grad()
+def attach_log_ratios(
+    rollouts: Sequence[Rollout], micro_batches: Sequence[MicroBatch], scores: Iterable[TeacherScores]
+) -> list[Rollout]:
+    """Attach `log_ratio`, log q(y) - log p_rollout(y) of the tokens y that the student wrote.
+
+    Args:
+        rollouts: With the log-probabilities that they were drawn with.
+        micro_batches: The same rollouts, cut in any way.
+        scores: The teacher's scores of these micro-batches, in their order.
+    """
+    found: dict[int, Tensor] = {}
+    for batch, teacher in zip(micro_batches, scores, strict=True):
+        ratios = batch.by_rollout(
+            (teacher.sampled().to(batch.tokens.ids.device) - batch.tokens.rollout_log_probs).cpu()
+        )
+        found |= {id(rollout): part for rollout, part in zip(batch.rollouts, ratios, strict=True)}
+    attached = []
+    for rollout in rollouts:
+        values = torch.zeros(len(rollout.response_ids))
+        values[rollout.trained_positions] = found[id(rollout)].float()
+        attached.append(attach(rollout, log_ratio=values))
+    return attached
