@@ -13,7 +13,7 @@ from draw_imports import PACKAGE, ROOMS, draw, imports_of, module_of, room_impor
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 LAZY = {("training", "backends"), ("__init__", "callbacks"), ("__init__", "training")}
 INSIDE = {  # rooms whose modules build on each other: each may import from those before it only
-    "interfaces": "addresses arguments columns modes words tokens models generation learning problems __init__",
+    "interfaces": "addresses arguments columns modes words tokens scores models generation learning problems __init__",
     "training": "schedules peak_memory stopwatch output_paths checkpoint_files checkpoints stored_tensors"
     " weight_updates run_points usable_weights skipped_steps metrics metrics_file defaults datamodule checks resuming"
     " student_module pair_module module __init__",

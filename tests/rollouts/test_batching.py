@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from opd_lightning.interfaces import Problem, Rollout
 from opd_lightning.objectives import NLL, DenseScores
 from opd_lightning.rollouts.batching import collate, cut_by_tokens, sequence_length
-from opd_lightning.rollouts.shaping import attach_log_ratios, shape_groups
+from opd_lightning.rollouts.shaping import attach_log_ratios, attach_step, shape_groups
 
 
 def make_rollout(prompt, response, seed=0, **options):
@@ -123,7 +123,7 @@ def test_an_objective_that_loses_rollouts_is_refused():
 
 
 def test_tokens_know_their_step():
-    shaped = shape_groups(NLL(), [make_rollout([5], [6, 7], seed=0)], 1, step=3)
+    shaped = attach_step([make_rollout([5], [6, 7], seed=0)], 3)
     assert collate(shaped, pad_id=0).tokens.extras["step"].tolist() == [3, 3]
 
 

@@ -27,7 +27,7 @@ from opd_lightning.interfaces import (
 from opd_lightning.interfaces.modes import evaluation_mode
 from opd_lightning.rollouts.answering import answer
 from opd_lightning.rollouts.comparison import compare, make_micro_batches
-from opd_lightning.rollouts.shaping import attach_log_ratios, shape_groups
+from opd_lightning.rollouts.shaping import attach_log_ratios, attach_step, shape_groups
 
 Precision = Callable[[], AbstractContextManager[Any]]
 
@@ -112,12 +112,13 @@ class Pair:
             return self.teacher_engine.generate(prompts, sampling)
 
     def shape(self, rollouts: Sequence[Rollout], group_size: int) -> list[Rollout]:
-        """Answers, those of a prompt together, with all that the objective attaches to their tokens."""
+        """Answers, those of a prompt together, with all that teacher and objective attach to them."""
+        rollouts = shape_groups(self.teacher, rollouts, group_size)
         if self.objective.needs_log_ratios:
             batches = self._cut(rollouts)
             with self.precision():
                 rollouts = attach_log_ratios(rollouts, batches, self.teacher.score_all(batches, self.request))
-        return shape_groups(self.objective, rollouts, group_size)
+        return attach_step(shape_groups(self.objective, rollouts, group_size), 0)
 
     def compare(self, rollouts: Sequence[Rollout]) -> list[TrainedRollout]:
         """Facts of every token of the student's answers, in the order of the answers."""

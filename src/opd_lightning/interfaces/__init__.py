@@ -13,8 +13,9 @@ from opd_lightning.interfaces.generation import (
     WeightsLost,
 )
 from opd_lightning.interfaces.learning import Advantage, Normalizer, Objective, TokenWeighting
-from opd_lightning.interfaces.models import Student, Teacher, TeacherScores, Tokenizer
+from opd_lightning.interfaces.models import Student, Teacher, Tokenizer
 from opd_lightning.interfaces.problems import PromptOutcome, PromptSelector, Score, Task
+from opd_lightning.interfaces.scores import TeacherScores
 from opd_lightning.interfaces.tokens import LinearHead, MicroBatch, ResponseTokens, ScoreRequest
 from opd_lightning.interfaces.words import (
     Listener,

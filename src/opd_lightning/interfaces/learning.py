@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from opd_lightning.interfaces.models import TeacherScores
+from opd_lightning.interfaces.scores import TeacherScores
 from opd_lightning.interfaces.tokens import MicroBatch, ResponseTokens, ScoreRequest
 from opd_lightning.interfaces.words import Rollout, Sampling
 
@@ -27,6 +27,7 @@ class Objective(ABC):
         needs_rollout_log_probs: Whether the losses read the log-probabilities that rollouts were drawn with.
         needs_log_ratios: Whether `shape` reads the extra `log_ratio` of whole rollouts. The teacher is then asked once
             more, before micro-batches are cut.
+        reads_members: Whether the losses ask a mixture of teachers for each of them (`TeacherScores.members`).
     """
 
     student_temperature: float = 1.0
@@ -34,6 +35,7 @@ class Objective(ABC):
     value_is_divergence: bool = False
     needs_rollout_log_probs: bool = False
     needs_log_ratios: bool = False
+    reads_members: bool = False
 
     @abstractmethod
     def request(self) -> ScoreRequest | None:

@@ -1,4 +1,4 @@
-"""The seams of models: tokenizer, student, teacher and its scores."""
+"""The seams of models: tokenizer, student and teacher."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from opd_lightning.interfaces.arguments import constructor_arguments
+from opd_lightning.interfaces.scores import TeacherScores
 from opd_lightning.interfaces.tokens import LinearHead, MicroBatch, ScoreRequest
-from opd_lightning.interfaces.words import Message, Rollout
+from opd_lightning.interfaces.words import Message, Problem, Rollout
 
 
 class Tokenizer(ABC):
@@ -137,69 +138,14 @@ class Student(ABC):
         return None
 
 
-class TeacherScores(ABC):
-    """Tempered teacher log-probabilities (float32, nats) for N response tokens, whatever backend they came from.
-
-    `full` is enough where it is at hand; a backend that cannot give it overrides `sampled`, `at` and `topk`.
+class Teacher(ABC):
+    """A model that scores the student's tokens. Never an `nn.Module` attribute of anything Lightning sees.
 
     Attributes:
-        response_ids: int64 [N], the sampled tokens.
-        knows_full: Whether `full` may be called whatever was asked for.
+        changes: Whether it changes while the student trains; then its scores are not kept from step to step.
     """
 
-    response_ids: Tensor
-    knows_full: bool = True
-
-    @abstractmethod
-    def slice(self, start: int, stop: int) -> TeacherScores:
-        """Scores of the response tokens start..stop-1."""
-
-    @abstractmethod
-    def full(self) -> Tensor:
-        """[N, V] log-probabilities of the whole vocabulary. Call it on slices."""
-
-    @property
-    def num_tokens(self) -> int:
-        """N."""
-        return self.response_ids.numel()
-
-    def sampled(self) -> Tensor:
-        """[N] log-probabilities of the sampled tokens."""
-        return self.at(self.response_ids[:, None]).squeeze(-1)
-
-    def at(self, token_ids: Tensor) -> Tensor:
-        """[N, K] log-probabilities at the given ids [N, K]."""
-        return self.full().gather(-1, token_ids)
-
-    def topk(self, k: int) -> tuple[Tensor, Tensor]:
-        """The k likeliest ids [N, k] and their log-probabilities [N, k], likeliest first; k is clipped to V."""
-        full = self.full()
-        log_probs, ids = full.topk(min(k, full.shape[-1]), dim=-1)
-        return ids, log_probs
-
-    def columns(self) -> dict[str, Tensor] | None:
-        """All that these scores consist of, by name, [N, ...] each: one row for each token. None where it is more."""
-        return None
-
-    def from_columns(self, columns: Mapping[str, Tensor]) -> TeacherScores:
-        """Scores of the same kind of other tokens, from such columns."""
-        raise AssertionError("defined wherever `columns` is")
-
-    def write_logits(self, out: Tensor) -> bool:
-        """Write tempered logits, or log-probabilities up to a constant per row, to `out` [N, V], where that is cheaper.
-
-        Returns:
-            Whether it was done. False leaves `out` as it is, and `full` is asked.
-        """
-        return False
-
-    def hidden(self) -> tuple[Tensor, LinearHead] | None:
-        """Final hidden states [N, H] and the head that turns them into logits, where this process has both."""
-        return None
-
-
-class Teacher(ABC):
-    """A frozen model that scores the student's tokens. Never an `nn.Module` attribute of anything Lightning sees."""
+    changes: bool = False
 
     @property
     @abstractmethod
@@ -235,6 +181,23 @@ class Teacher(ABC):
             ValueError: Teacher and student do not speak the same token ids.
         """
 
+    def check_problems(self, problems: Sequence[Problem]) -> None:  # noqa: B027 - most read nothing of them
+        """Check that the problems of the run have what this teacher reads of them.
+
+        Raises:
+            ValueError: One lacks it.
+        """
+
+    def page(self) -> None:
+        """Have the weights off the device whenever nothing is scored; called before `setup`.
+
+        Raises:
+            ValueError: It cannot.
+        """
+        raise ValueError(
+            f"model.teacher.paged: {type(self).__name__} cannot leave the device between two steps. Set paged: false."
+        )
+
     @abstractmethod
     def setup(self, student: Student, model: nn.Module, device: torch.device) -> None:
         """Load the teacher once and check that it speaks the student's token ids.
@@ -259,6 +222,10 @@ class Teacher(ABC):
             " {class_path: HFTeacher, init_args: {path: ...}}."
         )
 
+    def shape(self, groups: Sequence[Sequence[Rollout]]) -> Sequence[Sequence[Rollout]]:
+        """As `Objective.shape`, and before it: texts go into `Rollout.context`."""
+        return groups
+
     @abstractmethod
     def score(self, batch: MicroBatch, request: ScoreRequest) -> TeacherScores:
         """Score the response tokens of one micro-batch."""
@@ -276,6 +243,20 @@ class Teacher(ABC):
         """Begin to score a rollout whose step is not complete yet; `score_all` will ask for it soon.
 
         Comes from any thread, after a failure even after `close`: then it must do nothing.
+        """
+
+    def follow(self) -> None:  # noqa: B027 - most are frozen
+        """The student, as `setup` was given it, has just taken an optimiser step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every value that training has changed in it: plain values and tensors. Nothing, where it is frozen."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most have no state
+        """Restore `state_dict`; called before `setup`.
+
+        Raises:
+            ValueError: It is the state of another teacher.
         """
 
     def close(self) -> None:  # noqa: B027 - most have nothing to release

@@ -113,6 +113,7 @@ class Rollout:
         reward: Grade in [0, 1]; NaN until the task has graded it, and where it never does.
         student_wrote: bool [T] on the CPU; None when the student wrote every token.
         extras: Values of single tokens, float32 [T] on the CPU, that an objective's `shape` has attached by name.
+        context: Texts that a teacher's `shape` has attached by name: what the teacher reads beside the problem.
     """
 
     problem: Problem
@@ -125,6 +126,7 @@ class Rollout:
     reward: float = math.nan
     student_wrote: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    context: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def trained_positions(self) -> Tensor:

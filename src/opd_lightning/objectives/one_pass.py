@@ -153,7 +153,7 @@ class OnePass:
         if self._rule.reads_tokens:
             tokens = chunk_tokens[at]
             if teacher is not None and self._needs_teacher:
-                is_whole = self._teacher_logits is not None
+                is_whole = self._teacher_logits is not None and not self._question.objective.reads_members
                 scores = DenseScores(block.log_q, tokens.ids) if is_whole else teacher.slice(at.start, at.stop)
         if self.gradients is None:
             self._losses.append(self._rule(block, scores, tokens, None))

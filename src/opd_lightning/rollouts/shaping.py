@@ -8,28 +8,33 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opd_lightning.interfaces import MicroBatch, Objective, Rollout, TeacherScores
+from opd_lightning.interfaces import MicroBatch, Objective, Rollout, Teacher, TeacherScores
 
 
-def shape_groups(objective: Objective, rollouts: Sequence[Rollout], group_size: int, *, step: int = 0) -> list[Rollout]:
-    """Let an objective attach values to the rollouts of a step, those of a prompt together; add the step's number.
+def shape_groups(shaper: Objective | Teacher, rollouts: Sequence[Rollout], group_size: int) -> list[Rollout]:
+    """Let a teacher or an objective attach values to rollouts, those of a prompt together.
 
     Args:
-        objective: Where it `needs_log_ratios`, `attach_log_ratios` comes first.
+        shaper: Who attaches.
         rollouts: `group_size` of each prompt, next to each other.
         group_size: Rollouts per prompt.
-        step: Of the run, counted from 0.
 
     Raises:
         ValueError: It gave others back than it was given.
     """
     groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
-    shaped = [rollout for group in objective.shape(groups) for rollout in group]
+    shaped = [rollout for group in shaper.shape(groups) for rollout in group]
     if [rollout.seed for rollout in shaped] != [rollout.seed for rollout in rollouts]:
+        setting = "teacher" if isinstance(shaper, Teacher) else "objective"
         raise ValueError(
-            f"model.objective: {type(objective).__name__}.shape must return the same rollouts in the same order."
+            f"model.{setting}: {type(shaper).__name__}.shape must return the same rollouts in the same order."
         )
-    return [attach(rollout, step=torch.full((len(rollout.response_ids),), float(step))) for rollout in shaped]
+    return shaped
+
+
+def attach_step(rollouts: Sequence[Rollout], step: int) -> list[Rollout]:
+    """Attach `step`, the number of the step in the run, counted from 0."""
+    return [attach(rollout, step=torch.full((len(rollout.response_ids),), float(step))) for rollout in rollouts]
 
 
 def attach(rollout: Rollout, **values: Tensor) -> Rollout:

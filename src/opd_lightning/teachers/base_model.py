@@ -39,6 +39,10 @@ class BaseModelTeacher(Teacher):
             )
 
     @override
+    def page(self) -> None:
+        """Nothing to do: its weights are the student's, which stay."""
+
+    @override
     def setup(self, student: Student, model: nn.Module, device: torch.device) -> None:
         """Remember the student's module; nothing is loaded."""
         self.preflight(student)

@@ -157,12 +157,14 @@ def check_strategy(trainer: Trainer) -> None:
 
 
 def check_teacher(teacher: Teacher, student: Student, data: OPDDataModule) -> None:
-    """Make sure that the teacher speaks the student's tokens and can read its longest rollout; no weights are read.
+    """Make sure that the teacher speaks the student's tokens and can read the problems; no weights are read.
 
     Raises:
         ValueError: It does not, or cannot.
     """
     teacher.preflight(student)
+    training = [] if data.stream is None else data.stream.problems
+    teacher.check_problems([*training, *(problem for problems in data.held_out.values() for problem in problems)])
     check_context("model.teacher: it reads", teacher.context_length, data.longest_prompt, data.sampling)
 
 

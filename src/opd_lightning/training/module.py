@@ -139,7 +139,7 @@ class OPDModule(PairModule):
     def teacher_of(self, batch: RolloutBatch) -> Teacher | None:
         """Who scores this batch: the teacher, or what it said of the round that the batch is a part of."""
         part = batch.round
-        if self.teacher is None or self.score_request is None or part is None:
+        if self.teacher is None or self.teacher.changes or self.score_request is None or part is None:
             return self.teacher
         if self.kept_scores is None:
             self.kept_scores = KeptScores(self.teacher)
@@ -147,7 +147,7 @@ class OPDModule(PairModule):
             self.kept_scores.forget()
         else:
             with self.stopwatch("teacher"):
-                cut = self.make_micro_batches(part.rollouts)
+                cut = self.make_micro_batches(self.give_context(part.rollouts))
                 self.kept_scores.score_round(part.index, cut, self.score_request, part.max_score_bytes)
         self.step_metrics.update({"kept_score_bytes": (self.kept_scores.num_bytes, 1)})
         return self.kept_scores
@@ -196,12 +196,12 @@ class OPDModule(PairModule):
         with self.stopwatch("optimizer"):
             norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip_norm or torch.inf)
             if torch.isfinite(norm):
-                self.step_metrics.update(
-                    {"grad_norm": (norm, 1), "learning_rate": (optimizer.param_groups[0]["lr"], 1)}
-                )
+                rate = optimizer.param_groups[0]["lr"]
+                self.step_metrics.update({"grad_norm": (norm, 1), "learning_rate": (rate, 1)})
                 self.weight_version += 1  # before the step: one that is interrupted has changed the weights too
                 optimizer.step()
                 self.skipped.forget_row()
+                self.lead_teacher()
                 if scheduler is not None:
                     scheduler.step()
             else:

@@ -17,7 +17,7 @@ from opd_lightning.interfaces import MicroBatch, Objective, Rollout, RolloutBatc
 from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.objectives import known_facts
 from opd_lightning.rollouts.comparison import Clock, Comparison, compare, make_micro_batches
-from opd_lightning.rollouts.shaping import attach_log_ratios, shape_groups
+from opd_lightning.rollouts.shaping import attach_log_ratios, attach_step, shape_groups
 from opd_lightning.training.checks import check_teacher
 from opd_lightning.training.metrics import Means, add_metrics, fact_statistics
 from opd_lightning.training.student_module import StudentModule
@@ -97,6 +97,29 @@ class PairModule(StudentModule):
         """Close the teacher after an error as well, when Lightning tears nothing down."""
         return [_ClosesTeacher()]
 
+    def lead_teacher(self) -> None:
+        """Tell the teacher of an optimiser step: one that follows the student moves on."""
+        if self.teacher is not None:
+            self.teacher.follow()
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.teacher is not None and (state := self.teacher.state_dict()):
+            checkpoint["opd_lightning"]["teacher"] = state
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.teacher is not None:
+            self.teacher.load_state_dict(checkpoint["opd_lightning"].get("teacher", {}))
+
+    def give_context(self, rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
+        """Rollouts with all that the teacher reads of whole groups."""
+        if self.teacher is None:
+            return rollouts
+        return shape_groups(self.teacher, rollouts, self.data.rollouts_per_prompt)
+
     def make_micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         """Cut rollouts under the token budget and put them on the device."""
         return make_micro_batches(
@@ -120,20 +143,20 @@ class PairModule(StudentModule):
     def shape(
         self, batch: RolloutBatch, teacher: Teacher | None = None, clock: Clock = lambda part: nullcontext()
     ) -> list[Rollout]:
-        """A step's rollouts with all that the objective attaches to their tokens.
+        """A step's rollouts with all that teacher and objective attach to them.
 
         Args:
             batch: The step.
             teacher: Who has its scores; None asks the teacher.
             clock: Measures the part "teacher".
         """
-        rollouts, asked = batch.rollouts, teacher or self.teacher
+        rollouts, asked = self.give_context(batch.rollouts), teacher or self.teacher
         if self.objective.needs_log_ratios and asked is not None:
             cut = self.make_micro_batches(rollouts)
             assert self.score_request is not None
             with clock("teacher"), self.autocast():
                 rollouts = attach_log_ratios(rollouts, cut, asked.score_all(cut, self.score_request))
-        return shape_groups(self.objective, rollouts, self.data.rollouts_per_prompt, step=batch.step)
+        return attach_step(shape_groups(self.objective, rollouts, self.data.rollouts_per_prompt), batch.step)
 
     @override
     def announce(self, rollout: Rollout, step: int) -> None:

@@ -21,6 +21,7 @@ from opd_lightning.interfaces import LinearHead, MicroBatch, ScoreRequest, Stude
 from opd_lightning.objectives import HiddenScores
 
 EVERYTHING = ScoreRequest(top_k=sys.maxsize, arbitrary_ids=True, full_vocabulary=True)
+_CANNOT_MOVE = "teacher.offload: quantised weights cannot move between devices; leave one of the two out."
 
 
 class HFTeacher(Teacher):
@@ -61,9 +62,7 @@ class HFTeacher(Teacher):
         check_dtype("teacher", dtype)
         check_quantization("teacher", quantization_config)
         if offload and quantization_config is not None:
-            raise ValueError(
-                "teacher.offload: quantised weights cannot move between devices; leave one of the two out."
-            )
+            raise ValueError(_CANNOT_MOVE)
         self.dtype = dtype
         self.attn_implementation = attn_implementation
         self.quantization_config: Mapping[str, Any] | None = quantization_config
@@ -100,6 +99,16 @@ class HFTeacher(Teacher):
             ValueError: They do not speak the same token ids (`check_compatibility`).
         """
         self._compatibility = check_compatibility(student, self.source)
+
+    def page(self) -> None:
+        """As with `offload`.
+
+        Raises:
+            ValueError: It is quantised.
+        """
+        if self.quantization_config is not None:
+            raise ValueError(_CANNOT_MOVE)
+        self.offload = True
 
     def setup(self, student: Student, model: nn.Module, device: torch.device) -> None:
         """Load the teacher, once."""

@@ -94,6 +94,9 @@ class VLLMServerTeacher(Teacher):
         self._served = check_served_model(pool, self.model, student.tokenizer, self.max_top_k)
         self._vocab_size = student.tokenizer.vocab_size
 
+    def page(self) -> None:
+        """Nothing to do: its weights are on the servers."""
+
     def setup(self, student: Student, model: nn.Module, device: torch.device) -> None:
         """Check the servers, if that has not been done, and remember where scores are wanted."""
         if self._served is None:
