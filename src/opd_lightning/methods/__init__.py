@@ -4,6 +4,28 @@ Each comes with a configuration of its name (`--config @quickstart --config @met
 tests/methods/test_<name>.py; tests/methods/test_every_method.py holds all of them to the same promises.
 """
 
+from opd_lightning.methods.antisd import AntiSelfDistillation
+from opd_lightning.methods.aopd import ForwardKLWhereNegative
+from opd_lightning.methods.eopd import EntropyAware
+from opd_lightning.methods.minillm import LongReturn
+from opd_lightning.methods.reopold import AboveFloorThenUncertain, Floor, RewardFloor
+from opd_lightning.methods.tropd import AgreementWeight
+from opd_lightning.methods.uni_opd import Margin, MarginMask, MarginShift
+from opd_lightning.methods.veto import Veto
 from opd_lightning.methods.vopd import KLBaseline
 
-__all__ = ["KLBaseline"]
+__all__ = [
+    "AboveFloorThenUncertain",
+    "AgreementWeight",
+    "AntiSelfDistillation",
+    "EntropyAware",
+    "Floor",
+    "ForwardKLWhereNegative",
+    "KLBaseline",
+    "LongReturn",
+    "Margin",
+    "MarginMask",
+    "MarginShift",
+    "RewardFloor",
+    "Veto",
+]

@@ -190,11 +190,9 @@ class SampledTokenObjective(ScoreObjective):
 
     @override
     def shape(self, groups: Sequence[Sequence[Rollout]]) -> Sequence[Sequence[Rollout]]:
-        if self.advantage is None:
-            return groups
         if self.needs_log_ratios and self.advantage_clip is not None:
             groups = [[self._clipped(rollout) for rollout in group] for group in groups]
-        return self.advantage.shape(groups)
+        return groups if self.advantage is None else self.advantage.shape(groups)
 
     @override
     def losses_from(self, student: StudentScores, teacher: TeacherScores | None, tokens: ResponseTokens) -> Tensor:

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from opd_lightning.interfaces import MicroBatch, Objective, Rollout, RolloutBatch, ScoreRequest, Student, Teacher
 from opd_lightning.interfaces.arguments import check_at_least
-from opd_lightning.objectives import known_facts
+from opd_lightning.objectives import NLL, known_facts
 from opd_lightning.rollouts.comparison import Clock, Comparison, compare, make_micro_batches
 from opd_lightning.rollouts.shaping import attach_log_ratios, attach_step, shape_groups
 from opd_lightning.training.checks import check_teacher
@@ -178,7 +178,10 @@ class PairModule(StudentModule):
         self.held_out_facts.update(dict.fromkeys(known, (0.0, 0)))  # a process may have no answers of its own
         if rollouts:
             batches = self.make_micro_batches(rollouts)
-            for compared in self.compare(batches, self.objective, self.score_request, facts_k=self.facts_k):
+            # not the run's own objective: its losses may read what is attached to training rollouts only
+            plain = NLL(self.objective.chunk_tokens)
+            plain.student_temperature = self.objective.student_temperature
+            for compared in self.compare(batches, plain, self.score_request, facts_k=self.facts_k):
                 self.held_out_facts.update(fact_statistics(compared.facts, HELD_OUT_FACTS))
 
     @override

@@ -1,0 +1,160 @@
+"""ExOPD (arXiv 2602.12125): beyond the teacher, seen from a reference; and the experimental cap on how far."""
+
+import math
+
+import pytest
+import torch
+from objective_cases import make_case
+
+from opd_lightning.interfaces import ScoreRequest, Teacher
+from opd_lightning.objectives import DenseScores, DivergenceObjective, SampledTokenObjective
+from opd_lightning.teachers import ExtrapolatedTeacher
+from opd_lightning.teachers.extrapolated import largest_scale
+
+
+class Fixed(Teacher):
+    """Gives the same scores whatever is asked."""
+
+    context_length = None
+
+    def __init__(self, log_probs, ids, offer=ScoreRequest(full_vocabulary=True)):  # noqa: B008
+        self._scores, self._offer, self.asked = DenseScores(log_probs, ids), offer, []
+
+    @property
+    def offer(self):
+        return self._offer
+
+    def setup(self, student, model, device):
+        self.is_set_up = True
+
+    def score(self, batch, request):
+        self.asked.append(request)
+        return self._scores
+
+
+def scores(case, reference, scale, **settings):
+    teacher = Fixed(case.teacher_logits.log_softmax(-1), case.response_ids)
+    other = Fixed(reference.log(), case.response_ids)
+    return ExtrapolatedTeacher(teacher, other, scale, **settings).score(None, ScoreRequest())
+
+
+def gradient(case, objective, teacher):
+    logits = case.logits.clone().requires_grad_()
+    return torch.autograd.grad(objective.token_losses(logits, teacher, case.tokens).sum(), logits)[0]
+
+
+REFERENCE = make_case(5).p
+
+
+def test_the_advantage_is_that_of_the_paper():
+    case = make_case()
+    sampled = case.response_ids[:, None]
+    log_q, log_p, log_r = (each.log().gather(-1, sampled).squeeze(-1) for each in (case.q, case.p, REFERENCE))
+    shown = SampledTokenObjective().advantages(case.logits, scores(case, REFERENCE, 1.25), case.tokens)
+    torch.testing.assert_close(shown, (log_q - log_p) + 0.25 * (log_q - log_r))
+    torch.testing.assert_close(shown, 1.25 * (log_q - log_r) - (log_p - log_r))
+    pulled = SampledTokenObjective().advantages(case.logits, scores(case, REFERENCE, 0.0), case.tokens)
+    torch.testing.assert_close(pulled, log_r - log_p)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_scale_of_1_or_the_teacher_as_reference_is_plain_distillation(normalized):
+    case, objective = make_case(), SampledTokenObjective()
+    plain = case.gradient(objective)
+    exact = {"rtol": 0, "atol": 0} if not normalized else {}  # another softmax of what is normalised already
+    torch.testing.assert_close(
+        gradient(case, objective, scores(case, REFERENCE, 1.0, normalized=normalized)), plain, **exact
+    )
+    torch.testing.assert_close(
+        gradient(case, objective, scores(case, case.teacher_logits.softmax(-1), 1.7, normalized=normalized)),
+        plain,
+        **exact,
+    )
+
+
+def test_the_fixed_point_is_where_every_advantage_is_the_same():
+    case = make_case()
+    target = case.q**1.25 * REFERENCE**-0.25
+    target = target / target.sum(-1, keepdim=True)
+    whole = scores(case, REFERENCE, 1.25, normalized=True)
+    torch.testing.assert_close(whole.full().exp(), target)
+    at_target = torch.stack(
+        [
+            ExtrapolatedTeacher(Fixed(case.q.log(), ids), Fixed(REFERENCE.log(), ids))
+            .score(None, ScoreRequest())
+            .sampled()
+            - target.log()[:, token]
+            for token, ids in enumerate(torch.arange(9)[:, None].expand(9, 4))
+        ]
+    )
+    torch.testing.assert_close(at_target, at_target[:1].expand(9, 4))
+    case.logits = target.log()
+    flat = gradient(case, DivergenceObjective(), whole)
+    torch.testing.assert_close(flat, torch.zeros_like(flat), atol=1e-13, rtol=0)
+
+
+def test_normalised_or_not_the_expected_gradient_is_that_of_the_reverse_kl_from_the_extrapolation():
+    case = make_case()
+    expected = gradient(case, DivergenceObjective(), scores(case, REFERENCE, 1.25, normalized=True))
+    for normalized in (False, True):
+        total = torch.zeros_like(expected)
+        for token in range(9):
+            case.response_ids = torch.full((4,), token)
+            pushed = gradient(
+                case, SampledTokenObjective(importance=None), scores(case, REFERENCE, 1.25, normalized=normalized)
+            )
+            total += case.p[:, token, None] * pushed
+        torch.testing.assert_close(total, expected)
+
+
+def logit(p):
+    return math.log(p / (1 - p))
+
+
+def test_the_fixed_point_of_a_coin_and_its_cap():
+    q, b = 0.98, 0.9
+    ids = torch.tensor([0])
+    pair = [torch.tensor([[p, 1 - p]], dtype=torch.float64).log() for p in (q, b)]
+
+    def tail(scale, **settings):
+        teacher = ExtrapolatedTeacher(Fixed(pair[0], ids), Fixed(pair[1], ids), scale, normalized=True, **settings)
+        return float(teacher.score(None, ScoreRequest()).full()[0, 1].exp())
+
+    assert [round(tail(scale), 4) for scale in (0, 1, 1.25, 1.5, 2)] == [0.1, 0.02, 0.0132, 0.0087, 0.0037]
+    assert tail(5, tail_ratio=10.0) == pytest.approx((1 - b) / 10)
+    assert tail(1.25, tail_ratio=10.0) == pytest.approx(tail(1.25))  # the cap is further out
+    assert tail(5, tail_ratio=2.0) == pytest.approx(0.02)  # the teacher itself leaves less: it is not held back
+    logs = torch.tensor([0.5, 0.95, 0.98, 0.999]).double().log()
+    caps = largest_scale(logs, torch.full_like(logs, math.log(b)), 10.0)
+    assert caps[0] == math.inf
+    assert caps[1] > caps[2] > caps[3]
+    assert float(caps[2]) == pytest.approx((logit(1 - 0.01) - logit(b)) / (logit(q) - logit(b)))
+
+
+def test_slices_offers_and_requests():
+    case = make_case()
+    for normalized in (False, True):
+        whole = scores(case, REFERENCE, 1.25, normalized=normalized)
+        torch.testing.assert_close(whole.slice(1, 3).sampled(), whole.sampled()[1:3])
+    teacher, reference = Fixed(case.q.log(), case.response_ids), Fixed(REFERENCE.log(), case.response_ids)
+    both = ExtrapolatedTeacher(teacher, reference)
+    assert both.offer == ScoreRequest()
+    both.score(None, ScoreRequest(temperature=2.0))
+    assert teacher.asked == reference.asked == [ScoreRequest(temperature=2.0)]
+    assert ExtrapolatedTeacher(teacher, reference, normalized=True).offer.full_vocabulary
+    both.setup(None, None, None)
+    assert reference.is_set_up
+
+
+def test_mistakes():
+    case = make_case()
+    teacher = Fixed(case.q.log(), case.response_ids)
+    few = Fixed(case.q.log(), case.response_ids, offer=ScoreRequest(top_k=20))
+    with pytest.raises(ValueError, match=r"teacher\.reference: Fixed gives .*Set teacher\.normalized: false"):
+        ExtrapolatedTeacher(teacher, few, normalized=True).preflight(None)
+    with pytest.raises(ValueError, match=r"teacher\.scale: expected a finite number of at least 0"):
+        ExtrapolatedTeacher(teacher, teacher, scale=-1)
+    with pytest.raises(ValueError, match=r"teacher\.tail_ratio: the cap needs whole distributions"):
+        ExtrapolatedTeacher(teacher, teacher, tail_ratio=2.0)
+    with pytest.raises(ValueError, match=r"teacher\.tail_ratio: expected a finite number above 1"):
+        ExtrapolatedTeacher(teacher, teacher, normalized=True, tail_ratio=1.0)
