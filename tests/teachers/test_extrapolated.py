@@ -32,9 +32,16 @@ class Fixed(Teacher):
         return self._scores
 
 
+TEACHER = "the teacher itself"
+
+
+def teacher_log_probs(case):
+    return case.teacher_logits.log_softmax(-1)
+
+
 def scores(case, reference, scale, **settings):
-    teacher = Fixed(case.teacher_logits.log_softmax(-1), case.response_ids)
-    other = Fixed(reference.log(), case.response_ids)
+    teacher = Fixed(teacher_log_probs(case), case.response_ids)
+    other = Fixed(teacher_log_probs(case) if reference is TEACHER else reference.log(), case.response_ids)
     return ExtrapolatedTeacher(teacher, other, scale, **settings).score(None, ScoreRequest())
 
 
@@ -66,7 +73,7 @@ def test_a_scale_of_1_or_the_teacher_as_reference_is_plain_distillation(normaliz
         gradient(case, objective, scores(case, REFERENCE, 1.0, normalized=normalized)), plain, **exact
     )
     torch.testing.assert_close(
-        gradient(case, objective, scores(case, case.teacher_logits.softmax(-1), 1.7, normalized=normalized)),
+        gradient(case, objective, scores(case, TEACHER, 1.7, normalized=normalized)),
         plain,
         **exact,
     )
