@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from opd_lightning.callbacks.effopd_scores import TeacherKL as TeacherKL
     from opd_lightning.callbacks.effopd_scores import TeacherKLOnFixedRollouts as TeacherKLOnFixedRollouts
     from opd_lightning.callbacks.effopd_scores import TeacherKLOnNewRollouts as TeacherKLOnNewRollouts
+    from opd_lightning.callbacks.entropy_gate import EntropyGate as EntropyGate
     from opd_lightning.callbacks.guards import EntropyGuard as EntropyGuard
     from opd_lightning.callbacks.guards import HeldOutGuard as HeldOutGuard
     from opd_lightning.callbacks.guards import LateEntropyGuard as LateEntropyGuard
@@ -74,7 +75,19 @@ if TYPE_CHECKING:
     from opd_lightning.interfaces import TokenWeighting as TokenWeighting
     from opd_lightning.interfaces import TrainedRollout as TrainedRollout
     from opd_lightning.interfaces import WeightsLost as WeightsLost
+    from opd_lightning.methods import AboveFloorThenUncertain as AboveFloorThenUncertain
+    from opd_lightning.methods import AgreementWeight as AgreementWeight
+    from opd_lightning.methods import AntiSelfDistillation as AntiSelfDistillation
+    from opd_lightning.methods import EntropyAware as EntropyAware
+    from opd_lightning.methods import Floor as Floor
+    from opd_lightning.methods import ForwardKLWhereNegative as ForwardKLWhereNegative
     from opd_lightning.methods import KLBaseline as KLBaseline
+    from opd_lightning.methods import LongReturn as LongReturn
+    from opd_lightning.methods import Margin as Margin
+    from opd_lightning.methods import MarginMask as MarginMask
+    from opd_lightning.methods import MarginShift as MarginShift
+    from opd_lightning.methods import RewardFloor as RewardFloor
+    from opd_lightning.methods import Veto as Veto
     from opd_lightning.objectives import NLL as NLL
     from opd_lightning.objectives import CandidateScore as CandidateScore
     from opd_lightning.objectives import Clipped as Clipped
@@ -104,6 +117,7 @@ if TYPE_CHECKING:
     from opd_lightning.rollouts.horizon import ConstantHorizon as ConstantHorizon
     from opd_lightning.rollouts.horizon import GrowingHorizon as GrowingHorizon
     from opd_lightning.rollouts.horizon import Horizon as Horizon
+    from opd_lightning.rollouts.mixed_data import MixedData as MixedData
     from opd_lightning.rollouts.on_policy import OnPolicy as OnPolicy
     from opd_lightning.rollouts.one_step_ahead import OneStepAhead as OneStepAhead
     from opd_lightning.rollouts.plain_engine import PlainEngine as PlainEngine
@@ -124,6 +138,7 @@ if TYPE_CHECKING:
     from opd_lightning.tasks import PromptTask as PromptTask
     from opd_lightning.tasks import ScoredTask as ScoredTask
     from opd_lightning.teachers import BaseModelTeacher as BaseModelTeacher
+    from opd_lightning.teachers import ExtrapolatedTeacher as ExtrapolatedTeacher
     from opd_lightning.training.checkpoints import WholeCheckpoints as WholeCheckpoints
     from opd_lightning.training.checkpoints import export as export
     from opd_lightning.training.datamodule import OPDDataModule as OPDDataModule
@@ -133,9 +148,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AboveFloorThenUncertain": "methods",
     "AdaptiveHorizon": "rollouts.horizon",
     "Advantage": "interfaces",
+    "AgreementWeight": "methods",
     "AnswersWriter": "callbacks.answers",
+    "AntiSelfDistillation": "methods",
     "ArithmeticTask": "tasks",
     "BaseModelTeacher": "teachers",
     "CandidateScore": "objectives",
@@ -150,11 +168,16 @@ _HOMES = {
     "DivergenceObjective": "objectives",
     "EffOPD": "callbacks.effopd",
     "EffOPDOptimizer": "extrapolation.optimizer",
+    "EntropyAware": "methods",
+    "EntropyGate": "callbacks.entropy_gate",
     "EntropyGuard": "callbacks.guards",
     "Estimator": "objectives",
+    "ExtrapolatedTeacher": "teachers",
     "FileTransfer": "backends.vllm.server",
     "Filtered": "selection",
+    "Floor": "methods",
     "ForwardKL": "objectives",
+    "ForwardKLWhereNegative": "methods",
     "FullVocabulary": "objectives",
     "GrowingHorizon": "rollouts.horizon",
     "HFEngine": "backends.hf",
@@ -176,11 +199,16 @@ _HOMES = {
     "LinearHead": "interfaces",
     "LiveReport": "callbacks.live_report",
     "LiveStudent": "interfaces",
+    "LongReturn": "methods",
     "LoraSettings": "backends.hf",
+    "Margin": "methods",
+    "MarginMask": "methods",
+    "MarginShift": "methods",
     "Masked": "objectives",
     "MathTask": "tasks",
     "MicroBatch": "interfaces",
     "MismatchAlarm": "callbacks.mismatch",
+    "MixedData": "rollouts.mixed_data",
     "MixedTask": "tasks",
     "Mixture": "selection",
     "NCCLTransfer": "backends.vllm.server",
@@ -204,6 +232,7 @@ _HOMES = {
     "ResponseTokens": "interfaces",
     "Reuse": "rollouts.reuse",
     "ReverseKL": "objectives",
+    "RewardFloor": "methods",
     "Rollout": "interfaces",
     "RolloutBatch": "interfaces",
     "RolloutEngine": "interfaces",
@@ -247,6 +276,7 @@ _HOMES = {
     "VLLMColocatedEngine": "backends.vllm.colocated",
     "VLLMServerEngine": "backends.vllm.server",
     "VLLMServerTeacher": "backends.vllm.server",
+    "Veto": "methods",
     "WarmupDecay": "training.schedules",
     "Weighted": "selection",
     "WeightsLost": "interfaces",

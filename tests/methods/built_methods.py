@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
-from opd_lightning.commands.cli import OPDCLI
+from opd_lightning.commands.cli import OPDCLI, main
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
@@ -19,11 +19,25 @@ TINY = {
     "data.prompts_per_step": 4,
     "data.sampling.max_new_tokens": 12,
 }
+LARGER = {  # where nothing happens at the tiny sizes: some answers must be right
+    "antisd": {"data.sampling.max_new_tokens": 40},
+    "uni_opd": {"data.sampling.max_new_tokens": 40},
+}
+BEFORE = {  # commands that make the files a method reads
+    "gkd": ["rollout --config @quickstart --output runs/cold_start/answers.jsonl --num_problems 40"],
+}
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}}  # the step is the gradient
 
 
 def header(path):
     return dict(re.findall(r"^# (\w+): +(.*)$", path.read_text(), flags=re.MULTILINE))
+
+
+def make_files(name):
+    """Run the commands that make what a method reads, in the current folder."""
+    for command in BEFORE.get(name, ()):
+        size = str(TINY["data.sampling.max_new_tokens"])
+        main([*command.split(), "--sampling.max_new_tokens", size, "--reject.truncated", "false"])
 
 
 class Built(OPDCLI):
@@ -39,7 +53,7 @@ class Method:
     def __init__(self, path):
         self.name = path.stem
         words = shlex.split(header(path)["Command"])[1:]
-        tiny = [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
+        tiny = [word for key, value in (TINY | LARGER.get(self.name, {})).items() for word in (f"--{key}", str(value))]
         # the base's callbacks save and print; those of the method stay
         first = words.index("--config") + 2
         self.cli = Built([*words[:first], "--trainer.callbacks", "[]", *words[first:], *tiny])

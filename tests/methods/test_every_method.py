@@ -4,6 +4,7 @@ A method is a file in configs/methods. Without its page and its own tests the fi
 each of them for two steps on the sandbox.
 """
 
+import contextlib
 import re
 import shlex
 from pathlib import Path
@@ -11,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from built_methods import CONFIGS, NAMES, ROOT, SGD, Method, header
+from built_methods import BEFORE, CONFIGS, NAMES, ROOT, SGD, Method, header, make_files
 
 import opd_lightning.methods
 
 HEADINGS = ["Equation", "Paper and code", "What it needs", "Cost", "When it helps"]
 EQUAL = {  # how teacher and student are made the same where `model.teacher` is not simply an HFTeacher: settings
+    "exopd": {"model__teacher__init_args__teacher__init_args__path": "sandbox:student"},
+    "extrapolation_cliff": {"model__teacher__init_args__teacher__init_args__path": "sandbox:student"},
 }
 
 
@@ -38,8 +41,21 @@ def test_every_class_of_the_room_is_named_in_a_configuration_or_on_a_page():
     assert [name for name in opd_lightning.methods.__all__ if not re.search(rf"\b{name}\b", texts)] == []
 
 
+@pytest.fixture(scope="module")
+def folders():
+    """A folder with the files that a method reads, by its name."""
+    return {}
+
+
 @pytest.fixture
-def method(request, monkeypatch, tmp_path):
+def method(request, monkeypatch, tmp_path, tmp_path_factory, folders):
+    if (name := request.param.stem) in BEFORE:
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name)
+            monkeypatch.chdir(folders[name])
+            make_files(name)
+        for path in folders[name].iterdir():
+            (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     return Method(request.param)
 
@@ -70,6 +86,9 @@ def on_processes(forks, tmp_path_factory):
     """The folder of each number of processes, with the weights of every method after a step."""
     folders = {number: tmp_path_factory.mktemp(f"processes{number}") for number in (1, 2)}
     for number, folder in folders.items():
+        with contextlib.chdir(folder):
+            for name in BEFORE:
+                make_files(name)
         done = forks.run(Path(__file__).parent / "every_method_run.py", number, folder, cwd=folder, processes=number)
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return folders
