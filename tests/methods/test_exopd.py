@@ -1,36 +1,13 @@
-"""ExOPD (arXiv 2602.12125): beyond the teacher, seen from a reference; and the experimental cap on how far."""
-
-import math
+"""ExOPD (arXiv 2602.12125): beyond the teacher, seen from a reference."""
 
 import pytest
 import torch
+from fixed_teacher import Fixed
 from objective_cases import make_case
 
-from opd_lightning.interfaces import ScoreRequest, Teacher
-from opd_lightning.objectives import DenseScores, DivergenceObjective, SampledTokenObjective
+from opd_lightning.interfaces import ScoreRequest
+from opd_lightning.objectives import DivergenceObjective, SampledTokenObjective
 from opd_lightning.teachers import ExtrapolatedTeacher
-from opd_lightning.teachers.extrapolated import largest_scale
-
-
-class Fixed(Teacher):
-    """Gives the same scores whatever is asked."""
-
-    context_length = None
-
-    def __init__(self, log_probs, ids, offer=ScoreRequest(full_vocabulary=True)):  # noqa: B008
-        self._scores, self._offer, self.asked = DenseScores(log_probs, ids), offer, []
-
-    @property
-    def offer(self):
-        return self._offer
-
-    def setup(self, student, model, device):
-        self.is_set_up = True
-
-    def score(self, batch, request):
-        self.asked.append(request)
-        return self._scores
-
 
 TEACHER = "the teacher itself"
 
@@ -112,30 +89,6 @@ def test_normalised_or_not_the_expected_gradient_is_that_of_the_reverse_kl_from_
             )
             total += case.p[:, token, None] * pushed
         torch.testing.assert_close(total, expected)
-
-
-def logit(p):
-    return math.log(p / (1 - p))
-
-
-def test_the_fixed_point_of_a_coin_and_its_cap():
-    q, b = 0.98, 0.9
-    ids = torch.tensor([0])
-    pair = [torch.tensor([[p, 1 - p]], dtype=torch.float64).log() for p in (q, b)]
-
-    def tail(scale, **settings):
-        teacher = ExtrapolatedTeacher(Fixed(pair[0], ids), Fixed(pair[1], ids), scale, normalized=True, **settings)
-        return float(teacher.score(None, ScoreRequest()).full()[0, 1].exp())
-
-    assert [round(tail(scale), 4) for scale in (0, 1, 1.25, 1.5, 2)] == [0.1, 0.02, 0.0132, 0.0087, 0.0037]
-    assert tail(5, tail_ratio=10.0) == pytest.approx((1 - b) / 10)
-    assert tail(1.25, tail_ratio=10.0) == pytest.approx(tail(1.25))  # the cap is further out
-    assert tail(5, tail_ratio=2.0) == pytest.approx(0.02)  # the teacher itself leaves less: it is not held back
-    logs = torch.tensor([0.5, 0.95, 0.98, 0.999]).double().log()
-    caps = largest_scale(logs, torch.full_like(logs, math.log(b)), 10.0)
-    assert caps[0] == math.inf
-    assert caps[1] > caps[2] > caps[3]
-    assert float(caps[2]) == pytest.approx((logit(1 - 0.01) - logit(b)) / (logit(q) - logit(b)))
 
 
 def test_slices_offers_and_requests():
