@@ -18,6 +18,11 @@ import opd_lightning.methods
 
 HEADINGS = ["Equation", "Paper and code", "What it needs", "Cost", "When it helps"]
 EQUAL = {  # how teacher and student are made the same where `model.teacher` is not simply an HFTeacher: settings
+    "eopd": {  # at the defaults no gate opens in so few tokens
+        "model__teacher__init_args__path": "sandbox:student",
+        "model__objective__init_args__threshold": 0.0,
+        "model__objective__init_args__k": 2,
+    },
     "exopd": {"model__teacher__init_args__teacher__init_args__path": "sandbox:student"},
     "extrapolation_cliff": {"model__teacher__init_args__teacher__init_args__path": "sandbox:student"},
 }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from opd_lightning.interfaces import MicroBatch, Rollout, ScoreRequest, Student, Teacher, TeacherScores
+from opd_lightning.interfaces import MicroBatch, Problem, Rollout, ScoreRequest, Student, Teacher, TeacherScores
 from opd_lightning.objectives.logprobs import close_slots
 from opd_lightning.objectives.normalization import log1mexp
 
@@ -76,11 +77,7 @@ class ExtrapolatedTeacher(Teacher):
 
     @override
     def preflight(self, student: Student) -> None:
-        """Check both.
-
-        Raises:
-            ValueError: One does not fit the student, or cannot give what is needed of it.
-        """
+        """Check both against the student, and that they give what is needed of them."""
         for name, each in (("teacher", self.teacher), ("reference", self.reference)):
             if self.normalized and not each.offer.full_vocabulary:
                 raise ValueError(
@@ -88,6 +85,42 @@ class ExtrapolatedTeacher(Teacher):
                     " the full vocabulary. Set teacher.normalized: false, with SampledTokenObjective."
                 )
             each.preflight(student)
+
+    @property
+    @override
+    def changes(self) -> bool:  # type: ignore[override]
+        return any(each.changes for each in self._both)
+
+    @override
+    def check_problems(self, problems: Sequence[Problem]) -> None:
+        for each in self._both:
+            each.check_problems(problems)
+
+    @override
+    def page(self) -> None:
+        for each in self._both:
+            each.page()
+
+    @override
+    def shape(self, groups: Sequence[Sequence[Rollout]]) -> Sequence[Sequence[Rollout]]:
+        for each in self._both:
+            groups = each.shape(groups)
+        return groups
+
+    @override
+    def follow(self) -> None:
+        for each in self._both:
+            each.follow()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        states = {"teacher": self.teacher.state_dict(), "reference": self.reference.state_dict()}
+        return states if any(states.values()) else {}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.teacher.load_state_dict(state.get("teacher", {}))
+        self.reference.load_state_dict(state.get("reference", {}))
 
     @override
     def setup(self, student: Student, model: nn.Module, device: torch.device) -> None:
