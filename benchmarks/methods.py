@@ -55,7 +55,9 @@ CONTROLS: dict[str, list[str]] = {  # what the command says in place of a method
     "plain-sampled": SAMPLED,
     "control": [*SAMPLED, "--model.objective.advantage", "methods.Blind"],
 }
-NOT_RUN: dict[str, str] = {}  # methods that need files or models which the sandbox has not, each with what it needs
+NOT_RUN = {  # methods that need what no sandbox has, each with what it needs
+    "gkd": "it needs a file of stored answers",
+}
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,12 @@ class Sandbox:
     Attributes:
         config: The configuration they go on top of.
         teacher: Whom all are measured against, whatever teaches them.
-        rollouts: What everybody gets, in steps of `per_step`.
+        rollouts: What everybody gets.
         seconds: Processor seconds, likewise.
         every: Rollouts between two measurements.
         num_held_out: Problems.
-        flags: Settings of all contestants.
+        per_step: Rollouts of a step.
+        prefix: Of the names of its models.
     """
 
     config: str
@@ -79,12 +82,12 @@ class Sandbox:
     every: int
     num_held_out: int
     per_step: int = 64
-    flags: tuple[str, ...] = ()
+    prefix: str = ""
 
 
 SANDBOXES = {
     "short": Sandbox("@quickstart", "sandbox:teacher", 512, 8.0, every=128, num_held_out=96),
-    "long": Sandbox("@long_sandbox", "sandbox:long-teacher", 512, 30.0, every=128, num_held_out=64),
+    "long": Sandbox("@long_sandbox", "sandbox:long-teacher", 512, 30.0, every=128, num_held_out=64, prefix="long-"),
 }
 
 
@@ -145,18 +148,24 @@ def contestants() -> list[str]:
 def run(name: str, sandbox: Sandbox, lr: float, seed: int) -> dict[str, Any]:
     """Train one contestant; the seed decides prompts, samples and orders."""
     seed_everything(seed, verbose=False)
-    method = CONTROLS.get(name, ["--config", f"@methods/{name}"])
-    words = ["fit", "--config", sandbox.config, "--trainer.callbacks", "[]", *method]
-    words += ["--seed_everything", str(seed), "--model.lr_scheduler", "null", "--model.optimizer.lr", str(lr)]
-    words += [*sandbox.flags, "--data.num_validation_problems", "null"]
+    words = ["fit", "--config", sandbox.config, "--trainer.callbacks", "[]"]
+    end = ["--seed_everything", str(seed), "--model.lr_scheduler", "null", "--model.optimizer.lr", str(lr)]
     with tempfile.TemporaryDirectory() as root:
+        if name in CONTROLS:
+            words += CONTROLS[name]
+        else:  # those that name the sandbox's models mean those of this one
+            own = Path(root, "method.yaml")
+            text = (folder() / "methods" / f"{name}.yaml").read_text()
+            own.write_text(text.replace("sandbox:", f"sandbox:{sandbox.prefix}"))
+            words += ["--config", str(own)]
+        words += [*end, "--data.num_validation_problems", "null"]
         built = Built([*words, "--trainer.default_root_dir", root])
         module, data = built.model, built.datamodule
         data.engine = engine = ClockedEngine(is_behind=False)
         data.prompts_per_step = max(1, sandbox.per_step // data.rollouts_per_prompt)
         progress = Progress(sandbox, engine)
-        own = built.config_init.fit.trainer.callbacks or []
-        fit(module, data, [*own, progress], MOST * sandbox.rollouts)
+        callbacks = built.config_init.fit.trainer.callbacks or []
+        fit(module, data, [*callbacks, progress], MOST * sandbox.rollouts)
     settings = {"lr": lr, "rates": RATES, "per_step": sandbox.per_step} | asdict(sandbox) | facts()
     return {"settings": settings, "trajectory": progress.points}
 
