@@ -78,6 +78,8 @@ if TYPE_CHECKING:
     from opd_lightning.methods import AboveFloorThenUncertain as AboveFloorThenUncertain
     from opd_lightning.methods import AgreementWeight as AgreementWeight
     from opd_lightning.methods import AntiSelfDistillation as AntiSelfDistillation
+    from opd_lightning.methods import ClippedForwardKL as ClippedForwardKL
+    from opd_lightning.methods import DemonstratedOnly as DemonstratedOnly
     from opd_lightning.methods import EntropyAware as EntropyAware
     from opd_lightning.methods import Floor as Floor
     from opd_lightning.methods import ForwardKLWhereNegative as ForwardKLWhereNegative
@@ -86,7 +88,10 @@ if TYPE_CHECKING:
     from opd_lightning.methods import Margin as Margin
     from opd_lightning.methods import MarginMask as MarginMask
     from opd_lightning.methods import MarginShift as MarginShift
+    from opd_lightning.methods import MeanOverTeachers as MeanOverTeachers
+    from opd_lightning.methods import PeerTeacher as PeerTeacher
     from opd_lightning.methods import RewardFloor as RewardFloor
+    from opd_lightning.methods import SDPOObjective as SDPOObjective
     from opd_lightning.methods import Veto as Veto
     from opd_lightning.objectives import NLL as NLL
     from opd_lightning.objectives import CandidateScore as CandidateScore
@@ -139,6 +144,10 @@ if TYPE_CHECKING:
     from opd_lightning.tasks import ScoredTask as ScoredTask
     from opd_lightning.teachers import BaseModelTeacher as BaseModelTeacher
     from opd_lightning.teachers import ExtrapolatedTeacher as ExtrapolatedTeacher
+    from opd_lightning.teachers import MixtureTeacher as MixtureTeacher
+    from opd_lightning.teachers import MovingAverageTeacher as MovingAverageTeacher
+    from opd_lightning.teachers import PrivilegedTeacher as PrivilegedTeacher
+    from opd_lightning.teachers import Routed as Routed
     from opd_lightning.training.checkpoints import WholeCheckpoints as WholeCheckpoints
     from opd_lightning.training.checkpoints import export as export
     from opd_lightning.training.datamodule import OPDDataModule as OPDDataModule
@@ -159,9 +168,11 @@ _HOMES = {
     "CandidateScore": "objectives",
     "CleanedTask": "tasks",
     "Clipped": "objectives",
+    "ClippedForwardKL": "methods",
     "Connection": "backends.vllm.server",
     "ConstantHorizon": "rollouts.horizon",
     "DataSource": "tasks",
+    "DemonstratedOnly": "methods",
     "DifficultyPool": "selection",
     "Direct": "objectives",
     "Divergence": "objectives",
@@ -206,11 +217,14 @@ _HOMES = {
     "MarginShift": "methods",
     "Masked": "objectives",
     "MathTask": "tasks",
+    "MeanOverTeachers": "methods",
     "MicroBatch": "interfaces",
     "MismatchAlarm": "callbacks.mismatch",
     "MixedData": "rollouts.mixed_data",
     "MixedTask": "tasks",
     "Mixture": "selection",
+    "MixtureTeacher": "teachers",
+    "MovingAverageTeacher": "teachers",
     "NCCLTransfer": "backends.vllm.server",
     "NLL": "objectives",
     "OPDDataModule": "training.datamodule",
@@ -219,8 +233,10 @@ _HOMES = {
     "OnPolicy": "rollouts.on_policy",
     "OneStepAhead": "rollouts.one_step_ahead",
     "OverlapGuard": "callbacks.guards",
+    "PeerTeacher": "methods",
     "PlainEngine": "rollouts.plain_engine",
     "PrintSamples": "callbacks.samples",
+    "PrivilegedTeacher": "teachers",
     "Problem": "interfaces",
     "Prompt": "interfaces",
     "PromptBatch": "interfaces",
@@ -238,6 +254,8 @@ _HOMES = {
     "RolloutEngine": "interfaces",
     "RolloutSource": "interfaces",
     "RoundPart": "interfaces",
+    "Routed": "teachers",
+    "SDPOObjective": "methods",
     "SampledToken": "objectives",
     "SampledTokenObjective": "objectives",
     "Sampling": "interfaces",

@@ -21,6 +21,7 @@ TINY = {
 }
 LARGER = {  # where nothing happens at the tiny sizes: some answers must be right
     "antisd": {"data.sampling.max_new_tokens": 40},
+    "sdpo": {"data.sampling.max_new_tokens": 40, "data.rollouts_per_prompt": 4},
     "uni_opd": {"data.sampling.max_new_tokens": 40},
 }
 BEFORE = {  # commands that make the files a method reads

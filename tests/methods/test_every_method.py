@@ -25,6 +25,15 @@ EQUAL = {  # how teacher and student are made the same where `model.teacher` is 
     },
     "exopd": {"model__teacher__init_args__teacher__init_args__path": "sandbox:student"},
     "extrapolation_cliff": {"model__teacher__init_args__teacher__init_args__path": "sandbox:student"},
+    "mad_opd": {
+        f"model__teacher__init_args__teacher__init_args__teachers__{name}__init_args__path": "sandbox:student"
+        for name in ("first", "second")
+    },
+    "multi_teacher": {
+        f"model__teacher__init_args__teachers__{name}__init_args__path": "sandbox:student" for name in ("short", "long")
+    },
+    "opsd": {},  # they are
+    "sdpo": {},
 }
 
 

@@ -9,6 +9,7 @@ from opd_lightning.interfaces import Problem, Rollout
 from opd_lightning.objectives import NLL, DenseScores
 from opd_lightning.rollouts.batching import collate, cut_by_tokens, sequence_length
 from opd_lightning.rollouts.shaping import attach_log_ratios, attach_step, shape_groups
+from opd_lightning.teachers import BaseModelTeacher
 
 
 def make_rollout(prompt, response, seed=0, **options):
@@ -143,3 +144,13 @@ def test_log_ratios_are_attached_to_whole_rollouts_however_they_are_cut():
         batches = [collate([rollouts[place] for place in places], pad_id=0) for places in cut]
         attached = attach_log_ratios(rollouts, batches, [teacher(batch) for batch in batches])
         assert [r.extras["log_ratio"].tolist() for r in attached] == [[-6, 0, -3], [-7.5, -5.5]]
+
+
+def test_a_teacher_that_loses_rollouts_is_refused():
+    class Losing(BaseModelTeacher):
+        def shape(self, groups):
+            return groups[1:]
+
+    rollouts = [make_rollout([5], [6], seed=i) for i in range(4)]
+    with pytest.raises(ValueError, match=r"model\.teacher: Losing\.shape must return the same rollouts"):
+        shape_groups(Losing(), rollouts, 2)

@@ -1,5 +1,7 @@
 """Rollouts used several times: which mini-batch when, how stale, what is kept, what a checkpoint holds of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -13,6 +15,7 @@ from opd_lightning.interfaces import Score
 from opd_lightning.objectives import Clipped, SampledTokenObjective, Truncated
 from opd_lightning.rollouts.reuse import Reuse, shuffled
 from opd_lightning.selection import DifficultyPool, Shuffled
+from opd_lightning.teachers import MovingAverageTeacher, PrivilegedTeacher
 
 
 class Recorder(Callback):
@@ -341,6 +344,29 @@ def test_in_one_cut_the_kept_scores_are_the_same_to_the_last_bit(tmp_path, folde
         again, _ = fit(tmp_path, folders, 3, teacher_object=Asked(folders[1], keeps=False), source=Reuse(1, 3))
     for name, weight in weights_of(once).items():
         assert torch.equal(weight, weights_of(again)[name]), name
+
+
+class Told(PrivilegedTeacher):
+    """Reads how many answers there are to a prompt; remembers whose numbers it was not told."""
+
+    def __init__(self, teacher):
+        super().__init__(teacher, "{question}{number}", missing="plain")
+        self.plain = []
+
+    def shape(self, groups):
+        return [[replace(each, context={"number": str(len(group))}) for each in group] for group in groups]
+
+    def score_all(self, batches, request):
+        self.plain += [rollout for batch in batches for rollout in batch.rollouts if not rollout.context]
+        return super().score_all(batches, request)
+
+
+def test_a_teacher_that_sees_groups_sees_those_of_the_round_and_one_that_moves_is_asked_each_time(tmp_path, folders):
+    told, moving = Told(HFTeacher(str(folders[1]))), Told(MovingAverageTeacher())
+    _, notes = fit(tmp_path, folders, 2, teacher_object=told, source=Reuse(1, 2))
+    assert not told.plain and notes.metrics[-1]["train/kept_score_bytes"] > 0
+    _, notes = fit(tmp_path, folders, 2, teacher_object=moving, source=Reuse(1, 2))
+    assert not moving.plain and "train/kept_score_bytes" not in notes.metrics[-1]
 
 
 def test_scores_beyond_the_bound_are_not_kept(tmp_path, folders):

@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import pytest
 from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from toys import make_data, make_module, make_trainer
+from toys import LetterTask, make_data, make_module, make_trainer
 
+from opd_lightning.backends.hf import HFTeacher
 from opd_lightning.objectives import NLL
+from opd_lightning.teachers import Routed
 from opd_lightning.training.checks import check_strategy
 
 
@@ -26,3 +30,27 @@ def test_imitating_oneself_is_warned_about(tmp_path, tiny_qwen3_folder, tiny_tea
     module = make_module(tiny_qwen3_folder, tiny_teacher_folder, objective=NLL())
     with pytest.warns(UserWarning, match=r"NLL imitates the student's own answers .* Set data.source"):
         make_trainer(tmp_path, 1).fit(module, make_data())
+
+
+class Unlabelled(LetterTask):
+    """Held-out problems have no columns."""
+
+    def problems(self, split):
+        found = super().problems(split)
+        return found if split == "train" else [replace(problem, columns={}) for problem in found]
+
+
+def test_training_problems_without_a_teacher_are_refused_before_a_weight_is_loaded(
+    tmp_path, tiny_qwen3_folder, tiny_teacher_folder
+):
+    def module(**options):
+        teacher = Routed({"0": HFTeacher(str(tiny_teacher_folder))}, "level", **options)
+        return make_module(tiny_qwen3_folder, tiny_teacher_folder, teacher_object=teacher)
+
+    unrouted = module()
+    with pytest.raises(ValueError, match=r"problem 'train/1' has 1 in the column 'level'.*Routes: '0'"):
+        make_trainer(tmp_path, 1).fit(unrouted, make_data())
+    assert unrouted.student is None
+    # nobody asks the teacher about held-out problems that are marked
+    routes = dict.fromkeys("012", "0")
+    make_trainer(tmp_path, 1, limit_val_batches=1).fit(module(routes=routes), make_data(task=Unlabelled()))

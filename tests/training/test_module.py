@@ -18,7 +18,7 @@ from opd_lightning.objectives import (
 )
 from opd_lightning.rollouts import comparison
 from opd_lightning.rollouts.batching import collate
-from opd_lightning.teachers import BaseModelTeacher
+from opd_lightning.teachers import BaseModelTeacher, MovingAverageTeacher, PrivilegedTeacher
 from opd_lightning.training.checkpoints import build_student
 from opd_lightning.training.schedules import WarmupDecay
 
@@ -183,6 +183,20 @@ def test_a_step_with_a_non_finite_gradient_is_skipped_and_counted(tmp_path, fold
     assert [metrics["train/skipped_steps"] for metrics in recorder.metrics] == [0, 1, 1]  # max_steps counts real steps
     assert module.weight_version == 2
     assert all(torch.equal(recorder.weights[1][name], weight) for name, weight in recorder.weights[2].items())
+
+
+def test_a_teacher_that_follows_moves_with_each_step_that_was_made_and_is_saved(tmp_path, folders):
+    teacher = PrivilegedTeacher(MovingAverageTeacher(0.5), "{question} {answer}")
+    module = make_module(*folders, objective=NanAt({1}), teacher_object=teacher)
+    with pytest.warns(UserWarning, match="Step skipped"):
+        _, recorder = run(tmp_path, *folders, module=module, steps=2)
+    module.trainer.save_checkpoint(tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["opd_lightning"]["teacher"]["average"]
+    first, second, _ = recorder.weights
+    assert any(not torch.equal(second[name], weight) for name, weight in first.items())
+    for name, last in weights_of(module).items():
+        average = first[name].lerp(second[name], 0.5).lerp(last, 0.5)  # the skipped step in between does not count
+        assert torch.equal(saved[name], average), name
 
 
 def test_a_run_of_non_finite_gradients_stops_with_the_last_good_weights(tmp_path, folders):

@@ -7,8 +7,11 @@ tests/methods/test_<name>.py; tests/methods/test_every_method.py holds all of th
 from opd_lightning.methods.antisd import AntiSelfDistillation
 from opd_lightning.methods.aopd import ForwardKLWhereNegative
 from opd_lightning.methods.eopd import EntropyAware
+from opd_lightning.methods.mad_opd import MeanOverTeachers
 from opd_lightning.methods.minillm import LongReturn
+from opd_lightning.methods.opsd import ClippedForwardKL
 from opd_lightning.methods.reopold import AboveFloorThenUncertain, Floor, RewardFloor
+from opd_lightning.methods.sdpo import DemonstratedOnly, PeerTeacher, SDPOObjective
 from opd_lightning.methods.tropd import AgreementWeight
 from opd_lightning.methods.uni_opd import Margin, MarginMask, MarginShift
 from opd_lightning.methods.veto import Veto
@@ -18,6 +21,8 @@ __all__ = [
     "AboveFloorThenUncertain",
     "AgreementWeight",
     "AntiSelfDistillation",
+    "ClippedForwardKL",
+    "DemonstratedOnly",
     "EntropyAware",
     "Floor",
     "ForwardKLWhereNegative",
@@ -26,6 +31,9 @@ __all__ = [
     "Margin",
     "MarginMask",
     "MarginShift",
+    "MeanOverTeachers",
+    "PeerTeacher",
     "RewardFloor",
+    "SDPOObjective",
     "Veto",
 ]

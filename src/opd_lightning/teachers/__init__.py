@@ -3,5 +3,17 @@
 from opd_lightning.teachers.base_model import BaseModelTeacher
 from opd_lightning.teachers.extrapolated import ExtrapolatedTeacher
 from opd_lightning.teachers.kept_scores import KeptScores
+from opd_lightning.teachers.mixture import MixtureTeacher
+from opd_lightning.teachers.moving_average import MovingAverageTeacher
+from opd_lightning.teachers.privileged import PrivilegedTeacher
+from opd_lightning.teachers.routed import Routed
 
-__all__ = ["BaseModelTeacher", "ExtrapolatedTeacher", "KeptScores"]
+__all__ = [
+    "BaseModelTeacher",
+    "ExtrapolatedTeacher",
+    "KeptScores",
+    "MixtureTeacher",
+    "MovingAverageTeacher",
+    "PrivilegedTeacher",
+    "Routed",
+]

@@ -156,15 +156,22 @@ def check_strategy(trainer: Trainer) -> None:
         )
 
 
-def check_teacher(teacher: Teacher, student: Student, data: OPDDataModule) -> None:
+def check_teacher(teacher: Teacher, student: Student, data: OPDDataModule, reads_held_out: bool = False) -> None:
     """Make sure that the teacher speaks the student's tokens and can read the problems; no weights are read.
+
+    Args:
+        teacher: Not loaded yet.
+        student: Not loaded yet.
+        data: After its `setup`.
+        reads_held_out: Whether it is asked about answers to held-out problems too.
 
     Raises:
         ValueError: It does not, or cannot.
     """
     teacher.preflight(student)
     training = [] if data.stream is None else data.stream.problems
-    teacher.check_problems([*training, *(problem for problems in data.held_out.values() for problem in problems)])
+    held_out = [problem for problems in data.held_out.values() for problem in problems] if reads_held_out else []
+    teacher.check_problems([*training, *held_out])
     check_context("model.teacher: it reads", teacher.context_length, data.longest_prompt, data.sampling)
 
 

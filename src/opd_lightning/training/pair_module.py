@@ -33,6 +33,8 @@ class _ClosesTeacher(Callback):
 class PairModule(StudentModule):
     """Holds a student and a frozen teacher. The teacher is no submodule: no checkpoint or optimiser sees it.
 
+    But what training itself changes in a teacher, a moving average, is in the checkpoint (`Teacher.state_dict`).
+
     Args:
         student: What is trained.
         teacher: Who scores; None where nothing is asked of one.
@@ -68,7 +70,7 @@ class PairModule(StudentModule):
             if (request := self.objective.request()) is not None:
                 self.teacher.check(request)
             self.score_request = add_metrics(request, self.teacher.offer, self.facts_k)
-            check_teacher(self.teacher, self.spec, self.data)
+            check_teacher(self.teacher, self.spec, self.data, self.measures_held_out)
 
     def on_fit_start(self) -> None:
         """Load the teacher beside the student, and tell the data module that the student is there."""
@@ -111,7 +113,7 @@ class PairModule(StudentModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if self.teacher is not None:
+        if self.teacher is not None and (self.trainer.state.fn == "fit" or self.measures_held_out):
             self.teacher.load_state_dict(checkpoint["opd_lightning"].get("teacher", {}))
 
     def give_context(self, rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
