@@ -99,6 +99,14 @@ def test_the_ends_are_the_student_alone_and_the_fixed_answers_alone():
         assert {word for step in range(20) for word in words(step, student_share=0.0, per=per)} == {"fixed"}
 
 
+def test_every_process_takes_the_weights_over_where_one_of_them_may_need_them():
+    for per, synced in (("step", -1), ("prompt", 3)):
+        source = MixedData(Others(), student_share=0.0, per=per)
+        source.setup(Own())
+        source.rollouts(StepPrompts(0, (0,), (Prompt(Problem("a", ()), (1,), (5,)),)), SAMPLING, Live())
+        assert source.engine.weight_version == synced
+
+
 def test_it_says_what_the_fixed_source_says():
     source = MixedData(Others())
     source.setup(Own())

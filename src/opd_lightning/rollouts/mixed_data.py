@@ -85,6 +85,8 @@ class MixedData(RolloutSource):
     @override
     def rollouts(self, step: StepPrompts, sampling: Sampling, student: LiveStudent) -> RolloutBatch:
         is_own = [self.asks_student(step.step, prompt) for prompt in step.prompts]
+        if self.per == "prompt" and not any(is_own):  # other processes may have the student answer: all sync, or none
+            self.engine.sync(student.model, student.weight_version)
         found: dict[bool, list[Rollout]] = {}
         batches: list[RolloutBatch] = []
         for own, source in ((True, self._own), (False, self.fixed)):
