@@ -6,7 +6,9 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from toys import LetterTask, make_data, make_module, make_trainer
 
 from opd_lightning.backends.hf import HFTeacher
-from opd_lightning.objectives import NLL
+from opd_lightning.methods import AntiSelfDistillation
+from opd_lightning.objectives import NLL, SampledTokenObjective
+from opd_lightning.rollouts.horizon import ConstantHorizon
 from opd_lightning.teachers import Routed
 from opd_lightning.training.checks import check_strategy
 
@@ -54,3 +56,23 @@ def test_training_problems_without_a_teacher_are_refused_before_a_weight_is_load
     # nobody asks the teacher about held-out problems that are marked
     routes = dict.fromkeys("012", "0")
     make_trainer(tmp_path, 1, limit_val_batches=1).fit(module(routes=routes), make_data(task=Unlabelled()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"rollouts_per_prompt": 1},
+            r"data\.rollouts_per_prompt: SampledTokenObjective compares .* Set it to 2 or more",
+        ),
+        ({"horizon": ConstantHorizon(2)}, r"data\.horizon: .* Set horizon: null"),
+    ],
+)
+def test_marks_that_cannot_be_compared_are_refused_before_a_weight_is_loaded(
+    tmp_path, tiny_qwen3_folder, tiny_teacher_folder, settings, message
+):
+    objective = SampledTokenObjective(advantage=AntiSelfDistillation())
+    module = make_module(tiny_qwen3_folder, tiny_teacher_folder, objective=objective)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, 1).fit(module, make_data(**settings))
+    assert module.student is None

@@ -27,6 +27,8 @@ class Objective(ABC):
         needs_rollout_log_probs: Whether the losses read the log-probabilities that rollouts were drawn with.
         needs_log_ratios: Whether `shape` reads the extra `log_ratio` of whole rollouts. The teacher is then asked once
             more, before micro-batches are cut.
+        compares_marks: Whether `shape` compares the marks of a prompt's answers with one another: a run without marks,
+            or with one answer per prompt, is refused.
         reads_members: Whether the losses ask a mixture of teachers for each of them (`TeacherScores.members`).
     """
 
@@ -35,6 +37,7 @@ class Objective(ABC):
     value_is_divergence: bool = False
     needs_rollout_log_probs: bool = False
     needs_log_ratios: bool = False
+    compares_marks: bool = False
     reads_members: bool = False
 
     @abstractmethod
@@ -89,9 +92,11 @@ class Advantage(ABC):
 
     Attributes:
         needs_log_ratios: Whether `shape` reads the extra `log_ratio` of whole rollouts (`Objective.needs_log_ratios`).
+        compares_marks: Whether `shape` compares the marks of a prompt's answers with one another.
     """
 
     needs_log_ratios: bool = False
+    compares_marks: bool = False
 
     def shape(self, groups: Sequence[Sequence[Rollout]]) -> Sequence[Sequence[Rollout]]:
         """Look at the step's rollouts as whole groups before they are cut up, as `Objective.shape` does.

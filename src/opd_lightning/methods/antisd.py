@@ -33,6 +33,8 @@ class AntiSelfDistillation(Advantage):
     Source: arXiv 2605.11609.
     """
 
+    compares_marks = True
+
     def __init__(self, weight: float = 0.5) -> None:
         if not weight >= 0:
             raise ValueError(f"advantage.weight: expected a number of at least 0, got {weight}.")

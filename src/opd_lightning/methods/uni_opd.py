@@ -69,6 +69,7 @@ class _ByGroup(Advantage):
     """
 
     needs_log_ratios = True
+    compares_marks = True
 
     def __init__(self, margin: Margin) -> None:
         self.margin = margin

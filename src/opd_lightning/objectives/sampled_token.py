@@ -177,6 +177,7 @@ class SampledTokenObjective(ScoreObjective):
         self.allow_biased_sampling = allow_biased_sampling
         self.chunk_tokens = chunk_tokens
         self.needs_log_ratios = advantage is not None and advantage.needs_log_ratios
+        self.compares_marks = advantage is not None and advantage.compares_marks
         self.needs_rollout_log_probs = importance is not None or self.needs_log_ratios
 
     @override

@@ -69,6 +69,8 @@ def check_fit(
             f"data.selector: {type(data.selector).__name__} learns from rewards, but {type(data.task).__name__} has"
             f" {none_or_some} answers to mark. Use Shuffled (Mixture for a MixedTask), or a task that marks all."
         )
+    if objective.compares_marks:
+        _check_marks(objective, data)
     objective.check_sampling(data.sampling)
     if data.prompts_per_step % trainer.world_size:
         raise ValueError(
@@ -111,6 +113,25 @@ def _check_staleness(objective: Objective, data: OPDDataModule) -> None:
             "model.objective: NLL imitates the student's own answers here, which teaches nothing: its expected gradient"
             " is 0. Set data.source to answers that others wrote: Stored (docs/cold_start.md).",
             stacklevel=2,
+        )
+
+
+def _check_marks(objective: Objective, data: OPDDataModule) -> None:
+    """Refuse runs whose answers an objective cannot compare by their marks.
+
+    Raises:
+        ValueError: There is one answer per prompt, or not every answer is marked.
+    """
+    owner = f"{type(objective).__name__} compares the marks of a prompt's answers"
+    if data.rollouts_per_prompt < 2:
+        raise ValueError(f"data.rollouts_per_prompt: {owner}, and there is one of each. Set it to 2 or more.")
+    if data.horizon is not None:
+        raise ValueError(f"data.horizon: {owner}, and answers that a horizon may cut have none. Set horizon: null.")
+    assert data.stream is not None
+    if not all(map(data.task.can_grade, data.stream.problems)):
+        raise ValueError(
+            f"data.task: {owner}, but {type(data.task).__name__} does not mark those of all its problems. Use a task"
+            " that does, or another objective."
         )
 
 
