@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from opd_lightning.backends.hf.weightless import is_weightless
 from opd_lightning.interfaces import LinearHead
 from opd_lightning.interfaces.modes import evaluation_mode
 
@@ -133,6 +134,8 @@ def verify_anatomy(model: nn.Module, argument: str, *, generates: bool) -> None:
         ValueError: This architecture does more than body and head, or does not take masks, positions or our cache.
     """
     _check_head(model, argument)
+    if is_weightless():
+        return
     lm = causal_lm(model)
     name = type(lm).__name__
     try:

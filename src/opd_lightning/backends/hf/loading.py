@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from opd_lightning.backends.hf.weightless import blank_model, is_weightless
 from opd_lightning.sandbox import resolve
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -145,6 +146,8 @@ def load_model(
     Raises:
         ValueError: Files are missing, damaged or do not fit the configuration, or a setting is not known.
     """
+    if is_weightless():
+        return blank_model(load_config(source), DTYPES.get(dtype, dtype), attn_implementation)
     source.check()
     options: dict[str, Any] = {"dtype": DTYPES.get(dtype, dtype)}
     what = "weights"

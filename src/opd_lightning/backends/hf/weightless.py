@@ -1,0 +1,45 @@
+"""Models without weights: what `load` and `setup` give while tensors have shapes only, for planning.
+
+Inside `without_data` every tensor that torch makes is one of its fake tensors: shape, dtype and device, no memory. A
+model is then built from its configuration alone, so neither weight files nor memory nor the hardware are needed, and
+everything that runs on it runs the code of a real step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode  # as torch's own documentation imports it
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+@contextmanager
+def without_data() -> Iterator[None]:
+    """Within, tensors have shapes and no data."""
+    with FakeTensorMode():
+        yield
+
+
+def is_weightless() -> bool:
+    """Whether tensors have no data just now."""
+    return active_fake_mode() is not None
+
+
+def blank_model(config: PreTrainedConfig, dtype: torch.dtype | str, attn_implementation: str | None) -> Any:
+    """A model of that configuration, in evaluation mode, whose weights were not read and are not there."""
+    if dtype == "auto":
+        dtype = config.get_text_config(decoder=True).dtype or torch.float32
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, **options).eval()
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder has files of a tokenizer."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)

@@ -1,0 +1,139 @@
+"""This machine as `Hardware`: what it has, asked of it, and what it does in a second, measured in a few."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from opd_lightning.backends.hf import HFStudent
+from opd_lightning.backends.hf.anatomy import body_states
+from opd_lightning.backends.hf.weightless import without_data
+from opd_lightning.planning.counting import OperationCounter
+from opd_lightning.planning.hardware import HARDWARE, Hardware
+
+THIS_MACHINE = "this-machine"
+_MEMORY_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_PHYSICAL = Path("/proc/meminfo")
+_TURNS = 5
+_NEAR_MB = 1.0  # what a core usually has for itself
+
+
+def memory_of(device: torch.device) -> float | None:
+    """Gigabytes that a device has for this process; None where nobody says."""
+    if device.type == "cuda":
+        return 1e-9 * torch.cuda.get_device_properties(device).total_memory
+    limits = [int(text) for path in _MEMORY_FILES if (text := _read(path)).isdigit()]
+    found = [line.split() for line in _read(_PHYSICAL).splitlines() if line.startswith("MemTotal:")]
+    limits += [1024 * int(words[1]) for words in found]
+    return 1e-9 * min(limits) if limits else None
+
+
+def this_machine() -> Hardware:
+    """The first GPU where there is one, else this processor with the threads that torch has now.
+
+    Raises:
+        ValueError: It does not say how much memory it has.
+    """
+    if torch.cuda.is_available():
+        return _this_gpu()
+    memory_gb = memory_of(torch.device("cpu"))
+    if memory_gb is None:
+        raise ValueError("hardware: this machine does not say how much memory it has. Set --memory_gb.")
+    return Hardware(
+        name=THIS_MACHINE,
+        memory_gb=memory_gb,
+        tflops=_product_tflops(torch.bfloat16),
+        bandwidth_gb_s=_bandwidth_gb_s(2**24),
+        float32_tflops=_product_tflops(torch.float32),
+        source=f"measured here, {torch.get_num_threads()} thread(s)",
+        is_gpu=False,
+        attention_tflops=_attention_tflops(),
+        cache_mb=_NEAR_MB,
+        cache_gb_s=_bandwidth_gb_s(2**16),
+        giga_entries_s=_giga_entries_s(),
+        call_us=_call_us(),
+    )
+
+
+def _this_gpu() -> Hardware:
+    properties = torch.cuda.get_device_properties(0)
+    kinds = [each for each in HARDWARE.values() if each.name.partition("-")[0] in properties.name]
+    if not kinds:
+        raise ValueError(
+            f"hardware: nothing is known here of {properties.name!r}. Set --memory_gb, --tflops and --bandwidth_gb_s."
+        )
+    memory_gb = 1e-9 * properties.total_memory
+    return min(kinds, key=lambda each: abs(each.memory_gb - memory_gb))
+
+
+def _read(path: Path) -> str:
+    return path.read_text().strip() if path.is_file() else ""
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Processor time, in the median turn; all threads' together, divided by their number."""
+    work()
+    turns = []
+    for _ in range(_TURNS):
+        started = time.process_time()
+        work()
+        turns.append(time.process_time() - started)
+    return statistics.median(turns) / torch.get_num_threads()
+
+
+def _product_tflops(dtype: torch.dtype, num_rows: int = 1024, width: int = 512) -> float:
+    left, right = torch.ones(num_rows, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
+    return 1e-12 * 2 * num_rows * width * width / _seconds(lambda: left @ right)
+
+
+def _attention_tflops(rows: int = 4, heads: int = 4, length: int = 256, size: int = 64) -> float:
+    states = torch.ones(rows, heads, length, size)
+    mask = torch.ones(rows, 1, length, length, dtype=torch.bool)
+    flops = 4 * rows * heads * length * length * size
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return 1e-12 * flops / _seconds(lambda: attend(states, states, states, attn_mask=mask))
+
+
+def _bandwidth_gb_s(num_entries: int) -> float:
+    """Of a sum of two tensors, written to a third."""
+    left, right, out = torch.ones(num_entries), torch.ones(num_entries), torch.empty(num_entries)
+    times = max(1, 2**22 // num_entries)
+
+    def work() -> None:
+        for _ in range(times):
+            torch.add(left, right, out=out)
+
+    return 1e-9 * 3 * 4 * num_entries * times / _seconds(work)
+
+
+def _giga_entries_s(num_entries: int = 2**16, times: int = 16) -> float:
+    given, out = torch.ones(num_entries), torch.empty(num_entries)
+
+    def work() -> None:
+        for _ in range(times):
+            torch.exp(given, out=out)
+
+    return 1e-9 * num_entries * times / _seconds(work)
+
+
+def _call_us() -> float:
+    """What an operation takes that has next to nothing to do, with what Python and autograd do for it."""
+    student = HFStudent("sandbox:student")
+    with without_data(), OperationCounter(lambda operation: 0.0) as counter:
+        model = student.load()
+        counter.restart()
+        _pass(model)
+        num_calls = counter.num_calls
+    model = student.load()
+    return 1e6 * _seconds(lambda: _pass(model)) / num_calls
+
+
+def _pass(model: torch.nn.Module) -> None:
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    states: Tensor = body_states(model, ids, torch.ones_like(ids), ids)
+    states.sum().backward()  # type: ignore[no-untyped-call]

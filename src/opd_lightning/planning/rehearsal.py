@@ -1,0 +1,294 @@
+"""A step of the training, rehearsed on tensors without data: what each part of it holds and how long it takes.
+
+The code that runs is that of the step: the models, the loss in one pass, gradient checkpointing, the optimiser. What
+is left out is what needs data, the choice of tokens and of problems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opd_lightning.backends.hf.anatomy import body_states, decoder_config
+from opd_lightning.backends.hf.cache import RoomyCache
+from opd_lightning.backends.hf.weightless import without_data
+from opd_lightning.interfaces import (
+    MicroBatch,
+    Objective,
+    ResponseTokens,
+    Sampling,
+    ScoreRequest,
+    Student,
+    Teacher,
+    TeacherScores,
+)
+from opd_lightning.interfaces.modes import evaluation_mode
+from opd_lightning.objectives import compare_in_chunks
+from opd_lightning.planning.counting import OperationCounter
+from opd_lightning.planning.hardware import Hardware
+from opd_lightning.rollouts.sampling import draw_tokens
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is rehearsed: the step of one process.
+
+    Attributes:
+        student: What is trained.
+        make_optimizer: Of its trained weights.
+        objective: What is minimised.
+        teacher: A teacher in this process; None without one.
+        request: What it is asked.
+        prompt_tokens: Of the longest prompt.
+        response_tokens: Of every answer.
+        num_rollouts: Answers of a step.
+        rollouts_per_prompt: Answers to each prompt.
+        max_tokens: Most padded tokens of a micro-batch.
+        facts_k: Size of the top-k lists of the facts.
+        counts_alike: Whether all tokens do.
+        in_bfloat16: Whether products run under bfloat16 autocast.
+        sampling: How tokens are drawn.
+        engine_rows: Answers generated at once in this process; 0 where it does not generate.
+        num_copies: Copies of the trained weights beside them, between steps.
+    """
+
+    student: Student
+    make_optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+    objective: Objective
+    teacher: Teacher | None
+    request: ScoreRequest | None
+    prompt_tokens: int
+    response_tokens: int
+    num_rollouts: int
+    rollouts_per_prompt: int = 1
+    max_tokens: int = 16384
+    facts_k: int = 16
+    counts_alike: bool = True
+    in_bfloat16: bool = False
+    sampling: Sampling = field(default_factory=Sampling)
+    engine_rows: int = 256
+    num_copies: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of a whole rollout."""
+        return self.prompt_tokens + self.response_tokens
+
+    @property
+    def rows(self) -> int:
+        """Rollouts of the largest micro-batch."""
+        return max(1, min(self.num_rollouts, self.max_tokens // self.length))
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of a step."""
+        return -(-self.num_rollouts // self.rows)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of the training."""
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.in_bfloat16)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the step.
+
+    Attributes:
+        name: As in `train/seconds/*`.
+        peak: Bytes held at its worst moment, by what holds them.
+        seconds: Of the whole step's.
+        flops: Of matrix products, of the whole step.
+        bytes: Read and written, of the whole step.
+        num_calls: Operations of torch, of the whole step.
+    """
+
+    name: str
+    peak: Mapping[str, int]
+    seconds: float
+    flops: float
+    bytes: float
+    num_calls: float
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.peak.values())
+
+
+def rehearse(case: Case, hardware: Hardware) -> list[Phase]:
+    """The parts of a step from the second on, as the hardware would run them.
+
+    Raises:
+        ValueError: A model is not there, or is none that can be trained here.
+    """
+    with without_data(), OperationCounter(hardware.seconds) as counter:
+        return list(_Rehearsal(case, counter).phases())
+
+
+class _Rehearsal:
+    def __init__(self, case: Case, counter: OperationCounter) -> None:
+        self._case, self._counter = case, counter
+        with counter.part("student weights"):
+            self._model = case.student.load()
+        for each in (*self._model.parameters(), *self._model.buffers()):
+            counter.assign(each, "student weights")
+        self._trained = [each for each in self._model.parameters() if each.requires_grad]
+
+    def phases(self) -> Iterator[Phase]:
+        case, counter = self._case, self._counter
+        optimizer = case.make_optimizer(self._trained)
+        self._make_gradients()
+        with counter.part("optimizer state"):
+            optimizer.step()
+        with counter.part("EffOPD's copies"):
+            copies = [torch.empty_like(each) for each in self._trained for _ in range(case.num_copies)]
+        if case.teacher is not None:
+            with counter.part("teacher weights"):
+                case.teacher.setup(case.student, self._model, CPU)
+        with self._measured("optimizer") as found:
+            nn.utils.clip_grad_norm_(self._trained, 1.0)
+            optimizer.step()
+        optimizer_phase = found[0]
+        optimizer.zero_grad()
+        if case.engine_rows:
+            yield self._generation()
+        if case.num_micro_batches > 1:
+            self._make_gradients()
+        yield from self._training()
+        yield optimizer_phase
+        del copies
+
+    def _make_gradients(self) -> None:
+        with self._counter.part("gradients"):
+            for each in self._trained:
+                each.grad = torch.empty_like(each)
+
+    @contextmanager
+    def _measured(self, name: str, times: float = 1.0) -> Iterator[list[Phase]]:
+        """Fill a list with the phase that the block is, so many times."""
+        found: list[Phase] = []
+        counter = self._counter
+        counter.restart()
+        with counter.part("activations"), self._case.autocast():
+            yield found
+        peak = {part: size for part, size in counter.peak.items() if size}
+        work = (counter.seconds, counter.flops, counter.bytes, counter.num_calls)
+        found.append(Phase(name, peak, *(times * each for each in work)))
+
+    # ------------------------------------------------------------------------------------------------------ generation
+
+    def _generation(self) -> Phase:
+        """Prompts once each, then the first token and the last one; those between take as long on average."""
+        case = self._case
+        rows = min(case.engine_rows, case.num_rollouts)
+        num_batches = case.num_rollouts / rows
+        with torch.no_grad(), evaluation_mode(self._model):
+            first = self._token(rows, case.prompt_tokens, num_batches * case.response_tokens / 2)
+            last = self._token(rows, case.length - 1, num_batches * case.response_tokens / 2)
+            with self._measured("generate", num_batches) as found:
+                num_prompts = max(1, rows // case.rollouts_per_prompt)
+                states = self._run(torch.zeros(num_prompts, case.prompt_tokens, dtype=torch.int64), case.prompt_tokens)
+                del states
+        parts = [first, last, found[0]]
+        return Phase(
+            "generate",
+            max(parts, key=lambda part: part.total).peak,
+            *(sum(getattr(part, name) for part in parts) for name in ("seconds", "flops", "bytes", "num_calls")),
+        )
+
+    def _token(self, rows: int, num_seen: int, times: float) -> Phase:
+        """One token for each row, after so many."""
+        case, counter = self._case, self._counter
+        most = case.length
+        with counter.part("keys and values"), case.autocast():
+            cache = RoomyCache(decoder_config(self._model), "cpu", most=most)
+            self._run(torch.zeros(rows, num_seen - 1, dtype=torch.int64), num_seen - 1, cache)
+            head = case.student.head(self._model)
+        uniforms = torch.zeros(rows, dtype=torch.float64)
+        with self._measured("generate", times) as found:
+            states = self._run(torch.zeros(rows, 1, dtype=torch.int64), num_seen, cache)
+            draw_tokens(head(states[:, -1]), uniforms, case.sampling)
+        return found[0]
+
+    def _run(self, input_ids: Tensor, num_seen: int, cache: RoomyCache | None = None) -> Tensor:
+        if cache is None:
+            cache = RoomyCache(decoder_config(self._model), "cpu", most=self._case.length)
+        mask = torch.ones(len(input_ids), num_seen, dtype=torch.int64)
+        positions = torch.zeros_like(input_ids)
+        return body_states(self._model, input_ids, mask, positions, cache)
+
+    # -------------------------------------------------------------------------------------------------------- training
+
+    def _training(self) -> Iterator[Phase]:
+        """The largest micro-batch; as many times as the step's rollouts fill it."""
+        case, counter = self._case, self._counter
+        times = case.num_rollouts / case.rows
+        batch = _micro_batch(case)
+        for each in self._trained:
+            each.register_post_accumulate_grad_hook(lambda weight: counter.assign(weight.grad, "gradients"))
+        scores = None
+        if case.teacher is not None and case.request is not None:
+            with self._measured("teacher", times) as found:
+                scores = case.teacher.score(batch, case.request)
+            yield found[0]
+        with self._measured("student", times) as found:
+            hidden = case.student.hidden_states(self._model, batch)
+        forward = found[0]
+        loss, gradient = self._loss(hidden.detach(), batch, scores, times)
+        with self._measured("student", times) as found:
+            hidden.backward(gradient)
+        parts = [forward, loss, found[0]]
+        yield Phase(
+            "student",
+            max(parts, key=lambda part: part.total).peak,
+            *(sum(getattr(part, name) for part in parts) for name in ("seconds", "flops", "bytes", "num_calls")),
+        )
+
+    def _loss(
+        self, hidden: Tensor, batch: MicroBatch, scores: TeacherScores | None, times: float
+    ) -> tuple[Phase, Tensor]:
+        """One chunk of it, and the gradient of all hidden states; further chunks take as long and use its memory."""
+        case = self._case
+        num_tokens = min(len(hidden), case.objective.chunk_tokens)
+        gradient = torch.empty_like(hidden)
+        chunk = hidden[:num_tokens].clone().requires_grad_()
+        with self._measured("student", times * len(hidden) / num_tokens) as found, self._counter.part("loss"):
+            losses = compare_in_chunks(
+                chunk,
+                case.student.head(self._model),
+                case.objective,
+                None if scores is None else scores.slice(0, num_tokens),
+                batch.tokens[slice(0, num_tokens)],
+                asked=case.request,
+                facts_k=case.facts_k,
+                counts_alike=case.counts_alike,
+            ).losses
+            losses.sum().backward()
+        return found[0], gradient
+
+
+def _micro_batch(case: Case) -> MicroBatch:
+    """The largest one of the step, of rollouts that are all as long as they may be."""
+    rows, length, num_tokens = case.rows, case.length, case.rows * case.response_tokens
+    ids = torch.zeros(num_tokens, dtype=torch.int64)
+    return MicroBatch(
+        input_ids=torch.zeros(rows, length, dtype=torch.int64),
+        attention_mask=torch.ones(rows, length, dtype=torch.int64),
+        position_ids=torch.zeros(rows, length, dtype=torch.int64),
+        rows=ids,
+        columns=ids.clone(),
+        tokens=ResponseTokens(ids.clone(), torch.zeros(num_tokens), ids.clone()),
+        rollouts=(),
+    )
+
+
+def with_response(case: Case, response_tokens: int) -> Case:
+    """The same with answers of another length."""
+    return replace(case, response_tokens=response_tokens)
