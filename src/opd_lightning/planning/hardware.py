@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from bisect import bisect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _LIKELY_SHARE = 0.6  # of the peak that matrix products of a step reach on a GPU: an assumption
@@ -15,7 +17,8 @@ class Operation:
     Attributes:
         flops: Of matrix products; 0 for everything else.
         bytes: Read and written.
-        entries: Results of exponentials, logarithms and their like.
+        entries: Results of exponentials, logarithms and their like, in units of a SiLU.
+        rows: Of the left factor of a product.
         is_low: Products of 16-bit numbers.
         is_attention: Products of keys, queries and values in one kernel.
     """
@@ -23,13 +26,14 @@ class Operation:
     flops: float = 0
     bytes: float = 0
     entries: float = 0
+    rows: int = 0
     is_low: bool = False
     is_attention: bool = False
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device.
+    """One device. What a data sheet does not say is 0, and then is not counted.
 
     Attributes:
         name: What it is called.
@@ -39,10 +43,10 @@ class Hardware:
         float32_tflops: The same of float32 products.
         source: Who says so.
         is_gpu: Whether it is one.
-        attention_tflops: Of attention kernels; 0 takes those of products.
-        cache_mb: Tensors up to this size are read from its cache; 0 for no difference.
-        cache_gb_s: Gigabytes a second from and to that cache.
-        giga_entries_s: 10^9 exponentials a second; 0 for as many as memory brings.
+        attention_tflops: Of attention kernels.
+        half_rows: Products of so many rows run at half that speed.
+        bandwidths: (megabytes, gigabytes a second) of operations that read and write so much, smallest first.
+        giga_entries_s: 10^9 SiLUs a second.
         call_us: Microseconds that an operation takes at least.
     """
 
@@ -54,31 +58,39 @@ class Hardware:
     source: str
     is_gpu: bool = True
     attention_tflops: float = 0.0
-    cache_mb: float = 0.0
-    cache_gb_s: float = 0.0
+    half_rows: float = 0.0
+    bandwidths: Sequence[tuple[float, float]] = ()
     giga_entries_s: float = 0.0
     call_us: float = 8.0
 
-    @property
-    def is_measured(self) -> bool:
-        """Whether its numbers were measured here, and are no peaks of a data sheet."""
-        return not self.is_gpu
-
     def seconds(self, operation: Operation) -> float:
-        """What an operation takes, at least its call: products by their operations or their bytes, others by bytes."""
-        is_near = self.cache_mb > 0 and operation.bytes <= 1e6 * self.cache_mb
-        passing = operation.bytes / (1e9 * (self.cache_gb_s if is_near else self.bandwidth_gb_s))
-        if operation.flops:
-            rate = self.tflops if operation.is_low else self.float32_tflops
-            if operation.is_attention and self.attention_tflops:
-                rate = self.attention_tflops
-            share = _LIKELY_SHARE if self.is_gpu else 1.0
-            working = max(operation.flops / (1e12 * rate * share), passing)
-        elif self.giga_entries_s:
-            working = passing + operation.entries / (1e9 * self.giga_entries_s)
-        else:
-            working = passing
-        return max(working, 1e-6 * self.call_us) if self.is_gpu else working + 1e-6 * self.call_us
+        """What an operation takes.
+
+        On a processor the parts add up: the call, the products, the bytes and the exponentials. A GPU is asked for the
+        next operation while it works, and multiplies while it reads: the longest of call, products and bytes.
+        """
+        passing = operation.bytes / (1e9 * self._bandwidth(1e-6 * operation.bytes))
+        calling = 1e-6 * self.call_us
+        rate = self.tflops if operation.is_low else self.float32_tflops
+        if operation.is_attention:
+            rate = self.attention_tflops or rate
+        elif operation.rows:
+            rate *= operation.rows / (operation.rows + self.half_rows)
+        multiplying = operation.flops / (1e12 * rate)
+        if self.is_gpu:
+            return max(calling, multiplying / _LIKELY_SHARE, passing)
+        computing = operation.entries / (1e9 * self.giga_entries_s) if self.giga_entries_s else 0.0
+        return calling + multiplying + passing + computing
+
+    def _bandwidth(self, megabytes: float) -> float:
+        if not self.bandwidths or megabytes <= 0:
+            return self.bandwidth_gb_s
+        sizes, speeds = zip(*self.bandwidths, strict=True)
+        place = bisect(sizes, megabytes)
+        if place in (0, len(sizes)):
+            return float(speeds[max(0, place - 1)])
+        share = math.log(megabytes / sizes[place - 1]) / math.log(sizes[place] / sizes[place - 1])
+        return float(speeds[place - 1] * (speeds[place] / speeds[place - 1]) ** share)
 
 
 def _nvidia(

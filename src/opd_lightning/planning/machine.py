@@ -20,7 +20,8 @@ THIS_MACHINE = "this-machine"
 _MEMORY_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _PHYSICAL = Path("/proc/meminfo")
 _TURNS = 5
-_NEAR_MB = 1.0  # what a core usually has for itself
+_FEW_ROWS = 32
+_SIZES = (2**14, 2**16, 2**18, 2**20, 2**21, 2**22, 2**23, 2**24)  # entries: from the cache of a core to its memory
 
 
 def memory_of(device: torch.device) -> float | None:
@@ -44,17 +45,19 @@ def this_machine() -> Hardware:
     memory_gb = memory_of(torch.device("cpu"))
     if memory_gb is None:
         raise ValueError("hardware: this machine does not say how much memory it has. Set --memory_gb.")
+    bandwidths = [(1e-6 * 3 * 4 * size, _bandwidth_gb_s(size)) for size in _SIZES]
+    float32_tflops = _product_tflops(torch.float32)
     return Hardware(
         name=THIS_MACHINE,
         memory_gb=memory_gb,
         tflops=_product_tflops(torch.bfloat16),
-        bandwidth_gb_s=_bandwidth_gb_s(2**24),
-        float32_tflops=_product_tflops(torch.float32),
+        bandwidth_gb_s=bandwidths[-1][1],
+        float32_tflops=float32_tflops,
         source=f"measured here, {torch.get_num_threads()} thread(s)",
         is_gpu=False,
         attention_tflops=_attention_tflops(),
-        cache_mb=_NEAR_MB,
-        cache_gb_s=_bandwidth_gb_s(2**16),
+        half_rows=_FEW_ROWS * max(0.0, float32_tflops / _product_tflops(torch.float32, _FEW_ROWS) - 1),
+        bandwidths=bandwidths,
         giga_entries_s=_giga_entries_s(),
         call_us=_call_us(),
     )
@@ -88,10 +91,16 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def _product_tflops(dtype: torch.dtype, num_rows: int = 1024, width: int = 512) -> float:
     left, right = torch.ones(num_rows, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
-    return 1e-12 * 2 * num_rows * width * width / _seconds(lambda: left @ right)
+    times = max(1, 1024 // num_rows)
+
+    def work() -> None:
+        for _ in range(times):
+            torch.nn.functional.linear(left, right)
+
+    return 1e-12 * 2 * num_rows * width * width * times / _seconds(work)
 
 
-def _attention_tflops(rows: int = 4, heads: int = 4, length: int = 256, size: int = 64) -> float:
+def _attention_tflops(rows: int = 8, heads: int = 6, length: int = 128, size: int = 64) -> float:
     states = torch.ones(rows, heads, length, size)
     mask = torch.ones(rows, 1, length, length, dtype=torch.bool)
     flops = 4 * rows * heads * length * length * size
@@ -100,23 +109,23 @@ def _attention_tflops(rows: int = 4, heads: int = 4, length: int = 256, size: in
 
 
 def _bandwidth_gb_s(num_entries: int) -> float:
-    """Of a sum of two tensors, written to a third."""
-    left, right, out = torch.ones(num_entries), torch.ones(num_entries), torch.empty(num_entries)
+    """Of a sum of two tensors, in memory that the system gives for it, as a step's results are."""
+    left, right = torch.ones(num_entries), torch.ones(num_entries)
     times = max(1, 2**22 // num_entries)
 
     def work() -> None:
         for _ in range(times):
-            torch.add(left, right, out=out)
+            torch.add(left, right)
 
     return 1e-9 * 3 * 4 * num_entries * times / _seconds(work)
 
 
 def _giga_entries_s(num_entries: int = 2**16, times: int = 16) -> float:
-    given, out = torch.ones(num_entries), torch.empty(num_entries)
+    given = torch.ones(num_entries)
 
     def work() -> None:
         for _ in range(times):
-            torch.exp(given, out=out)
+            torch.nn.functional.silu(given)
 
     return 1e-9 * num_entries * times / _seconds(work)
 

@@ -6,9 +6,10 @@ is left out is what needs data, the choice of tokens and of problems.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from opd_lightning.backends.hf.weightless import without_data
 from opd_lightning.interfaces import (
     MicroBatch,
     Objective,
+    Problem,
     ResponseTokens,
+    Rollout,
     Sampling,
     ScoreRequest,
     Student,
@@ -34,6 +37,7 @@ from opd_lightning.planning.hardware import Hardware
 from opd_lightning.rollouts.sampling import draw_tokens
 
 CPU = torch.device("cpu")
+_ENTRIES = 2**18  # logits of four blocks of the loss
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Case:
         sampling: How tokens are drawn.
         engine_rows: Answers generated at once in this process; 0 where it does not generate.
         num_copies: Copies of the trained weights beside them, between steps.
+        extras: Names of what the objective attaches to tokens.
     """
 
     student: Student
@@ -75,6 +80,7 @@ class Case:
     sampling: Sampling = field(default_factory=Sampling)
     engine_rows: int = 256
     num_copies: int = 0
+    extras: Sequence[str] = ()
 
     @property
     def length(self) -> int:
@@ -135,6 +141,7 @@ def rehearse(case: Case, hardware: Hardware) -> list[Phase]:
 class _Rehearsal:
     def __init__(self, case: Case, counter: OperationCounter) -> None:
         self._case, self._counter = case, counter
+        self._teacher = copy.copy(case.teacher)  # the copy keeps the model that is none
         with counter.part("student weights"):
             self._model = case.student.load()
         for each in (*self._model.parameters(), *self._model.buffers()):
@@ -149,9 +156,9 @@ class _Rehearsal:
             optimizer.step()
         with counter.part("EffOPD's copies"):
             copies = [torch.empty_like(each) for each in self._trained for _ in range(case.num_copies)]
-        if case.teacher is not None:
+        if self._teacher is not None:
             with counter.part("teacher weights"):
-                case.teacher.setup(case.student, self._model, CPU)
+                self._teacher.setup(case.student, self._model, CPU)
         with self._measured("optimizer") as found:
             nn.utils.clip_grad_norm_(self._trained, 1.0)
             optimizer.step()
@@ -234,9 +241,9 @@ class _Rehearsal:
         for each in self._trained:
             each.register_post_accumulate_grad_hook(lambda weight: counter.assign(weight.grad, "gradients"))
         scores = None
-        if case.teacher is not None and case.request is not None:
+        if self._teacher is not None and case.request is not None:
             with self._measured("teacher", times) as found:
-                scores = case.teacher.score(batch, case.request)
+                scores = self._teacher.score(batch, case.request)
             yield found[0]
         with self._measured("student", times) as found:
             hidden = case.student.hidden_states(self._model, batch)
@@ -254,12 +261,31 @@ class _Rehearsal:
     def _loss(
         self, hidden: Tensor, batch: MicroBatch, scores: TeacherScores | None, times: float
     ) -> tuple[Phase, Tensor]:
-        """One chunk of it, and the gradient of all hidden states; further chunks take as long and use its memory."""
-        case = self._case
-        num_tokens = min(len(hidden), case.objective.chunk_tokens)
+        """The loss, and the gradient of all hidden states.
+
+        Further chunks take as long and use the memory of the first one. A chunk is many blocks of a few rows, all
+        alike: two numbers of blocks tell what all of them hold and take.
+        """
+        num_all = len(hidden)
+        num_tokens = min(num_all, self._case.objective.chunk_tokens)
         gradient = torch.empty_like(hidden)
+        few = max(4, _ENTRIES // self._case.student.tokenizer.vocab_size)
+        if num_tokens <= 2 * few:
+            return self._loss_of(num_tokens, hidden, batch, scores, times * num_all / num_tokens), gradient
+        some, more = (self._loss_of(num, hidden, batch, scores, 1.0) for num in (few, 2 * few))
+        peak = {part: _line(some.peak.get(part, 0), more.peak[part], num_tokens / few) for part in more.peak}
+        work = [
+            times * _line(getattr(some, name), getattr(more, name), num_all / few)
+            for name in ("seconds", "flops", "bytes", "num_calls")
+        ]
+        return Phase("student", {part: int(size) for part, size in peak.items()}, *work), gradient
+
+    def _loss_of(
+        self, num_tokens: int, hidden: Tensor, batch: MicroBatch, scores: TeacherScores | None, times: float
+    ) -> Phase:
+        case = self._case
         chunk = hidden[:num_tokens].clone().requires_grad_()
-        with self._measured("student", times * len(hidden) / num_tokens) as found, self._counter.part("loss"):
+        with self._measured("student", times) as found, self._counter.part("loss"):
             losses = compare_in_chunks(
                 chunk,
                 case.student.head(self._model),
@@ -271,24 +297,26 @@ class _Rehearsal:
                 counts_alike=case.counts_alike,
             ).losses
             losses.sum().backward()
-        return found[0], gradient
+        return found[0]
+
+
+def _line(at_one: float, at_two: float, place: float) -> float:
+    """Where the line through two points is at a third."""
+    return at_one + (at_two - at_one) * (place - 1)
 
 
 def _micro_batch(case: Case) -> MicroBatch:
     """The largest one of the step, of rollouts that are all as long as they may be."""
     rows, length, num_tokens = case.rows, case.length, case.rows * case.response_tokens
-    ids = torch.zeros(num_tokens, dtype=torch.int64)
+    ids, zeros = torch.zeros(num_tokens, dtype=torch.int64), torch.zeros(num_tokens)
+    rollout = Rollout(Problem("", ()), ids, ids, zeros, finished=True, seed=0)
     return MicroBatch(
         input_ids=torch.zeros(rows, length, dtype=torch.int64),
         attention_mask=torch.ones(rows, length, dtype=torch.int64),
         position_ids=torch.zeros(rows, length, dtype=torch.int64),
         rows=ids,
         columns=ids.clone(),
-        tokens=ResponseTokens(ids.clone(), torch.zeros(num_tokens), ids.clone()),
-        rollouts=(),
+        tokens=ResponseTokens(ids.clone(), zeros, ids.clone(), dict.fromkeys(case.extras, zeros)),
+        rollouts=(rollout,) * rows,
     )
 
-
-def with_response(case: Case, response_tokens: int) -> Case:
-    """The same with answers of another length."""
-    return replace(case, response_tokens=response_tokens)

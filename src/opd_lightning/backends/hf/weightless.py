@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode  # as torch's own documentation imports it
 from transformers import AutoModelForCausalLM, PreTrainedConfig
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 @contextmanager
@@ -38,8 +35,3 @@ def blank_model(config: PreTrainedConfig, dtype: torch.dtype | str, attn_impleme
         dtype = config.get_text_config(decoder=True).dtype or torch.float32
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     return AutoModelForCausalLM.from_config(config, dtype=dtype, **options).eval()
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a model folder has files of a tokenizer."""
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)

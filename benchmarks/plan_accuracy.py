@@ -1,0 +1,295 @@
+"""Does `plan` say what a step then takes? Memory and processor time of whole fits beside what was planned.
+
+Every setting is planned and then run: two steps of a real fit, twice, each in a process of its own (forked: one thread
+only). In the first, memory that is let go goes back to the system at once (`mallopt`), so that the resident memory of
+the process, the figure that `model.measure_memory` logs, is that of its tensors; what was resident before the models
+were loaded is taken off. The second has the system's ordinary allocator and is for the seconds, in processor time, of
+the second step. Its peak is written down too.
+
+Command: python benchmarks/plan_accuracy.py [SETTING ...]; python benchmarks/plan_accuracy.py table
+"""
+
+import ctypes
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results" / "plan_accuracy_cpu-2core.json"
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # mallopt(3)
+PARTS = ("generate", "teacher", "student", "optimizer")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of a model."""
+
+    hidden: int
+    layers: int
+    heads: int
+    family: str = "qwen3"
+
+
+SIZES = {
+    "3M": Size(192, 6, 4),
+    "13M": Size(384, 8, 6),
+    "34M": Size(512, 12, 8),
+    "13M-llama": Size(384, 8, 6, "llama"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A step."""
+
+    student: str = "13M"
+    teacher: str | None = "13M"
+    vocabulary: int = 8192
+    prompt: int = 32
+    response: int = 64
+    rollouts: int = 16
+    max_tokens: int = 16384
+    lora: int = 0
+    checkpointing: bool = False
+    optimizer: str = "AdamW"
+    objective: str = "reverse_kl"
+    effopd: bool = False
+
+
+SETTINGS = {
+    "plain": Setting(),
+    "larger teacher": Setting(teacher="34M"),
+    "smaller student": Setting(student="3M"),
+    "larger student": Setting(student="34M", rollouts=8),
+    "no teacher's vocabulary: sampled tokens": Setting(objective="sampled"),
+    "large vocabulary": Setting(vocabulary=32768, rollouts=8),
+    "small micro-batches": Setting(max_tokens=400),
+    "long answers": Setting(response=256, rollouts=4),
+    "many rollouts": Setting(rollouts=40),
+    "checkpointing": Setting(checkpointing=True),
+    "LoRA": Setting(lora=16),
+    "LoRA, checkpointing": Setting(lora=16, checkpointing=True),
+    "SGD": Setting(optimizer="SGD"),
+    "Adafactor": Setting(optimizer="Adafactor"),
+    "Llama": Setting(student="13M-llama", teacher="13M-llama"),
+    "top 16 of the student": Setting(objective="top_k"),
+    "larger student, SGD, small micro-batches": Setting(student="34M", optimizer="SGD", rollouts=8, max_tokens=200),
+}
+
+
+def make_model(folder: Path, name: str, vocabulary: int) -> Path:
+    """Write a random model and its tokenizer, one character a token, as the hub would hold them."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    target, size = folder / f"{name}-{vocabulary}", SIZES[name]
+    if target.exists():
+        return target
+    config = AutoConfig.for_model(
+        size.family,
+        vocab_size=vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=3 * size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads // 2,
+        head_dim=size.hidden // size.heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(target)
+    letters = {chr(0x4E00 + i): i for i in range(vocabulary)}
+    core = Tokenizer(models.WordLevel(vocab=letters, unk_token=chr(0x4E02)))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=chr(0x4E00),
+        eos_token=chr(0x4E01),
+        unk_token=chr(0x4E02),
+        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(target)
+    return target
+
+
+def make_run(setting: Setting, folder: Path) -> tuple[Any, Any]:
+    """Module and data module of a setting."""
+    from opd_lightning.backends.hf import HFStudent, HFTeacher, LoraSettings
+    from opd_lightning.interfaces import Problem, Sampling, Task
+    from opd_lightning.objectives import DivergenceObjective, SampledTokenObjective, StudentTopK
+    from opd_lightning.training.datamodule import OPDDataModule
+    from opd_lightning.training.module import OPDModule
+
+    class Fixed(Task):
+        def problems(self, split: str) -> list[Problem]:
+            text = "".join(chr(0x4E00 + 3 + i) for i in range(setting.prompt))
+            return [Problem(str(i), ({"role": "user", "content": text},)) for i in range(setting.rollouts)]
+
+    make_optimizer = {
+        "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
+        "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-5),
+        "Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-5),
+    }
+    objectives = {
+        "reverse_kl": DivergenceObjective,
+        "sampled": SampledTokenObjective,
+        "top_k": lambda: DivergenceObjective(StudentTopK(16)),
+    }
+    student = HFStudent(
+        str(make_model(folder, setting.student, setting.vocabulary)),
+        lora=LoraSettings(r=setting.lora) if setting.lora else None,
+        gradient_checkpointing=setting.checkpointing,
+    )
+    teacher = HFTeacher(str(make_model(folder, setting.teacher, setting.vocabulary))) if setting.teacher else None
+    module = OPDModule(
+        student,
+        teacher,
+        objectives[setting.objective](),
+        optimizer=make_optimizer[setting.optimizer],
+        max_tokens_per_micro_batch=setting.max_tokens,
+        measure_memory=True,
+    )
+    sampling = Sampling(max_new_tokens=setting.response, stop_ids=[])
+    return module, OPDDataModule(Fixed(), sampling=sampling, prompts_per_step=setting.rollouts)
+
+
+def plan(setting: Setting, folder: Path, hardware: Any) -> dict[str, Any]:
+    """What is planned: bytes and seconds by part."""
+    from opd_lightning.commands.planned_case import Surroundings, case_of
+    from opd_lightning.planning import rehearse
+
+    module, data = make_run(setting, folder)
+    started = time.process_time()
+    phases = rehearse(case_of(module, data, Surroundings("32-true", 1, ()), setting.prompt), hardware)
+    return {"parts": [asdict(phase) for phase in phases], "planning_seconds": time.process_time() - started}
+
+
+def measure(setting: Setting, folder: Path) -> dict[str, Any]:
+    """Two steps of a fit in this process: bytes above what is resident now, and processor seconds, of the last."""
+    from lightning.pytorch import Callback, Trainer, seed_everything
+
+    from opd_lightning.rollouts import answering, on_policy
+    from opd_lightning.training import stopwatch
+    from opd_lightning.training.peak_memory import PeakMemory
+
+    for module_with_clock in (answering, on_policy, stopwatch):
+        if hasattr(module_with_clock, "time"):
+            module_with_clock.time = SimpleNamespace(perf_counter=time.process_time)
+
+    class Watch(Callback):
+        found: dict[str, Any] = {}
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            metrics = trainer.callback_metrics
+            self.found = {
+                "peaks": {part: 1e9 * gb - resident for part, gb in pl_module.stopwatch.memory_gb.items()},
+                "seconds": {part: float(metrics[f"train/seconds/{part}"]) for part in PARTS if f"train/seconds/{part}" in metrics},
+            }
+
+    def fit(what: Setting, num_steps: int) -> dict[str, Any]:
+        watch = Watch()
+        seed_everything(0, verbose=False)
+        module, data = make_run(what, folder)
+        trainer = Trainer(
+            accelerator="cpu", max_steps=num_steps, max_epochs=-1, limit_val_batches=0, callbacks=[watch], logger=False,
+            enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, log_every_n_steps=1,
+        )  # fmt: skip
+        trainer.fit(module, data)
+        return watch.found
+
+    resident = 0.0
+    small = replace(setting, student="3M", teacher="3M" if setting.teacher else None, rollouts=2, response=8, vocabulary=512)
+    fit(small, 2)  # whatever is imported or set up once is there
+    memory = PeakMemory(torch.device("cpu"))
+    resident = float(memory.read())
+    return fit(setting, 2)
+
+
+def run(setting: Setting, is_tidy: bool, folder: Path) -> dict[str, Any]:
+    """A setting in a process of its own."""
+    target = folder / "measured.json"
+    pid = os.fork()
+    if pid == 0:
+        if is_tidy:
+            library = ctypes.CDLL(None)
+            library.mallopt(MMAP_THRESHOLD, 2**15)
+            library.mallopt(TRIM_THRESHOLD, 2**16)
+        try:
+            target.write_text(json.dumps(measure(setting, folder)))
+        except BaseException:
+            traceback.print_exc()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    found = json.loads(target.read_text())
+    target.unlink()
+    return found
+
+
+def main(names: list[str]) -> None:
+    """Plan and measure; results are written after each setting."""
+    from opd_lightning.planning.machine import this_machine
+
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"settings": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names or SETTINGS:
+            setting = SETTINGS[name]
+            hardware = this_machine()  # anew: others use the machine too
+            row = {"setting": asdict(setting), "hardware": asdict(hardware), "planned": plan(setting, Path(folder), hardware)}
+            row |= {turn: run(setting, turn == "memory", Path(folder)) for turn in ("memory", "seconds")}
+            results["settings"][name] = row
+            results |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            print(line_of(name, row), flush=True)
+
+
+def errors_of(row: dict[str, Any]) -> dict[str, float]:
+    """Planned over measured, less 1: of the highest peak, of the step's seconds, and of its parts."""
+    planned = {part["name"]: part for part in row["planned"]["parts"]}
+    peak = max(sum(part["peak"].values()) for part in planned.values())
+    seconds = row["seconds"]["seconds"]
+    errors = {
+        "memory": peak / max(row["memory"]["peaks"].values()) - 1,
+        "seconds": sum(part["seconds"] for part in planned.values()) / sum(seconds.values()) - 1,
+    }
+    for part in PARTS:
+        if part in seconds and part in planned:
+            errors[part] = planned[part]["seconds"] / seconds[part] - 1
+    return errors
+
+
+def line_of(name: str, row: dict[str, Any]) -> str:
+    """For the table of docs/plan.md."""
+    planned = row["planned"]["parts"]
+    peak = max(sum(part["peak"].values()) for part in planned)
+    errors = errors_of(row)
+    cells = [
+        name,
+        f"{1e-6 * max(row['memory']['peaks'].values()):,.0f}",
+        f"{1e-6 * peak:,.0f}",
+        f"{errors['memory']:+.0%}",
+        f"{sum(row['seconds']['seconds'].values()):.1f}",
+        f"{sum(part['seconds'] for part in planned):.1f}",
+        f"{errors['seconds']:+.0%}",
+        ", ".join(f"{part} {errors[part]:+.0%}" for part in PARTS if part in errors),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["table"]:
+        for name, row in json.loads(RESULTS.read_text())["settings"].items():
+            print(line_of(name, row))
+    else:
+        main(sys.argv[1:])
