@@ -6,7 +6,8 @@ the process, the figure that `model.measure_memory` logs, is that of its tensors
 were loaded is taken off. The second has the system's ordinary allocator and is for the seconds, in processor time, of
 the second step. Its peak is written down too.
 
-Command: python benchmarks/plan_accuracy.py [SETTING ...]; python benchmarks/plan_accuracy.py table
+Command: python benchmarks/plan_accuracy.py [SETTING ...]
+`... replan` plans again for what has been measured, with what was known of the machine then; `... table` prints.
 """
 
 import ctypes
@@ -254,6 +255,18 @@ def main(names: list[str]) -> None:
             print(line_of(name, row), flush=True)
 
 
+def replan() -> None:
+    """Plan again, beside the measurements that are there."""
+    from opd_lightning.planning import Hardware
+
+    results = json.loads(RESULTS.read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        for name, row in results["settings"].items():
+            row["planned"] = plan(SETTINGS[name], Path(folder), Hardware(**row["hardware"]))
+            print(line_of(name, row), flush=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
 def errors_of(row: dict[str, Any]) -> dict[str, float]:
     """Planned over measured, less 1: of the highest peak, of the step's seconds, and of its parts."""
     planned = {part["name"]: part for part in row["planned"]["parts"]}
@@ -291,5 +304,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["table"]:
         for name, row in json.loads(RESULTS.read_text())["settings"].items():
             print(line_of(name, row))
+    elif sys.argv[1:2] == ["replan"]:
+        replan()
     else:
         main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The door: `opd-lightning fit|validate|test|predict|diagnose --config x.yaml`, and the commands without a trainer."""
+"""The door: `opd-lightning fit|validate|test|predict|diagnose|plan --config x.yaml`, and the commands without a trainer."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ from opd_lightning.commands.completion import PrintAndExit, completion_script
 from opd_lightning.commands.diagnose import DiagnosingTrainer
 from opd_lightning.commands.null_settings import check_nulls
 from opd_lightning.commands.parser import PROGRAM, OneLineParser, explain, options_of
+from opd_lightning.commands.plan import PLANNED_ON, PlanningTrainer
+from opd_lightning.commands.plan_line import PlanLine
 from opd_lightning.commands.quiet import be_quiet
 from opd_lightning.commands.report import report, with_runs_named
 from opd_lightning.commands.rollout import RolloutTrainer
@@ -65,7 +67,7 @@ PLAIN_COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "configs": shipped_configs.show_configs,
 }
-OWN_VERBS = ("diagnose", "rollout")
+OWN_VERBS = ("diagnose", "plan", "rollout")
 COMMANDS = ("fit", "validate", "test", "predict", *OWN_VERBS, *PLAIN_COMMANDS)
 DESCRIPTION = f"On-policy distillation of language models. Commands without a trainer: {', '.join(PLAIN_COMMANDS)}."
 DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -82,7 +84,7 @@ def _as_data_seed(seed_everything: bool | int) -> int:
     return seed_everything
 
 
-class OPDTrainer(DiagnosingTrainer, RolloutTrainer):
+class OPDTrainer(DiagnosingTrainer, PlanningTrainer, RolloutTrainer):
     """Lightning's trainer with the verbs of our own."""
 
 
@@ -100,7 +102,7 @@ class OPDCLI(LightningCLI):
             trainer_defaults={
                 "log_every_n_steps": 1,
                 "num_sanity_val_steps": 0,  # StartValidation runs the whole one
-                "callbacks": [StartValidation(), AnswersWriter(), HeldOutMarks(), RescueCheckpoint()],
+                "callbacks": [PlanLine(), StartValidation(), AnswersWriter(), HeldOutMarks(), RescueCheckpoint()],
             },
             parser_class=OneLineParser,
             parser_kwargs={
@@ -159,6 +161,9 @@ class OPDCLI(LightningCLI):
         check_trainer(settings.trainer)
         check_nulls(settings)
         keep_logs_in_root(settings.trainer)
+        if self.config.subcommand == "plan":  # works without the hardware
+            self._asked = {name: settings.trainer[name] for name in PLANNED_ON}
+            settings.trainer.update(Namespace(PLANNED_ON))
         if settings.num_threads:
             torch.set_num_threads(settings.num_threads)
 
@@ -202,6 +207,10 @@ class OPDCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         except TypeError as error:  # settings of the right type for the signature only
             raise ValueError(f"trainer: {error}") from error
+
+    def before_plan(self) -> None:
+        """Tell the trainer what it would be for."""
+        self.trainer.asked = self._asked
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:

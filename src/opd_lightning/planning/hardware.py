@@ -45,7 +45,8 @@ class Hardware:
         is_gpu: Whether it is one.
         attention_tflops: Of attention kernels.
         half_rows: Products of so many rows run at half that speed.
-        bandwidths: (megabytes, gigabytes a second) of operations that read and write so much, smallest first.
+        bandwidths: (megabytes, gigabytes a second) of operations that read and write so much, smallest first, and write
+            to memory that is given them for it.
         giga_entries_s: 10^9 SiLUs a second.
         call_us: Microseconds that an operation takes at least.
     """
@@ -69,7 +70,9 @@ class Hardware:
         On a processor the parts add up: the call, the products, the bytes and the exponentials. A GPU is asked for the
         next operation while it works, and multiplies while it reads: the longest of call, products and bytes.
         """
-        passing = operation.bytes / (1e9 * self._bandwidth(1e-6 * operation.bytes))
+        is_product = operation.flops > 0 and not operation.is_attention  # of weights that nobody has read for long
+        bandwidth = self.bandwidth_gb_s if is_product else self._bandwidth(1e-6 * operation.bytes)
+        passing = operation.bytes / (1e9 * bandwidth)
         calling = 1e-6 * self.call_us
         rate = self.tflops if operation.is_low else self.float32_tflops
         if operation.is_attention:

@@ -51,7 +51,7 @@ def this_machine() -> Hardware:
         name=THIS_MACHINE,
         memory_gb=memory_gb,
         tflops=_product_tflops(torch.bfloat16),
-        bandwidth_gb_s=bandwidths[-1][1],
+        bandwidth_gb_s=_bandwidth_gb_s(_SIZES[-1], is_new=False),
         float32_tflops=float32_tflops,
         source=f"measured here, {torch.get_num_threads()} thread(s)",
         is_gpu=False,
@@ -108,14 +108,15 @@ def _attention_tflops(rows: int = 8, heads: int = 6, length: int = 128, size: in
     return 1e-12 * flops / _seconds(lambda: attend(states, states, states, attn_mask=mask))
 
 
-def _bandwidth_gb_s(num_entries: int) -> float:
-    """Of a sum of two tensors, in memory that the system gives for it, as a step's results are."""
+def _bandwidth_gb_s(num_entries: int, *, is_new: bool = True) -> float:
+    """Of a sum of two tensors, in memory that the system gives for it, as a step's results are, or that is there."""
     left, right = torch.ones(num_entries), torch.ones(num_entries)
+    out = None if is_new else torch.empty(num_entries)
     times = max(1, 2**22 // num_entries)
 
     def work() -> None:
         for _ in range(times):
-            torch.add(left, right)
+            torch.add(left, right, out=out)
 
     return 1e-9 * 3 * 4 * num_entries * times / _seconds(work)
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from opd_lightning.backends.hf.anatomy import body_states, decoder_config
 from opd_lightning.backends.hf.cache import RoomyCache
+from opd_lightning.backends.hf.teacher import HFTeacher
+from opd_lightning.backends.hf.teacher_memory import resting_bytes, saved_bytes
 from opd_lightning.backends.hf.weightless import without_data
 from opd_lightning.interfaces import (
     MicroBatch,
@@ -128,19 +130,56 @@ class Phase:
         return sum(self.peak.values())
 
 
-def rehearse(case: Case, hardware: Hardware) -> list[Phase]:
-    """The parts of a step from the second on, as the hardware would run them.
+@dataclass(frozen=True)
+class Rehearsal:
+    """What became known.
+
+    Attributes:
+        phases: The parts of a step.
+        trained_bytes: Of the trained weights.
+        gathered_bytes: Of the student's weights outside its layers and of one layer: what a device of several that
+            share the weights holds of them at once.
+        resting_bytes: Of the teacher, while it rests in the memory of the processor; None where it stays.
+        saved_bytes: Which the quantised teacher does without.
+    """
+
+    phases: Sequence[Phase]
+    trained_bytes: int
+    gathered_bytes: int
+    resting_bytes: int | None = None
+    saved_bytes: int = 0
+
+
+class NotPlannedError(ValueError):
+    """A model that cannot be rehearsed."""
+
+
+def rehearse(case: Case, hardware: Hardware | None = None) -> Rehearsal:
+    """A step from the second on, as the hardware would run it.
+
+    Args:
+        case: The step.
+        hardware: For the seconds; None asks for memory only, which takes less time to find out.
 
     Raises:
+        NotPlannedError: A model decides by its data what it does.
         ValueError: A model is not there, or is none that can be trained here.
     """
-    with without_data(), OperationCounter(hardware.seconds) as counter:
-        return list(_Rehearsal(case, counter).phases())
+    price = hardware.seconds if hardware is not None else lambda operation: 0.0
+    try:
+        with without_data(), OperationCounter(price) as counter:
+            return _Stage(case, counter, knows_time=hardware is not None).run()
+    except RuntimeError as error:  # what torch says of operations whose results have no size without data
+        reason = str(error).strip().partition("\n")[0]
+        raise NotPlannedError(
+            f"plan: this step cannot be rehearsed without data ({type(error).__name__}: {reason}). Fit it for three"
+            " steps with model.measure_memory: true, which logs train/memory_gb/*."
+        ) from error
 
 
-class _Rehearsal:
-    def __init__(self, case: Case, counter: OperationCounter) -> None:
-        self._case, self._counter = case, counter
+class _Stage:
+    def __init__(self, case: Case, counter: OperationCounter, *, knows_time: bool) -> None:
+        self._case, self._counter, self._knows_time = case, counter, knows_time
         self._teacher = copy.copy(case.teacher)  # the copy keeps the model that is none
         with counter.part("student weights"):
             self._model = case.student.load()
@@ -148,11 +187,19 @@ class _Rehearsal:
             counter.assign(each, "student weights")
         self._trained = [each for each in self._model.parameters() if each.requires_grad]
 
-    def phases(self) -> Iterator[Phase]:
+    def run(self) -> Rehearsal:
+        """The whole step."""
+        phases = list(self._phases())
+        resting = saved = None
+        if isinstance(self._teacher, HFTeacher):
+            resting, saved = resting_bytes(self._teacher), saved_bytes(self._teacher)
+        return Rehearsal(phases, sum(_size(each) for each in self._trained), _gathered(self._model), resting, saved or 0)
+
+    def _phases(self) -> Iterator[Phase]:
         case, counter = self._case, self._counter
         optimizer = case.make_optimizer(self._trained)
         self._make_gradients()
-        with counter.part("optimizer state"):
+        with counter.part("optimiser state"):
             optimizer.step()
         with counter.part("EffOPD's copies"):
             copies = [torch.empty_like(each) for each in self._trained for _ in range(case.num_copies)]
@@ -160,16 +207,16 @@ class _Rehearsal:
             with counter.part("teacher weights"):
                 self._teacher.setup(case.student, self._model, CPU)
         with self._measured("optimizer") as found:
-            nn.utils.clip_grad_norm_(self._trained, 1.0)
-            optimizer.step()
-        optimizer_phase = found[0]
+            if self._knows_time:
+                nn.utils.clip_grad_norm_(self._trained, 1.0)
+                optimizer.step()
         optimizer.zero_grad()
         if case.engine_rows:
             yield self._generation()
         if case.num_micro_batches > 1:
             self._make_gradients()
         yield from self._training()
-        yield optimizer_phase
+        yield found[0]
         del copies
 
     def _make_gradients(self) -> None:
@@ -197,8 +244,10 @@ class _Rehearsal:
         rows = min(case.engine_rows, case.num_rollouts)
         num_batches = case.num_rollouts / rows
         with torch.no_grad(), evaluation_mode(self._model):
-            first = self._token(rows, case.prompt_tokens, num_batches * case.response_tokens / 2)
             last = self._token(rows, case.length - 1, num_batches * case.response_tokens / 2)
+            if not self._knows_time:
+                return last
+            first = self._token(rows, case.prompt_tokens, num_batches * case.response_tokens / 2)
             with self._measured("generate", num_batches) as found:
                 num_prompts = max(1, rows // case.rollouts_per_prompt)
                 states = self._run(torch.zeros(num_prompts, case.prompt_tokens, dtype=torch.int64), case.prompt_tokens)
@@ -266,13 +315,17 @@ class _Rehearsal:
         Further chunks take as long and use the memory of the first one. A chunk is many blocks of a few rows, all
         alike: two numbers of blocks tell what all of them hold and take.
         """
-        num_all = len(hidden)
-        num_tokens = min(num_all, self._case.objective.chunk_tokens)
+        case, num_all = self._case, len(hidden)
+        num_tokens = min(num_all, case.objective.chunk_tokens)
         gradient = torch.empty_like(hidden)
-        few = max(4, _ENTRIES // self._case.student.tokenizer.vocab_size)
+        few = max(4, _ENTRIES // case.student.tokenizer.vocab_size)
         if num_tokens <= 2 * few:
             return self._loss_of(num_tokens, hidden, batch, scores, times * num_all / num_tokens), gradient
-        some, more = (self._loss_of(num, hidden, batch, scores, 1.0) for num in (few, 2 * few))
+        some = self._loss_of(few, hidden, batch, scores, 1.0)
+        if case.num_micro_batches == 1:
+            for each in self._trained:
+                each.grad = None
+        more = self._loss_of(2 * few, hidden, batch, scores, 1.0)
         peak = {part: _line(some.peak.get(part, 0), more.peak[part], num_tokens / few) for part in more.peak}
         work = [
             times * _line(getattr(some, name), getattr(more, name), num_all / few)
@@ -298,6 +351,18 @@ class _Rehearsal:
             ).losses
             losses.sum().backward()
         return found[0]
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _gathered(model: nn.Module) -> int:
+    """Bytes of all that is in no list of layers, and of the largest layer in one."""
+    layers = [layer for part in model.modules() if isinstance(part, nn.ModuleList) for layer in part]
+    sizes = [sum(_size(each) for each in layer.parameters()) for layer in layers]
+    inside = {id(each) for layer in layers for each in layer.parameters()}
+    return sum(_size(each) for each in model.parameters() if id(each) not in inside) + max(sizes, default=0)
 
 
 def _line(at_one: float, at_two: float, place: float) -> float:

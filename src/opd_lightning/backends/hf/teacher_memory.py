@@ -1,0 +1,28 @@
+"""What a loaded teacher holds when it is not whole: while it rests, and when it is quantised."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from opd_lightning.backends.hf.teacher import HFTeacher
+
+_BITS = {"load_in_4bit": 4.5, "load_in_8bit": 8.0}  # bitsandbytes; 4 bits and a float32 scale for 64 of them
+
+
+def resting_bytes(teacher: HFTeacher) -> int | None:
+    """Bytes that stay on the device while the body of an offloaded teacher is not there; None without offload."""
+    if not teacher.offload or teacher._head is None:
+        return None
+    weight = teacher._head.weight
+    return weight.numel() * weight.element_size()
+
+
+def saved_bytes(teacher: HFTeacher) -> int:
+    """Bytes by which a quantised teacher is smaller than it was built without data."""
+    settings = teacher.quantization_config or {}
+    bits = next((bits for name, bits in _BITS.items() if settings.get(name)), None)
+    if bits is None or teacher._model is None:
+        return 0
+    head = teacher._model.get_output_embeddings()
+    layers = [part for part in teacher._model.modules() if isinstance(part, nn.Linear) and part is not head]
+    return int(sum(part.weight.numel() * (part.weight.element_size() - bits / 8) for part in layers))

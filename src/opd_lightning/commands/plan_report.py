@@ -1,0 +1,87 @@
+"""What is shown of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from opd_lightning.planning import Budget, Case, Hardware, Layout, Phase, Remedy
+from opd_lightning.reports.contents import Report, Statement, Table, number
+
+_OFFSET = "An allocator keeps up to some 15 % more than is in use, and a process takes memory before it has a model."
+
+
+def make_report(
+    case: Case, planned: Budget, machine: Hardware, layout: Layout, useful: Sequence[Remedy] = ()
+) -> Report:
+    """Memory and seconds by part of the step, and what would make it smaller."""
+    rollouts = f"{case.num_rollouts} rollouts of {case.prompt_tokens} + {case.response_tokens} tokens"
+    batches = f"in {case.num_micro_batches} micro-batches of {case.rows}"
+    return Report(
+        title=f"plan: {one_line(planned)} on {machine.name}",
+        subtitle=f"A step: {rollouts}, {batches}" + (" on each device" if layout.num_devices > 1 else ""),
+        statements=[_verdict(planned, useful)],
+        tables=[_memory(planned), _seconds(planned), *([_remedies(useful)] if useful else [])],
+        notes=_notes(machine, layout),
+    )
+
+
+def one_line(planned: Budget) -> str:
+    """The peak of a step, and what it is made of."""
+    worst = planned.worst
+    parts = sorted(worst.peak.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{part} {_gb(size)}" for part, size in parts if size >= 0.02 * worst.total)
+    return f"about {_gb(worst.total)} of {planned.memory_gb:.3g} GB at the peak, {worst.name} ({shown})"
+
+
+def _memory(planned: Budget) -> Table:
+    parts = list(dict.fromkeys(part for phase in planned.phases for part in phase.peak))
+    shown = [part for part in parts if any(phase.peak.get(part, 0) >= 5e5 for phase in planned.phases)]
+    rows = [[part, *(_gb(phase.peak.get(part, 0)) for phase in planned.phases)] for part in shown]
+    rows.append(["together", *(_gb(phase.total) for phase in planned.phases)])
+    return Table("Memory at the worst moment of each part of a step, GB", ["", *_names(planned.phases)], rows)
+
+
+def _seconds(planned: Budget) -> Table:
+    rows = [
+        [phase.name, number(phase.seconds), number(1e-12 * phase.flops), number(1e-9 * phase.bytes)]
+        for phase in planned.phases
+    ]
+    rows.append(["together", number(planned.seconds), "", ""])
+    return Table("Seconds of a step", ["", "seconds", "10^12 operations of products", "GB moved"], rows)
+
+
+def _remedies(useful: Sequence[Remedy]) -> Table:
+    rows = [
+        [each.words, f"{each.budget.peak_gb:.3g}", "fits" if each.budget.fits else "does not fit"] for each in useful
+    ]
+    return Table("What would make it smaller", ["setting", "peak GB", ""], rows)
+
+
+def _verdict(planned: Budget, useful: Sequence[Remedy]) -> Statement:
+    if planned.fits:
+        return Statement("It fits.", [("because", "at least 5 % of the memory stay free")])
+    too_large = [phase.name for phase in planned.phases if Budget([phase], planned.memory_gb).fits is False]
+    fitting = [each for each in useful if each.budget.fits]
+    remedy = f"It would with {fitting[0].words}." if fitting else "No setting that was tried makes it fit: several"
+    remedy += "" if fitting else " devices (--devices), a smaller model or shorter answers would."
+    return Statement(f"It does not fit: {', '.join(too_large)}.", [("remedy", remedy)])
+
+
+def _notes(machine: Hardware, layout: Layout) -> list[str]:
+    if machine.is_gpu:
+        notes = [f"Computed, not measured: peaks of {machine.name} from {machine.source}; products at 60 % of them."]
+    else:
+        notes = [f"Speeds: {machine.source}."]
+    if layout.num_devices > 1 and layout.is_sharded:
+        notes.append(f"Computed for FSDP2 over {layout.num_devices} devices; the teacher is whole on each.")
+    if layout.engine_awake_gb:
+        notes.append("vLLM's seconds are not planned; its memory is gpu_memory_utilization.")
+    return [*notes, _OFFSET]
+
+
+def _names(phases: Sequence[Phase]) -> list[str]:
+    return [phase.name for phase in phases]
+
+
+def _gb(size: float) -> str:
+    return f"{1e-9 * size:.2f}" if size < 1e11 else f"{1e-9 * size:.0f}"

@@ -1,0 +1,105 @@
+"""What one device holds during the parts of a step, from what a rehearsal found: shards, engines, GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from opd_lightning.planning.rehearsal import Case, Phase, Rehearsal
+
+SHARDED = ("student weights", "gradients", "optimiser state", "EffOPD's copies")
+ROOM = 0.95  # of the memory that may be planned for: allocators and contexts take some
+_ENTRIES_PER_BLOCK = 2**24  # of the loss on a GPU
+_NUM_BUFFERS = 8  # of such a block
+_GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The device and what shares it.
+
+    Attributes:
+        is_gpu: Whether it is one.
+        num_devices: Which run the step together.
+        is_sharded: Whether the student's weights, gradients and moments are cut over them (FSDP2).
+        engine_awake_gb: Of an engine on the same device, while it generates.
+        engine_asleep_gb: Of the same, while it does not.
+    """
+
+    is_gpu: bool
+    num_devices: int = 1
+    is_sharded: bool = False
+    engine_awake_gb: float = 0.0
+    engine_asleep_gb: float = 0.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a step takes on one device.
+
+    Attributes:
+        phases: Its parts.
+        memory_gb: What the device has.
+    """
+
+    phases: Sequence[Phase]
+    memory_gb: float
+
+    @property
+    def worst(self) -> Phase:
+        """When most is held."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def peak_gb(self) -> float:
+        """Most gigabytes held."""
+        return self.worst.total / _GIGA
+
+    @property
+    def fits(self) -> bool:
+        """Whether that leaves a little of what the device has."""
+        return self.peak_gb <= ROOM * self.memory_gb
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return sum(phase.seconds for phase in self.phases)
+
+
+def budget(case: Case, found: Rehearsal, layout: Layout, memory_gb: float) -> Budget:
+    """What one device holds, part by part."""
+    return Budget([_on_device(phase, case, found, layout) for phase in _all_phases(found, layout)], memory_gb)
+
+
+def _all_phases(found: Rehearsal, layout: Layout) -> list[Phase]:
+    """An engine of its own generates beside what is held between two parts of a step."""
+    phases = list(found.phases)
+    if layout.engine_awake_gb:
+        waiting = {part: size for part, size in phases[-1].peak.items() if part not in ("gradients", "activations")}
+        phases.insert(0, Phase("generate", waiting, 0.0, 0.0, 0.0, 0.0))
+    return phases
+
+
+def _on_device(phase: Phase, case: Case, found: Rehearsal, layout: Layout) -> Phase:
+    peak = dict(phase.peak)
+    if found.saved_bytes:
+        peak["teacher weights"] -= found.saved_bytes
+    if layout.is_sharded and layout.num_devices > 1:
+        for part in SHARDED:
+            if part in peak:
+                peak[part] = -(-peak[part] // layout.num_devices)
+        if phase.name != "optimizer":
+            peak["gathered weights"] = found.gathered_bytes
+    if layout.is_gpu:
+        if found.resting_bytes is not None and phase.name != "teacher":
+            peak["teacher weights"] = found.resting_bytes
+        if phase.name == "student":
+            entries = min(_ENTRIES_PER_BLOCK, case.objective.chunk_tokens * case.student.tokenizer.vocab_size)
+            peak["loss"] = peak.get("loss", 0) + 4 * _NUM_BUFFERS * entries
+        if phase.name == "optimizer":  # torch steps all weights at once there, over a copy
+            share = layout.num_devices if layout.is_sharded else 1
+            peak["activations"] = peak.get("activations", 0) + found.trained_bytes // share
+    engine_gb = layout.engine_awake_gb if phase.name == "generate" else layout.engine_asleep_gb
+    if engine_gb:
+        peak["engine"] = int(_GIGA * engine_gb)
+    return replace(phase, peak={part: size for part, size in peak.items() if size})
