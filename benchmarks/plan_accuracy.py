@@ -40,10 +40,10 @@ class Size:
 
 
 SIZES = {
-    "3M": Size(192, 6, 4),
-    "13M": Size(384, 8, 6),
-    "34M": Size(512, 12, 8),
-    "13M-llama": Size(384, 8, 6, "llama"),
+    "3M": Size(192, 4, 4),
+    "12M": Size(384, 6, 6),
+    "24M": Size(512, 8, 8),
+    "12M-llama": Size(384, 6, 6, "llama"),
 }
 
 
@@ -51,11 +51,11 @@ SIZES = {
 class Setting:
     """A step."""
 
-    student: str = "13M"
-    teacher: str | None = "13M"
+    student: str = "12M"
+    teacher: str | None = "12M"
     vocabulary: int = 8192
     prompt: int = 32
-    response: int = 64
+    response: int = 32
     rollouts: int = 16
     max_tokens: int = 16384
     lora: int = 0
@@ -67,22 +67,20 @@ class Setting:
 
 SETTINGS = {
     "plain": Setting(),
-    "larger teacher": Setting(teacher="34M"),
-    "smaller student": Setting(student="3M"),
-    "larger student": Setting(student="34M", rollouts=8),
-    "no teacher's vocabulary: sampled tokens": Setting(objective="sampled"),
-    "large vocabulary": Setting(vocabulary=32768, rollouts=8),
-    "small micro-batches": Setting(max_tokens=400),
-    "long answers": Setting(response=256, rollouts=4),
-    "many rollouts": Setting(rollouts=40),
     "checkpointing": Setting(checkpointing=True),
     "LoRA": Setting(lora=16),
-    "LoRA, checkpointing": Setting(lora=16, checkpointing=True),
     "SGD": Setting(optimizer="SGD"),
+    "large vocabulary": Setting(vocabulary=32768, rollouts=8),
+    "small micro-batches": Setting(max_tokens=256),
+    "larger teacher": Setting(teacher="24M", rollouts=8),
+    "larger student": Setting(student="24M", rollouts=8),
+    "sampled tokens only": Setting(objective="sampled"),
+    "long answers": Setting(response=224, rollouts=4),
+    "many rollouts": Setting(student="3M", teacher="3M", rollouts=64),
+    "Llama": Setting(student="12M-llama", teacher="12M-llama"),
     "Adafactor": Setting(optimizer="Adafactor"),
-    "Llama": Setting(student="13M-llama", teacher="13M-llama"),
     "top 16 of the student": Setting(objective="top_k"),
-    "larger student, SGD, small micro-batches": Setting(student="34M", optimizer="SGD", rollouts=8, max_tokens=200),
+    "LoRA, checkpointing": Setting(lora=16, checkpointing=True),
 }
 
 
@@ -173,7 +171,7 @@ def plan(setting: Setting, folder: Path, hardware: Any) -> dict[str, Any]:
 
     module, data = make_run(setting, folder)
     started = time.process_time()
-    phases = rehearse(case_of(module, data, Surroundings("32-true", 1, ()), setting.prompt), hardware)
+    phases = rehearse(case_of(module, data, Surroundings("32-true", 1, ()), setting.prompt), hardware).phases
     return {"parts": [asdict(phase) for phase in phases], "planning_seconds": time.process_time() - started}
 
 
@@ -196,7 +194,11 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
             metrics = trainer.callback_metrics
             self.found = {
                 "peaks": {part: 1e9 * gb - resident for part, gb in pl_module.stopwatch.memory_gb.items()},
-                "seconds": {part: float(metrics[f"train/seconds/{part}"]) for part in PARTS if f"train/seconds/{part}" in metrics},
+                "seconds": {
+                    part: float(metrics[f"train/seconds/{part}"])
+                    for part in PARTS
+                    if f"train/seconds/{part}" in metrics
+                },
             }
 
     def fit(what: Setting, num_steps: int) -> dict[str, Any]:
@@ -211,7 +213,9 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
         return watch.found
 
     resident = 0.0
-    small = replace(setting, student="3M", teacher="3M" if setting.teacher else None, rollouts=2, response=8, vocabulary=512)
+    small = replace(
+        setting, student="3M", teacher="3M" if setting.teacher else None, rollouts=2, response=8, vocabulary=512
+    )
     fit(small, 2)  # whatever is imported or set up once is there
     memory = PeakMemory(torch.device("cpu"))
     resident = float(memory.read())
@@ -247,7 +251,11 @@ def main(names: list[str]) -> None:
         for name in names or SETTINGS:
             setting = SETTINGS[name]
             hardware = this_machine()  # anew: others use the machine too
-            row = {"setting": asdict(setting), "hardware": asdict(hardware), "planned": plan(setting, Path(folder), hardware)}
+            row = {
+                "setting": asdict(setting),
+                "hardware": asdict(hardware),
+                "planned": plan(setting, Path(folder), hardware),
+            }
             row |= {turn: run(setting, turn == "memory", Path(folder)) for turn in ("memory", "seconds")}
             results["settings"][name] = row
             results |= {"torch": torch.__version__, "threads": torch.get_num_threads()}

@@ -18,6 +18,7 @@ ROOMS = (  # from the ground up; tests/test_imports.py enforces it
     ("sandbox", "teachers", "diagnosis"),
     ("methods",),
     ("backends",),
+    ("planning",),
     ("training",),
     ("callbacks",),
     ("commands",),

@@ -1,4 +1,4 @@
-"""The door: `opd-lightning fit|validate|test|predict|diagnose|plan --config x.yaml`, and the commands without a trainer."""
+"""The door: `opd-lightning fit|validate|test|predict|diagnose|plan --config x.yaml`, and the plain commands."""
 
 from __future__ import annotations
 
@@ -163,7 +163,8 @@ class OPDCLI(LightningCLI):
         keep_logs_in_root(settings.trainer)
         if self.config.subcommand == "plan":  # works without the hardware
             self._asked = {name: settings.trainer[name] for name in PLANNED_ON}
-            settings.trainer.update(Namespace(PLANNED_ON))
+            for name, value in PLANNED_ON.items():
+                settings.trainer[name] = value
         if settings.num_threads:
             torch.set_num_threads(settings.num_threads)
 
@@ -210,7 +211,7 @@ class OPDCLI(LightningCLI):
 
     def before_plan(self) -> None:
         """Tell the trainer what it would be for."""
-        self.trainer.asked = self._asked
+        self.trainer.asked = self._asked  # type: ignore[attr-defined]
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:

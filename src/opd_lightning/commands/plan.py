@@ -151,9 +151,7 @@ def _number(devices: Any) -> int:
     return int(devices) if str(devices).isdigit() else 1
 
 
-def as_json(
-    case: Case, planned: Budget, found: Rehearsal, machine: Hardware, layout: Layout
-) -> dict[str, Any]:
+def as_json(case: Case, planned: Budget, found: Rehearsal, machine: Hardware, layout: Layout) -> dict[str, Any]:
     """Everything that was found out, in bytes and seconds."""
     return {
         "hardware": asdict(machine),
@@ -171,5 +169,3 @@ def as_json(
         "seconds": planned.seconds,
         "fits": planned.fits,
     }
-
-

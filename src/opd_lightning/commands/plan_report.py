@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from opd_lightning.planning import Budget, Case, Hardware, Layout, Phase, Remedy
+from opd_lightning.planning import Budget, Case, Hardware, Layout, Remedy
 from opd_lightning.reports.contents import Report, Statement, Table, number
 
 _OFFSET = "An allocator keeps up to some 15 % more than is in use, and a process takes memory before it has a model."
@@ -29,16 +29,22 @@ def one_line(planned: Budget) -> str:
     """The peak of a step, and what it is made of."""
     worst = planned.worst
     parts = sorted(worst.peak.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{part} {_gb(size)}" for part, size in parts if size >= 0.02 * worst.total)
-    return f"about {_gb(worst.total)} of {planned.memory_gb:.3g} GB at the peak, {worst.name} ({shown})"
+    shown = ", ".join(f"{part} {_amount(size)}" for part, size in parts if size >= 0.02 * worst.total)
+    return f"about {_amount(worst.total)} of {planned.memory_gb:.3g} GB at the peak, {worst.name} ({shown})"
 
 
 def _memory(planned: Budget) -> Table:
     parts = list(dict.fromkeys(part for phase in planned.phases for part in phase.peak))
-    shown = [part for part in parts if any(phase.peak.get(part, 0) >= 5e5 for phase in planned.phases)]
-    rows = [[part, *(_gb(phase.peak.get(part, 0)) for phase in planned.phases)] for part in shown]
-    rows.append(["together", *(_gb(phase.total) for phase in planned.phases)])
-    return Table("Memory at the worst moment of each part of a step, GB", ["", *_names(planned.phases)], rows)
+    unit, size_of = ("GB", 1e9) if planned.worst.total >= 1e9 else ("MB", 1e6)
+    shown = [
+        part
+        for part in parts
+        if any(phase.peak.get(part, 0) >= 0.001 * planned.worst.total for phase in planned.phases)
+    ]
+    rows = [[part, *(f"{phase.peak.get(part, 0) / size_of:,.1f}" for phase in planned.phases)] for part in shown]
+    rows.append(["together", *(f"{phase.total / size_of:,.1f}" for phase in planned.phases)])
+    names = [phase.name for phase in planned.phases]
+    return Table(f"Memory at the worst moment of each part of a step, {unit}", ["", *names], rows)
 
 
 def _seconds(planned: Budget) -> Table:
@@ -47,7 +53,7 @@ def _seconds(planned: Budget) -> Table:
         for phase in planned.phases
     ]
     rows.append(["together", number(planned.seconds), "", ""])
-    return Table("Seconds of a step", ["", "seconds", "10^12 operations of products", "GB moved"], rows)
+    return Table("Seconds of a step", ["", "seconds", "TFLOP", "GB moved"], rows)
 
 
 def _remedies(useful: Sequence[Remedy]) -> Table:
@@ -79,9 +85,5 @@ def _notes(machine: Hardware, layout: Layout) -> list[str]:
     return [*notes, _OFFSET]
 
 
-def _names(phases: Sequence[Phase]) -> list[str]:
-    return [phase.name for phase in phases]
-
-
-def _gb(size: float) -> str:
-    return f"{1e-9 * size:.2f}" if size < 1e11 else f"{1e-9 * size:.0f}"
+def _amount(size: float) -> str:
+    return f"{1e-9 * size:.3g} GB" if size >= 1e9 else f"{1e-6 * size:.3g} MB"

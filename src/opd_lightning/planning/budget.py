@@ -88,7 +88,9 @@ def _on_device(phase: Phase, case: Case, found: Rehearsal, layout: Layout) -> Ph
         for part in SHARDED:
             if part in peak:
                 peak[part] = -(-peak[part] // layout.num_devices)
-        if phase.name != "optimizer":
+        if phase.name == "optimizer":
+            phase = replace(phase, seconds=phase.seconds / layout.num_devices)
+        else:
             peak["gathered weights"] = found.gathered_bytes
     if layout.is_gpu:
         if found.resting_bytes is not None and phase.name != "teacher":

@@ -37,7 +37,7 @@ _IN_SILUS = {  # what an entry of a function costs beside its bytes, measured on
 _READ_WHOLE = ("logsumexp", "topk", "sort")  # their cost is that of what they read
 
 
-class OperationCounter(TorchDispatchMode):
+class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows every tensor from the operation that makes it to the moment nobody holds it, and adds up the work.
 
     Args:
@@ -53,7 +53,7 @@ class OperationCounter(TorchDispatchMode):
     """
 
     def __init__(self, price: Callable[[Operation], float]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._price = price
         self._part = "other"
         self._parts: dict[int, tuple[str, int]] = {}

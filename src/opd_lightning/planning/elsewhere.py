@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
-from opd_lightning.interfaces import MicroBatch, ScoreRequest, Teacher, TeacherScores
+from opd_lightning.interfaces import MicroBatch, ScoreRequest, Student, Teacher, TeacherScores
 
 
 class TeacherElsewhere(Teacher):
@@ -24,6 +24,10 @@ class TeacherElsewhere(Teacher):
     @override
     def offer(self) -> ScoreRequest:
         return self._offer
+
+    @override
+    def setup(self, student: Student, model: nn.Module, device: torch.device) -> None:
+        """Nothing is loaded."""
 
     @override
     def score(self, batch: MicroBatch, request: ScoreRequest) -> TeacherScores:

@@ -49,6 +49,7 @@ class Hardware:
             to memory that is given them for it.
         giga_entries_s: 10^9 SiLUs a second.
         call_us: Microseconds that an operation takes at least.
+        factor: By which a layer takes longer than its operations one by one.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Hardware:
     bandwidths: Sequence[tuple[float, float]] = ()
     giga_entries_s: float = 0.0
     call_us: float = 8.0
+    factor: float = 1.0
 
     def seconds(self, operation: Operation) -> float:
         """What an operation takes.
@@ -83,7 +85,7 @@ class Hardware:
         if self.is_gpu:
             return max(calling, multiplying / _LIKELY_SHARE, passing)
         computing = operation.entries / (1e9 * self.giga_entries_s) if self.giga_entries_s else 0.0
-        return calling + multiplying + passing + computing
+        return self.factor * (calling + multiplying + passing + computing)
 
     def _bandwidth(self, megabytes: float) -> float:
         if not self.bandwidths or megabytes <= 0:

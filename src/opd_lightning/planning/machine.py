@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from opd_lightning.backends.hf import HFStudent
 from opd_lightning.backends.hf.anatomy import body_states
-from opd_lightning.backends.hf.weightless import without_data
+from opd_lightning.backends.hf.loading import load_config
+from opd_lightning.backends.hf.weightless import blank_model, without_data
 from opd_lightning.planning.counting import OperationCounter
 from opd_lightning.planning.hardware import HARDWARE, Hardware
 
@@ -47,7 +49,7 @@ def this_machine() -> Hardware:
         raise ValueError("hardware: this machine does not say how much memory it has. Set --memory_gb.")
     bandwidths = [(1e-6 * 3 * 4 * size, _bandwidth_gb_s(size)) for size in _SIZES]
     float32_tflops = _product_tflops(torch.float32)
-    return Hardware(
+    machine = Hardware(
         name=THIS_MACHINE,
         memory_gb=memory_gb,
         tflops=_product_tflops(torch.bfloat16),
@@ -61,6 +63,7 @@ def this_machine() -> Hardware:
         giga_entries_s=_giga_entries_s(),
         call_us=_call_us(),
     )
+    return replace(machine, factor=_factor(machine))
 
 
 def _this_gpu() -> Hardware:
@@ -140,10 +143,30 @@ def _call_us() -> float:
         _pass(model)
         num_calls = counter.num_calls
     model = student.load()
-    return 1e6 * _seconds(lambda: _pass(model)) / num_calls
+    taken: float = _seconds(lambda: _pass(model))
+    return 1e6 * taken / num_calls
 
 
-def _pass(model: torch.nn.Module) -> None:
-    ids = torch.zeros(1, 4, dtype=torch.int64)
-    states: Tensor = body_states(model, ids, torch.ones_like(ids), ids)
+def _factor(machine: Hardware, num_tokens: int = 512) -> float:
+    """Two layers of ordinary shape forth and back, against the sum of their operations."""
+    config = load_config(HFStudent("sandbox:student").source)
+    sizes = {"hidden_size": 384, "intermediate_size": 1152, "num_attention_heads": 6, "num_key_value_heads": 3}
+    for name, value in (
+        sizes | {"head_dim": 64, "num_hidden_layers": 2, "layer_types": config.layer_types[:2]}
+    ).items():
+        setattr(config, name, value)
+    with without_data(), OperationCounter(machine.seconds) as counter:
+        model = blank_model(config, torch.float32, None)
+        counter.restart()
+        _pass(model, 8, num_tokens // 8)
+        planned = counter.seconds
+    model = blank_model(config, torch.float32, None)
+    taken: float = _seconds(lambda: _pass(model, 8, num_tokens // 8))
+    return taken / planned
+
+
+def _pass(model: torch.nn.Module, rows: int = 1, length: int = 4) -> None:
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    positions = torch.arange(length).expand(rows, length)
+    states: Tensor = body_states(model, ids, torch.ones_like(ids), positions)
     states.sum().backward()  # type: ignore[no-untyped-call]

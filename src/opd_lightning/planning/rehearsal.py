@@ -99,9 +99,9 @@ class Case:
         """Of a step."""
         return -(-self.num_rollouts // self.rows)
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of the training."""
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.in_bfloat16)
+    def autocast(self, *, is_cached: bool = False) -> AbstractContextManager[Any]:
+        """The precision of the training; weights that were cast stay so where it `is_cached`, as in `HFEngine`."""
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.in_bfloat16, cache_enabled=is_cached)
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,9 @@ class _Stage:
         resting = saved = None
         if isinstance(self._teacher, HFTeacher):
             resting, saved = resting_bytes(self._teacher), saved_bytes(self._teacher)
-        return Rehearsal(phases, sum(_size(each) for each in self._trained), _gathered(self._model), resting, saved or 0)
+        return Rehearsal(
+            phases, sum(_size(each) for each in self._trained), _gathered(self._model), resting, saved or 0
+        )
 
     def _phases(self) -> Iterator[Phase]:
         case, counter = self._case, self._counter
@@ -225,12 +227,12 @@ class _Stage:
                 each.grad = torch.empty_like(each)
 
     @contextmanager
-    def _measured(self, name: str, times: float = 1.0) -> Iterator[list[Phase]]:
+    def _measured(self, name: str, times: float = 1.0, *, is_cached: bool = False) -> Iterator[list[Phase]]:
         """Fill a list with the phase that the block is, so many times."""
         found: list[Phase] = []
         counter = self._counter
         counter.restart()
-        with counter.part("activations"), self._case.autocast():
+        with counter.part("activations"), self._case.autocast(is_cached=is_cached):
             yield found
         peak = {part: size for part, size in counter.peak.items() if size}
         work = (counter.seconds, counter.flops, counter.bytes, counter.num_calls)
@@ -248,7 +250,7 @@ class _Stage:
             if not self._knows_time:
                 return last
             first = self._token(rows, case.prompt_tokens, num_batches * case.response_tokens / 2)
-            with self._measured("generate", num_batches) as found:
+            with self._measured("generate", num_batches, is_cached=True) as found:
                 num_prompts = max(1, rows // case.rollouts_per_prompt)
                 states = self._run(torch.zeros(num_prompts, case.prompt_tokens, dtype=torch.int64), case.prompt_tokens)
                 del states
@@ -268,7 +270,7 @@ class _Stage:
             self._run(torch.zeros(rows, num_seen - 1, dtype=torch.int64), num_seen - 1, cache)
             head = case.student.head(self._model)
         uniforms = torch.zeros(rows, dtype=torch.float64)
-        with self._measured("generate", times) as found:
+        with self._measured("generate", times, is_cached=True) as found:
             states = self._run(torch.zeros(rows, 1, dtype=torch.int64), num_seen, cache)
             draw_tokens(head(states[:, -1]), uniforms, case.sampling)
         return found[0]
@@ -287,8 +289,11 @@ class _Stage:
         case, counter = self._case, self._counter
         times = case.num_rollouts / case.rows
         batch = _micro_batch(case)
+        def relabel(weight: Tensor) -> None:
+            counter.assign(weight.grad, "gradients")
+
         for each in self._trained:
-            each.register_post_accumulate_grad_hook(lambda weight: counter.assign(weight.grad, "gradients"))
+            each.register_post_accumulate_grad_hook(relabel)  # type: ignore[no-untyped-call]
         scores = None
         if self._teacher is not None and case.request is not None:
             with self._measured("teacher", times) as found:
@@ -299,7 +304,7 @@ class _Stage:
         forward = found[0]
         loss, gradient = self._loss(hidden.detach(), batch, scores, times)
         with self._measured("student", times) as found:
-            hidden.backward(gradient)
+            hidden.backward(gradient)  # type: ignore[no-untyped-call]
         parts = [forward, loss, found[0]]
         yield Phase(
             "student",
@@ -349,7 +354,7 @@ class _Stage:
                 facts_k=case.facts_k,
                 counts_alike=case.counts_alike,
             ).losses
-            losses.sum().backward()
+            losses.sum().backward()  # type: ignore[no-untyped-call]
         return found[0]
 
 
@@ -384,4 +389,3 @@ def _micro_batch(case: Case) -> MicroBatch:
         tokens=ResponseTokens(ids.clone(), zeros, ids.clone(), dict.fromkeys(case.extras, zeros)),
         rollouts=(rollout,) * rows,
     )
-

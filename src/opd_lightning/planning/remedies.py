@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,4 +97,3 @@ def _with(settings: Any, **changes: Any) -> Any:
     for name, value in changes.items():
         setattr(changed, name, value)
     return changed
-
