@@ -6,7 +6,7 @@ the process, the figure that `model.measure_memory` logs, is that of its tensors
 were loaded is taken off. The second has the system's ordinary allocator and is for the seconds, in processor time, of
 the second step. Its peak is written down too.
 
-Command: python benchmarks/plan_accuracy.py [SETTING ...]
+Command: python benchmarks/plan_accuracy.py memory [SETTING ...], then the same with `seconds`: adds what is missing
 `... replan` plans again for what has been measured, with what was known of the machine then; `... table` prints.
 """
 
@@ -242,7 +242,7 @@ def run(setting: Setting, is_tidy: bool, folder: Path) -> dict[str, Any]:
     return found
 
 
-def main(names: list[str]) -> None:
+def main(turn: str, names: list[str]) -> None:
     """Plan and measure; results are written after each setting."""
     from opd_lightning.planning.machine import this_machine
 
@@ -250,14 +250,13 @@ def main(names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in names or SETTINGS:
             setting = SETTINGS[name]
-            hardware = this_machine()  # anew: others use the machine too
-            row = {
-                "setting": asdict(setting),
-                "hardware": asdict(hardware),
-                "planned": plan(setting, Path(folder), hardware),
-            }
-            row |= {turn: run(setting, turn == "memory", Path(folder)) for turn in ("memory", "seconds")}
-            results["settings"][name] = row
+            row = results["settings"].setdefault(name, {"setting": asdict(setting)})
+            if turn in row and not names:
+                continue
+            hardware = this_machine() if turn == "seconds" else None  # anew: others use the machine too
+            row["planned"] = plan(setting, Path(folder), hardware)
+            row |= {"hardware": asdict(hardware)} if hardware else {}
+            row[turn] = run(setting, turn == "memory", Path(folder))
             results |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
             print(line_of(name, row), flush=True)
@@ -270,7 +269,8 @@ def replan() -> None:
     results = json.loads(RESULTS.read_text())
     with tempfile.TemporaryDirectory() as folder:
         for name, row in results["settings"].items():
-            row["planned"] = plan(SETTINGS[name], Path(folder), Hardware(**row["hardware"]))
+            hardware = Hardware(**row["hardware"]) if "hardware" in row else None
+            row["planned"] = plan(SETTINGS[name], Path(folder), hardware)
             print(line_of(name, row), flush=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
@@ -278,41 +278,40 @@ def replan() -> None:
 def errors_of(row: dict[str, Any]) -> dict[str, float]:
     """Planned over measured, less 1: of the highest peak, of the step's seconds, and of its parts."""
     planned = {part["name"]: part for part in row["planned"]["parts"]}
-    peak = max(sum(part["peak"].values()) for part in planned.values())
-    seconds = row["seconds"]["seconds"]
-    errors = {
-        "memory": peak / max(row["memory"]["peaks"].values()) - 1,
-        "seconds": sum(part["seconds"] for part in planned.values()) / sum(seconds.values()) - 1,
-    }
-    for part in PARTS:
-        if part in seconds and part in planned:
-            errors[part] = planned[part]["seconds"] / seconds[part] - 1
+    errors = {}
+    if "memory" in row:
+        errors["memory"] = peak_of(row) / max(row["memory"]["peaks"].values()) - 1
+    if "seconds" in row:
+        seconds = row["seconds"]["seconds"]
+        errors["seconds"] = sum(part["seconds"] for part in planned.values()) / sum(seconds.values()) - 1
+        errors |= {part: planned[part]["seconds"] / seconds[part] - 1 for part in PARTS if part in seconds}
     return errors
+
+
+def peak_of(row: dict[str, Any]) -> float:
+    """Bytes planned."""
+    return max(sum(part["peak"].values()) for part in row["planned"]["parts"])
 
 
 def line_of(name: str, row: dict[str, Any]) -> str:
     """For the table of docs/plan.md."""
-    planned = row["planned"]["parts"]
-    peak = max(sum(part["peak"].values()) for part in planned)
     errors = errors_of(row)
-    cells = [
-        name,
-        f"{1e-6 * max(row['memory']['peaks'].values()):,.0f}",
-        f"{1e-6 * peak:,.0f}",
-        f"{errors['memory']:+.0%}",
-        f"{sum(row['seconds']['seconds'].values()):.1f}",
-        f"{sum(part['seconds'] for part in planned):.1f}",
-        f"{errors['seconds']:+.0%}",
-        ", ".join(f"{part} {errors[part]:+.0%}" for part in PARTS if part in errors),
-    ]
+    cells = [name, *[""] * 6]
+    if "memory" in errors:
+        peak = max(row["memory"]["peaks"].values())
+        cells[1:4] = [f"{1e-6 * peak:,.0f}", f"{1e-6 * peak_of(row):,.0f}", f"{errors['memory']:+.0%}"]
+    if "seconds" in errors:
+        measured = sum(row["seconds"]["seconds"].values())
+        cells[4:7] = [f"{measured:.1f}", f"{measured * (1 + errors['seconds']):.1f}", f"{errors['seconds']:+.0%}"]
     return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["table"]:
+    word, *names = sys.argv[1:] or ["memory"]
+    if word == "table":
         for name, row in json.loads(RESULTS.read_text())["settings"].items():
             print(line_of(name, row))
-    elif sys.argv[1:2] == ["replan"]:
+    elif word == "replan":
         replan()
     else:
-        main(sys.argv[1:])
+        main(word, names)

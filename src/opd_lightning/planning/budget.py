@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from opd_lightning.planning.rehearsal import Case, Phase, Rehearsal
+from opd_lightning.planning.case import Case, Phase, Rehearsal
 
 SHARDED = ("student weights", "gradients", "optimiser state", "EffOPD's copies")
 ROOM = 0.95  # of the memory that may be planned for: allocators and contexts take some

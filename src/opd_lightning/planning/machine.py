@@ -89,7 +89,7 @@ def _seconds(work: Callable[[], object]) -> float:
         started = time.process_time()
         work()
         turns.append(time.process_time() - started)
-    return statistics.median(turns) / torch.get_num_threads()
+    return float(statistics.median(turns)) / torch.get_num_threads()
 
 
 def _product_tflops(dtype: torch.dtype, num_rows: int = 1024, width: int = 512) -> float:
@@ -143,8 +143,7 @@ def _call_us() -> float:
         _pass(model)
         num_calls = counter.num_calls
     model = student.load()
-    taken: float = _seconds(lambda: _pass(model))
-    return 1e6 * taken / num_calls
+    return float(1e6 * _seconds(lambda: _pass(model)) / num_calls)
 
 
 def _factor(machine: Hardware, num_tokens: int = 512) -> float:
@@ -161,8 +160,7 @@ def _factor(machine: Hardware, num_tokens: int = 512) -> float:
         _pass(model, 8, num_tokens // 8)
         planned = counter.seconds
     model = blank_model(config, torch.float32, None)
-    taken: float = _seconds(lambda: _pass(model, 8, num_tokens // 8))
-    return taken / planned
+    return float(_seconds(lambda: _pass(model, 8, num_tokens // 8)) / planned)
 
 
 def _pass(model: torch.nn.Module, rows: int = 1, length: int = 4) -> None:

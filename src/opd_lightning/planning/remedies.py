@@ -9,8 +9,8 @@ from typing import Any
 
 from opd_lightning.backends.hf import HFStudent, HFTeacher, LoraSettings
 from opd_lightning.planning.budget import Budget
+from opd_lightning.planning.case import Case
 from opd_lightning.planning.elsewhere import TeacherElsewhere
-from opd_lightning.planning.rehearsal import Case
 
 _FEW_CHUNK_TOKENS, _FEW_ROWS = 64, 32
 

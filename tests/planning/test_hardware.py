@@ -1,0 +1,37 @@
+"""Hardware in numbers."""
+
+import pytest
+
+from opd_lightning.planning import HARDWARE, Hardware
+from opd_lightning.planning.hardware import Operation
+
+CPU = Hardware("c", 16, 0.1, 10, 0.2, "test", is_gpu=False, half_rows=10, giga_entries_s=1, call_us=10, factor=1.5)
+
+
+def test_a_gpu_takes_the_longest_of_call_products_and_bytes():
+    gpu = HARDWARE["H100"]
+    assert gpu.seconds(Operation()) == 8e-6
+    assert gpu.seconds(Operation(bytes=3.35e12)) == pytest.approx(1.0)
+    assert gpu.seconds(Operation(flops=989e12, bytes=1, rows=8, is_low=True)) == pytest.approx(1 / 0.6)
+    assert gpu.seconds(Operation(flops=67e12, rows=8)) == pytest.approx(1 / 0.6)
+
+
+def test_on_a_processor_they_add_up():
+    assert CPU.seconds(Operation()) == pytest.approx(1.5 * 1e-5)
+    products = CPU.seconds(Operation(flops=0.2e12, rows=10, bytes=10e9))
+    assert products == pytest.approx(1.5 * (1e-5 + 2 + 1))  # half the speed at so few rows
+    assert CPU.seconds(Operation(entries=1e9)) == pytest.approx(1.5 * (1e-5 + 1))
+
+
+def test_bandwidths_are_between_those_measured():
+    machine = Hardware("c", 16, 1, 5, 1, "test", is_gpu=False, bandwidths=((1, 64), (100, 16)), call_us=0)
+    assert machine.seconds(Operation(bytes=64e3)) == pytest.approx(1e-6)
+    assert machine.seconds(Operation(bytes=10e6)) == pytest.approx(10e6 / 32e9)
+    assert machine.seconds(Operation(bytes=16e9)) == pytest.approx(1.0)
+    assert machine.seconds(Operation(bytes=5e9, flops=1, rows=1)) == pytest.approx(1.0)  # of weights: from memory
+
+
+def test_every_entry_of_the_table_is_whole():
+    for name, each in HARDWARE.items():
+        assert name == each.name and each.source.startswith("NVIDIA") and each.is_gpu
+        assert each.tflops > each.float32_tflops > 0 and each.memory_gb > 0 and each.bandwidth_gb_s > 0
