@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
@@ -17,12 +18,14 @@ from opd_lightning.commands.planned_case import Surroundings, case_of
 from opd_lightning.planning import NotPlannedError, budget, memory_of, rehearse
 from opd_lightning.training.module import OPDModule
 
+_LEAST_BYTES = 2**26  # of a student's files
+
 
 class PlanLine(Callback):
     """Prints the peak that is planned for a step, and warns where it is more than the device has.
 
     It comes after the prompts were read and before any weight is loaded. Students that are no `HFStudent` are not
-    planned.
+    planned, nor are those whose files are so small that the seconds it takes would be lost.
     """
 
     @override
@@ -31,7 +34,7 @@ class PlanLine(Callback):
             return
         device = trainer.strategy.root_device
         memory_gb = memory_of(device)
-        if memory_gb is None or not isinstance(pl_module.spec, HFStudent):
+        if memory_gb is None or not isinstance(pl_module.spec, HFStudent) or _is_small(pl_module.spec):
             return
         data = pl_module.data
         layout = layout_of(
@@ -50,3 +53,10 @@ class PlanLine(Callback):
                 f"plan: a step is likely to need more memory than {device} has, {planned.peak_gb:.2f} of"
                 f" {memory_gb:.2f} GB. `opd-lightning plan` with the same settings says what would make it fit."
             )
+
+
+def _is_small(student: HFStudent) -> bool:
+    """Whether the student's files are here and small."""
+    source = student.source
+    files = Path(source.location).glob("*.safetensors") if source.is_folder else ()
+    return source.is_folder and sum(path.stat().st_size for path in files) < _LEAST_BYTES

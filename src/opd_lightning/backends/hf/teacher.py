@@ -127,7 +127,7 @@ class HFTeacher(Teacher):
         head = linear_head(loaded, self._compatibility.vocab_size)
         if self.offload:
             self._visitor = _VisitingWeights(loaded.get_decoder(), device)
-        elif self.quantization_config is None and loaded.device != device:
+        elif self.quantization_config is None:
             loaded.to(device)
             head = linear_head(loaded, self._compatibility.vocab_size)
         if self.offload or self.float32_head:  # a tied head would go away with the embedding, or change its dtype

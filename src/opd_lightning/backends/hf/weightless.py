@@ -7,11 +7,12 @@ everything that runs on it runs the code of a real step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode  # as torch's own documentation imports it
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -20,8 +21,29 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 @contextmanager
 def without_data() -> Iterator[None]:
     """Within, tensors have shapes and no data."""
-    with FakeTensorMode():
-        yield
+    before = nn.Module._apply
+    nn.Module._apply = _apply  # type: ignore[method-assign,assignment]
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        nn.Module._apply = before  # type: ignore[method-assign]
+
+
+def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply`, behind `module.to`: torch's own swaps fake tensors, which fails for those that are shared."""
+    for child in module.children() if recurse else ():
+        _apply(child, fn)
+    for name, weight in module._parameters.items():
+        if weight is not None:
+            with torch.no_grad():
+                changed = fn(weight)
+            if (changed.dtype, changed.device) != (weight.dtype, weight.device):
+                module._parameters[name] = nn.Parameter(changed, weight.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = fn(buffer)
+    return module
 
 
 def is_weightless() -> bool:

@@ -1,0 +1,119 @@
+"""`opd-lightning plan`: what is shown and written, and mistakes in one line."""
+
+import json
+
+import pytest
+import yaml
+
+from opd_lightning.commands import cli
+from opd_lightning.commands.plan import find_hardware
+from opd_lightning.planning import HARDWARE, Budget, Case, Phase, Rehearsal
+from opd_lightning.planning.budget import Layout, budget
+
+CONFIG = {  # of a model that nobody could load here
+    "model_type": "qwen3",
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    settings = {
+        "model": {
+            "student": {"class_path": "HFStudent", "init_args": {"path": str(folder)}},
+            "teacher": {"class_path": "HFTeacher", "init_args": {"path": str(folder)}},
+        },
+        "data": {"task": {"class_path": "ArithmeticTask"}, "sampling": {"max_new_tokens": 200}, "prompts_per_step": 8},
+        "trainer": {"accelerator": "gpu", "devices": 4, "precision": "bf16-mixed", "default_root_dir": str(tmp_path)},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+@pytest.mark.slow
+def test_a_plan_needs_neither_weights_nor_tokenizer_nor_gpu(config, tmp_path, capsys):
+    words = ["plan", "--config", config, "--prompt_tokens", "100", "--memory_gb", "4", "--tflops", "100"]
+    cli.main([*words, "--bandwidth_gb_s", "1000", "--devices", "1", "--json", str(tmp_path / "plan.json")])
+    shown = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    assert "of 4 GB at the peak" in shown and "It does not fit" in shown
+    assert "model.max_tokens_per_micro_batch: " in shown and "teacher.offload: true" in shown
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["trained_bytes"] > 4 * 151_936 * 1024
+    assert not written["fits"] and written["layout"]["num_devices"] == 1
+    assert {phase["name"] for phase in written["phases"]} == {"generate", "teacher", "student", "optimizer"}
+
+
+def test_a_folder_without_tokenizer_needs_the_length_of_prompts(config, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "--config", config, "--hardware", "H100"])
+    assert ended.value.code == 2
+    assert "prompt_tokens: " in (said := capsys.readouterr().err) and "Set --prompt_tokens" in said
+
+
+def test_a_model_that_is_not_here_is_one_line(config, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = ["--model.student.init_args.path", "nobody/nothing", "--hardware", "H100", "--prompt_tokens", "9"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "--config", config, *words])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "student.path: cannot load the configuration of 'nobody/nothing'" in said and "give a local folder" in said
+
+
+def test_hardware_has_a_name_or_three_numbers():
+    assert find_hardware("L40S") is HARDWARE["L40S"]
+    assert find_hardware(None, 10, 80, 500).float32_tflops == 10
+    with pytest.raises(ValueError, match=r"^hardware: there is no H10 here. Did you mean H100\? Expected one of B200"):
+        find_hardware("H10")
+    with pytest.raises(ValueError, match="^tflops: hardware is described by all of .* Set --tflops too"):
+        find_hardware(None, 10)
+    with pytest.raises(ValueError, match="^hardware: H100 has its own .* Leave either it or them out"):
+        find_hardware("H100", 10)
+
+
+def phase(name, **peak):
+    return Phase(name, {part.replace("_", " "): size for part, size in peak.items()}, 1.0, 0, 0, 1)
+
+
+def test_shares_and_engines_of_a_device():
+    class Objective:
+        chunk_tokens = 10
+
+    class Student:
+        class tokenizer:
+            vocab_size = 100
+
+    case = Case(Student(), None, Objective(), None, None, 1, 1, 1)
+    phases = [
+        phase("student", student_weights=800, teacher_weights=50, activations=7),
+        phase("optimizer", gradients=80),
+    ]
+    found = Rehearsal(phases, trained_bytes=800, gathered_bytes=30, resting_bytes=5)
+    alone = budget(case, found, Layout(is_gpu=False), 1.0)
+    assert alone.phases == phases and alone.worst is alone.phases[0] and alone.fits
+    shared = budget(case, found, Layout(False, num_devices=8, is_sharded=True), 1.0)
+    assert shared.phases[0].peak == {
+        "student weights": 100,
+        "gathered weights": 30,
+        "teacher weights": 50,
+        "activations": 7,
+    }
+    assert shared.phases[1].peak == {"gradients": 10} and shared.phases[1].seconds == 1 / 8
+    gpu = budget(case, found, Layout(True, engine_awake_gb=0.4), 1.0)
+    assert [each.name for each in gpu.phases] == ["generate", "student", "optimizer"]
+    assert gpu.phases[0].peak["engine"] == 4e8 and "engine" not in gpu.phases[1].peak
+    assert gpu.phases[1].peak["teacher weights"] == 5 and gpu.phases[1].peak["loss"] == 4 * 8 * 10 * 100
+    assert not Budget([phase("student", activations=int(0.96e9))], 1.0).fits
