@@ -37,7 +37,12 @@ def decoder_config(model: nn.Module) -> Any:
 
 
 def body_states(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Any = None
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor,
+    cache: Any = None,
+    **arguments: Any,
 ) -> Tensor:
     """Run the body: token ids [B, L] to final hidden states [B, L, H], the last norm included.
 
@@ -47,6 +52,7 @@ def body_states(
         attention_mask: int64 [B, L] (or [B, cached + L]), 1 for real tokens; None when there is no padding.
         position_ids: int64 [B, L]; always passed, because what a model makes up itself is wrong under left padding.
         cache: Keys and values of the tokens before these; filled in place.
+        arguments: For the attention kernel.
     """
     output = causal_lm(model).get_decoder()(
         input_ids=input_ids,
@@ -54,6 +60,7 @@ def body_states(
         position_ids=position_ids,
         past_key_values=cache,
         use_cache=cache is not None,
+        **arguments,
     )
     states: Tensor = output.last_hidden_state
     return states
