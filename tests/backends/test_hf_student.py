@@ -260,6 +260,7 @@ def test_description_is_plain_and_complete():
         "extra_stop_tokens": ["<|im_end|>", 3],
         "max_context_length": 99,
         "adapter_path": None,
+        "packing": False,
     }
     description = HFStudent(**settings).describe()
     assert description == json.loads(json.dumps(description))

@@ -36,6 +36,16 @@ def test_every_rollout_is_in_exactly_one_group_within_the_budget(sizes, budget):
         assert len(group) * max(map(sequence_length, group)) <= budget
 
 
+@given(lengths, st.integers(18, 60))
+def test_no_more_groups_than_needed_and_the_largest_as_small_as_can_be(sizes, budget):
+    rollouts = [make_rollout([1] * p, [2] * t, seed=i) for i, (p, t) in enumerate(sizes)]
+    groups = cut_by_tokens(rollouts, budget)
+    longest = max(map(sequence_length, rollouts))
+    largest = max(len(group) * max(map(sequence_length, group)) for group in groups)
+    assert all(len(cut_by_tokens(rollouts, less)) > len(groups) for less in range(longest, largest))
+    assert all(len(cut_by_tokens(rollouts, more)) == len(groups) for more in range(largest, budget + 1))
+
+
 def test_longest_first_so_that_memory_runs_out_early_or_never():
     rollouts = [make_rollout([1], [2] * t) for t in (3, 9, 1, 5)]
     assert [sequence_length(r) for group in cut_by_tokens(rollouts, 10) for r in group] == [10, 6, 4, 2]

@@ -59,6 +59,10 @@ class Student(ABC):
     def hidden_states(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Final hidden states [N, H] at `batch.rows, batch.columns`: what the head turns into next-token logits."""
 
+    def packs(self, model: nn.Module, batch: MicroBatch) -> bool:
+        """Whether `hidden_states` leaves out this micro-batch's padding instead of computing it."""
+        return False
+
     @abstractmethod
     def head(self, model: nn.Module) -> LinearHead:
         """The head as it is now; V = `tokenizer.vocab_size`, padding rows are cut off."""

@@ -8,6 +8,7 @@ Does not know models or devices.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -24,26 +25,42 @@ def sequence_length(rollout: Rollout) -> int:
 def cut_by_tokens(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rollout]]:
     """Cut rollouts into groups whose padded size (rows times longest sequence) stays within the budget.
 
-    Longest sequences come first, so that running out of memory happens at once and not late in the step. The order is
-    a function of lengths and of the given order only.
+    As few groups as the budget allows, and the largest of so many as small as can be: the last one is no remainder, and
+    the peak of memory is no higher than it must. Longest sequences come first, so that running out of memory happens
+    at once and not late in the step. The order is a function of lengths and of the given order only.
 
     Raises:
         ValueError: One sequence alone exceeds the budget.
     """
-    groups: list[list[Rollout]] = []
+    ordered = sorted(rollouts, key=sequence_length, reverse=True)
+    lengths = [sequence_length(rollout) for rollout in ordered]
+    if lengths and lengths[0] > max_tokens:
+        raise ValueError(
+            f"max_tokens_per_micro_batch={max_tokens}: the rollout of problem {ordered[0].problem.uid!r} alone has"
+            f" {lengths[0]} tokens. Raise the budget to at least {lengths[0]}, or lower sampling.max_new_tokens."
+        )
+    fewest = len(_group_sizes(lengths, max_tokens))
+    low, high = max(lengths, default=0), max_tokens
+    while low < high:  # the least budget that needs no more groups
+        budget = (low + high) // 2
+        if len(_group_sizes(lengths, budget)) == fewest:
+            high = budget
+        else:
+            low = budget + 1
+    rest = iter(ordered)
+    return [list(islice(rest, size)) for size in _group_sizes(lengths, high)]
+
+
+def _group_sizes(lengths: Sequence[int], max_tokens: int) -> list[int]:
+    """How many of the lengths, longest first, go into each group under the budget."""
+    sizes: list[int] = []
     longest = 0
-    for rollout in sorted(rollouts, key=sequence_length, reverse=True):
-        length = sequence_length(rollout)
-        if length > max_tokens:
-            raise ValueError(
-                f"max_tokens_per_micro_batch={max_tokens}: the rollout of problem {rollout.problem.uid!r} alone has"
-                f" {length} tokens. Raise the budget to at least {length}, or lower sampling.max_new_tokens."
-            )
-        if not groups or (len(groups[-1]) + 1) * longest > max_tokens:
-            groups.append([])
+    for length in lengths:
+        if not sizes or (sizes[-1] + 1) * longest > max_tokens:
+            sizes.append(0)
             longest = length
-        groups[-1].append(rollout)
-    return groups
+        sizes[-1] += 1
+    return sizes
 
 
 def collate(rollouts: Sequence[Rollout], pad_id: int, *, side: Literal["left", "right"] = "right") -> MicroBatch:

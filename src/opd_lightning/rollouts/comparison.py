@@ -27,11 +27,13 @@ class Comparison:
         micro_batch: The N tokens and the rollouts behind them.
         losses: [N] with gradient, nats.
         facts: float32 [N] each, without gradient, by name.
+        is_packed: Whether the student left the micro-batch's padding out.
     """
 
     micro_batch: MicroBatch
     losses: Tensor
     facts: dict[str, Tensor]
+    is_packed: bool = False
 
     def by_rollout(self) -> list[TrainedRollout]:
         """Losses and facts of each rollout, on the CPU."""
@@ -93,4 +95,4 @@ def compare(
                 facts_k=facts_k,
                 counts_alike=counts_alike,
             )
-        yield Comparison(micro_batch, results.losses, results.facts)
+        yield Comparison(micro_batch, results.losses, results.facts, student.packs(model, micro_batch))

@@ -152,10 +152,11 @@ def speeds(batch: RolloutBatch, seconds: Mapping[str, float]) -> dict[str, SumAn
 def comparison_statistics(compared: Comparison) -> tuple[dict[str, SumAndCount], dict[str, Tensor]]:
     """(sum, count) and maxima of a compared micro-batch: loss, padding, and every fact where it is defined."""
     batch, losses = compared.micro_batch, compared.losses.detach()
-    num_padded = batch.attention_mask.numel()
+    num_real = batch.attention_mask.sum()
+    num_run = num_real if compared.is_packed else torch.full_like(num_real, batch.attention_mask.numel())
     sums: dict[str, SumAndCount] = {
         "loss": (losses.sum(), batch.num_tokens),
-        "padding_share": (num_padded - batch.attention_mask.sum(), num_padded),
+        "padding_share": (num_run - num_real, num_run),
     }
     sums |= fact_statistics(compared.facts, tuple(compared.facts))
     mismatch = compared.facts.get("rollout_mismatch")

@@ -65,8 +65,8 @@ class RolloutDropout(nn.Dropout):
     """Dropout whose mask is a function of the seed last given to torch, layer, rollout, position and channel.
 
     Attributes:
-        seeds: int64 [B, L], one for each token of the micro-batch under way; they stay for the backward pass, where
-            gradient checkpointing asks for the same mask again.
+        seeds: int64 [B, L] (or [1, T], packed), one for each token of the micro-batch under way; they stay for the
+            backward pass, where gradient checkpointing asks for the same mask again.
     """
 
     def __init__(self, p: float, layer: str) -> None:
@@ -93,8 +93,11 @@ def key_dropout(model: PeftModel) -> None:
                 part.lora_dropout[adapter] = RolloutDropout(dropout.p, name)
 
 
-def seed_dropout(model: nn.Module, batch: MicroBatch) -> None:
-    """Tell the adapter's dropout which tokens come next. The step is in the seed that torch was given for it."""
+def seed_dropout(model: nn.Module, batch: MicroBatch, packed: bool) -> None:
+    """Tell the adapter's dropout which tokens come next: with padding, or `packed` end to end.
+
+    The step is in the seed that torch was given for it.
+    """
     parts = [part for part in model.modules() if isinstance(part, RolloutDropout)] if model.training else []
     if not parts:
         return
@@ -102,5 +105,6 @@ def seed_dropout(model: nn.Module, batch: MicroBatch) -> None:
     rollouts = [derive_seed(step, rollout.problem.uid, rollout.seed) for rollout in batch.rollouts]
     rows = torch.tensor(rollouts, device=batch.position_ids.device)[:, None]
     seeds = (hashed_uniforms(rows, batch.position_ids) * 2.0**62).long()
+    seeds = seeds[batch.attention_mask.bool()][None] if packed else seeds
     for part in parts:
         part.seeds = seeds

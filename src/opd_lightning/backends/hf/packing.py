@@ -26,20 +26,20 @@ from opd_lightning.backends.hf.anatomy import body_states, causal_lm, decoder_co
 from opd_lightning.interfaces import MicroBatch
 from opd_lightning.interfaces.modes import evaluation_mode
 
-_SDPA, _EAGER, _LIKE_FLASH = "opd_packed_sdpa", "opd_packed_eager", "opd_like_flash"
+_SDPA, _EAGER, _BOUNDS = "opd_packed_sdpa", "opd_packed_eager", "opd_packed_by_bounds"
 _WORTH = 0.1  # share of padding from which packing repays one call of attention per rollout
 _lengths: ContextVar[Sequence[int] | None] = ContextVar("lengths of the rollouts in the packed row", default=None)
 
 
-def response_states(model: nn.Module, batch: MicroBatch, packing: bool | None) -> Tensor:
+def response_states(model: nn.Module, batch: MicroBatch, packed: bool) -> Tensor:
     """Final hidden states [N, H] at `batch.rows, batch.columns`, with or without computing the padding.
 
     Args:
         model: A causal language model that `allow_packing` has seen, wrapped by peft or not.
         batch: On the model's device.
-        packing: The setting, as `is_packed` takes it.
+        packed: What `is_packed` says.
     """
-    if not is_packed(model, batch, packing):
+    if not packed:
         states = body_states(model, batch.input_ids, batch.attention_mask, batch.position_ids)
         return states[batch.rows, batch.columns]
     is_real = batch.attention_mask.bool()
@@ -117,7 +117,7 @@ def _reason_against(model: nn.Module) -> str | None:
     lm: Any = causal_lm(model)
     implementation = decoder_config(model)._attn_implementation
     if _runs_flash(implementation):
-        with _attention(lm, _LIKE_FLASH) as fault:  # its kernels do not run on a CPU: what they are told is checked
+        with _attention(lm, _BOUNDS) as fault:  # its kernels do not run on a CPU: what they are told is checked
             return fault or _difference(model)
     packed = {"sdpa": _SDPA, "eager": _EAGER}.get(implementation)
     if packed is None:
@@ -130,7 +130,7 @@ def _reason_against(model: nn.Module) -> str | None:
 
 
 def _runs_flash(implementation: str) -> bool:
-    return "flash" in implementation  # transformers tells them by their names as well
+    return "flash" in implementation or implementation == _BOUNDS  # transformers tells them by their names as well
 
 
 @contextmanager
@@ -176,7 +176,7 @@ def _difference(model: nn.Module) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------ attention, rollout by rollout
+# ---------------------------------------------------------------------------------------- attention, rollout by rollout
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class _RolloutMasks:
 
 
 def _allowed(lengths: Sequence[int], arguments: dict[str, Any]) -> dict[int, Tensor]:
-    """bool [L, L] for each length L: which token of a rollout sees which, as transformers has it for one alone."""
+    """Which token of a rollout sees which, for each length L as bool [L, L]: what transformers has for one alone."""
     if arguments["use_vmap"] or arguments["q_length"] != sum(lengths) or arguments["kv_length"] != sum(lengths):
         raise NotImplementedError("its attention mask is a special one")
     allowed = {}
@@ -229,16 +229,16 @@ def _eager_masks(**arguments: Any) -> Any:
 
 def _by_rollout(attend: Callable[..., Any], masks: _RolloutMasks, query: Tensor, *keys_values: Tensor) -> Any:
     """Outputs [1, T, heads, D] of attention within each rollout."""
-    parts = zip(*(states.split(list(masks.lengths), dim=2) for states in (query, *keys_values)), masks.masks, strict=True)
+    parts = zip(
+        *(states.split(list(masks.lengths), dim=2) for states in (query, *keys_values)), masks.masks, strict=True
+    )
     return torch.cat([attend(*part)[0] for part in parts], dim=1), None
 
 
 def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     if not isinstance(attention_mask, _RolloutMasks):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return _by_rollout(
-        lambda *part: sdpa_attention_forward(module, *part, **kwargs), attention_mask, query, key, value
-    )
+    return _by_rollout(lambda *part: sdpa_attention_forward(module, *part, **kwargs), attention_mask, query, key, value)
 
 
 def _eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
@@ -248,7 +248,7 @@ def _eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     return _by_rollout(lambda *part: forward(module, *part, **kwargs), attention_mask, query, key, value)
 
 
-def _like_flash(
+def _by_bounds(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
     """What flash attention makes of its arguments: rollouts from their bounds, windows by their size."""
@@ -264,7 +264,7 @@ def _like_flash(
 for _name, _function, _mask in (
     (_SDPA, _sdpa, _sdpa_masks),
     (_EAGER, _eager, _eager_masks),
-    (_LIKE_FLASH, _like_flash, flash_attention_mask),
+    (_BOUNDS, _by_bounds, flash_attention_mask),
 ):
     AttentionInterface.register(_name, _function)
     AttentionMaskInterface.register(_name, _mask)

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from opd_lightning.backends.hf.adapters import LoraSettings, add_lora, load_adapter, without_adapter
-from opd_lightning.backends.hf.anatomy import body_states, causal_lm, linear_head, verify_anatomy
+from opd_lightning.backends.hf.anatomy import causal_lm, linear_head, verify_anatomy
 from opd_lightning.backends.hf.dropout import key_dropout, seed_dropout, switch_off_dropout, verify_no_noise
 from opd_lightning.backends.hf.loading import (
     ModelSource,
@@ -25,6 +25,7 @@ from opd_lightning.backends.hf.loading import (
     load_model,
     load_tokenizer,
 )
+from opd_lightning.backends.hf.packing import allow_packing, is_packed, response_states
 from opd_lightning.backends.hf.saving import plain_weights, save_configuration, save_model
 from opd_lightning.backends.hf.tokenizer import HFTokenizer, check_vocabulary_rows, read_template
 from opd_lightning.interfaces import LinearHead, MicroBatch, Student
@@ -50,6 +51,8 @@ class HFStudent(Student):
         extra_stop_tokens: Tokens that close a response besides those the model and the tokenizer name.
         max_context_length: Use less than the context the model was made for.
         adapter_path: Go on training this saved LoRA adapter of the model at `path`.
+        packing: Lay the rollouts of a micro-batch end to end instead of padding them: true wherever there is padding,
+            false nowhere; null where it is a tenth or more and the model can be run so (recurrent ones cannot).
 
     Raises:
         ValueError: The settings contradict each other.
@@ -69,6 +72,7 @@ class HFStudent(Student):
         extra_stop_tokens: list[int | str] | None = None,
         max_context_length: int | None = None,
         adapter_path: str | None = None,
+        packing: bool | None = None,
     ) -> None:
         check_dtype("student", dtype)
         if lora is not None and adapter_path is not None:
@@ -87,6 +91,7 @@ class HFStudent(Student):
         self.extra_stop_tokens = extra_stop_tokens
         self.max_context_length = max_context_length
         self.adapter_path = adapter_path
+        self.packing = packing
 
     @property
     def has_adapter(self) -> bool:
@@ -175,13 +180,18 @@ class HFStudent(Student):
         if self.gradient_checkpointing:
             _enable_gradient_checkpointing(causal_lm(model))
         verify_anatomy(model, self.source.argument, generates=True)
+        allow_packing(model, self.packing, "student")
         return model.train()  # type: ignore[no-any-return]
 
     def hidden_states(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Final hidden states [N, H] at `batch.rows, batch.columns`: what the head turns into next-token logits."""
-        seed_dropout(model, batch)
-        states = body_states(model, batch.input_ids, batch.attention_mask, batch.position_ids)
-        return states[batch.rows, batch.columns]
+        packed = self.packs(model, batch)
+        seed_dropout(model, batch, packed)
+        return response_states(model, batch, packed)
+
+    def packs(self, model: nn.Module, batch: MicroBatch) -> bool:
+        """Whether the rollouts of this micro-batch are laid end to end, so that no padding is computed."""
+        return is_packed(model, batch, self.packing)
 
     def head(self, model: nn.Module) -> LinearHead:
         """The head as it is now, padding rows cut off.

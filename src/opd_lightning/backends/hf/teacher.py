@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from opd_lightning.backends.hf.anatomy import body_states, linear_head, verify_anatomy
+from opd_lightning.backends.hf.anatomy import linear_head, verify_anatomy
 from opd_lightning.backends.hf.answerer import make_answerer
 from opd_lightning.backends.hf.loading import ModelSource, check_dtype, check_quantization, load_model, load_tokenizer
+from opd_lightning.backends.hf.packing import allow_packing, is_packed, response_states
 from opd_lightning.backends.hf.preflight import Compatibility, check_compatibility
 from opd_lightning.backends.hf.student import HFStudent
 from opd_lightning.backends.hf.tokenizer import HFTokenizer
@@ -43,6 +44,7 @@ class HFTeacher(Teacher):
             as large as the differences late in training; costs memory and a slower matrix product.
         trust_remote_code: Whether code that comes with the model may run.
         revision: Branch, tag or commit on the hub.
+        packing: Lay the rollouts of a micro-batch end to end instead of padding them, as the student's `packing`.
 
     Raises:
         ValueError: The settings contradict each other.
@@ -58,6 +60,7 @@ class HFTeacher(Teacher):
         float32_head: bool = False,
         trust_remote_code: bool = False,
         revision: str | None = None,
+        packing: bool | None = None,
     ) -> None:
         check_dtype("teacher", dtype)
         check_quantization("teacher", quantization_config)
@@ -68,6 +71,7 @@ class HFTeacher(Teacher):
         self.quantization_config: Mapping[str, Any] | None = quantization_config
         self.offload = offload
         self.float32_head = float32_head
+        self.packing = packing
         self.source = ModelSource(path, "teacher", revision, trust_remote_code)
         self._compatibility: Compatibility | None = None
         self._model: Any = None
@@ -123,6 +127,7 @@ class HFTeacher(Teacher):
         loaded = load_model(self.source, self.dtype, self.attn_implementation, self.quantization_config, device)
         loaded.requires_grad_(False).eval()
         verify_anatomy(loaded, self.source.argument, generates=False)
+        allow_packing(loaded, self.packing, "teacher")
         self._model = loaded
         head = linear_head(loaded, self._compatibility.vocab_size)
         if self.offload:
@@ -162,8 +167,7 @@ class HFTeacher(Teacher):
         batch = batch.to(self._device)
         own_precision = torch.autocast(self._device.type, enabled=False)
         with torch.no_grad(), own_precision, self._body_on_device():
-            states = body_states(self._model, batch.input_ids, batch.attention_mask, batch.position_ids)
-            hidden = states[batch.rows, batch.columns]
+            hidden = response_states(self._model, batch, is_packed(self._model, batch, self.packing))
         return HiddenScores(hidden, batch.tokens.ids, self._head, request.temperature)
 
     def score_all(self, batches: Sequence[MicroBatch], request: ScoreRequest) -> Iterator[TeacherScores]:
@@ -182,6 +186,7 @@ class HFTeacher(Teacher):
             return None
         source = self.source
         settings: dict[str, Any] = {"trust_remote_code": source.trust_remote_code, "revision": source.revision}
+        settings["packing"] = self.packing
         return HFStudent(source.path, template_kwargs=self._template_kwargs, **settings), self._model
 
     def close(self) -> None:
