@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_lightning.interfaces import Problem, Rollout
@@ -36,6 +36,7 @@ def test_every_rollout_is_in_exactly_one_group_within_the_budget(sizes, budget):
         assert len(group) * max(map(sequence_length, group)) <= budget
 
 
+@settings(max_examples=25)
 @given(lengths, st.integers(18, 60))
 def test_no_more_groups_than_needed_and_the_largest_as_small_as_can_be(sizes, budget):
     rollouts = [make_rollout([1] * p, [2] * t, seed=i) for i, (p, t) in enumerate(sizes)]
