@@ -61,7 +61,7 @@ def test_states_and_gradients_are_those_of_padded_rollouts(name):
     batch, other_side = make_batch(LENGTHS)[1], make_batch(LENGTHS, "left")[1]
     padded = states_and_gradients(model, batch, False)
     allow_packing(model, True, "student")
-    assert is_packed(model, batch, None)
+    assert [is_packed(model, packing) for packing in (None, True, False)] == [True, True, False]
     packed = states_and_gradients(model, batch, True)
     check_equal(packed, padded, **tolerances)
     check_equal(states_and_gradients(model, other_side, True), packed, rtol=0, atol=0)
@@ -114,23 +114,13 @@ def test_models_that_cannot_are_padded_or_refused_with_the_reason(name):
     implementation = model.config._attn_implementation
     with pytest.warns(UserWarning, match=rf"teacher\.packing: .* cannot be laid end to end \({reason}.* are padded"):
         allow_packing(model, None, "teacher")
-    assert not is_packed(model, make_batch(LENGTHS)[1], True)
+    assert not is_packed(model, None)
     assert model.config._attn_implementation == implementation
     with pytest.raises(ValueError, match=rf"student\.packing: .*{reason}.* Leave the setting out"):
         allow_packing(model, True, "student")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         allow_packing(model, False, "student")
-
-
-def test_packed_where_it_pays():
-    model = make_model()
-    ragged, nearly, even = (make_batch(lengths)[1] for lengths in (LENGTHS, ((3, 9), (3, 8)), ((3, 5), (4, 4))))
-    assert not is_packed(model, ragged, True)  # nobody has looked at it
-    allow_packing(model, None, "student")
-    assert [is_packed(model, batch, None) for batch in (ragged, nearly, even)] == [True, False, False]
-    assert [is_packed(model, batch, True) for batch in (ragged, nearly, even)] == [True, True, False]
-    assert [is_packed(model, batch, False) for batch in (ragged, nearly, even)] == [False] * 3
 
 
 def distill(packing, **options):

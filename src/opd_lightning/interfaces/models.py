@@ -59,8 +59,8 @@ class Student(ABC):
     def hidden_states(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Final hidden states [N, H] at `batch.rows, batch.columns`: what the head turns into next-token logits."""
 
-    def packs(self, model: nn.Module, batch: MicroBatch) -> bool:
-        """Whether `hidden_states` leaves out this micro-batch's padding instead of computing it."""
+    def packs(self, model: nn.Module) -> bool:
+        """Whether `hidden_states` leaves padding out instead of computing it."""
         return False
 
     @abstractmethod

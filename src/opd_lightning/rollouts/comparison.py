@@ -95,4 +95,4 @@ def compare(
                 facts_k=facts_k,
                 counts_alike=counts_alike,
             )
-        yield Comparison(micro_batch, results.losses, results.facts, student.packs(model, micro_batch))
+        yield Comparison(micro_batch, results.losses, results.facts, student.packs(model))

@@ -21,8 +21,6 @@ from opd_lightning.backends.hf.packed_attention import BOUNDS, PACKED, Place, la
 from opd_lightning.interfaces import MicroBatch
 from opd_lightning.interfaces.modes import evaluation_mode
 
-_WORTH = 0.1  # share of padding from which packing repays one call of attention per rollout
-
 
 def response_states(model: nn.Module, batch: MicroBatch, packed: bool) -> Tensor:
     """Final hidden states [N, H] at `batch.rows, batch.columns`, with or without computing the padding.
@@ -32,7 +30,7 @@ def response_states(model: nn.Module, batch: MicroBatch, packed: bool) -> Tensor
         batch: On the model's device.
         packed: What `is_packed` says.
     """
-    if not packed:
+    if not packed or not batch.rollouts:  # a probe has none
         states = body_states(model, batch.input_ids, batch.attention_mask, batch.position_ids)
         return states[batch.rows, batch.columns]
     prompts = [rollout.prompt_ids.tolist() for rollout in batch.rollouts]
@@ -53,18 +51,9 @@ def _drops(model: nn.Module) -> bool:
     return model.training and any(isinstance(part, RolloutDropout) and part.p > 0 for part in model.modules())
 
 
-def is_packed(model: nn.Module, batch: MicroBatch, packing: bool | None) -> bool:
-    """Whether the padding of this micro-batch is left out.
-
-    Args:
-        model: A causal language model, wrapped by peft or not.
-        batch: On any device.
-        packing: True: where there is padding; None: where it is at least a tenth; False: nowhere.
-    """
-    if packing is False or not getattr(causal_lm(model), "opd_packs", False):
-        return False
-    share = 1.0 - float(batch.attention_mask.sum()) / batch.attention_mask.numel()
-    return share >= _WORTH if packing is None else share > 0.0
+def is_packed(model: nn.Module, packing: bool | None) -> bool:
+    """Whether this model's rollouts are laid end to end, under the setting `packing`."""
+    return packing is not False and getattr(causal_lm(model), "opd_packs", False)
 
 
 def packed_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor, places: Sequence[Place]) -> Tensor:
@@ -96,7 +85,7 @@ def allow_packing(model: nn.Module, packing: bool | None, role: str) -> None:
 
     Args:
         model: A causal language model, wrapped by peft or not.
-        packing: True: it must; None: where it can, said once where not; False: leave it alone.
+        packing: True: it must; None: it may, said where it cannot; False: leave it alone.
         role: Whose setting it is: "student" or "teacher".
 
     Raises:

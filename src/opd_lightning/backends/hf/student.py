@@ -51,8 +51,9 @@ class HFStudent(Student):
         extra_stop_tokens: Tokens that close a response besides those the model and the tokenizer name.
         max_context_length: Use less than the context the model was made for.
         adapter_path: Go on training this saved LoRA adapter of the model at `path`.
-        packing: Lay the rollouts of a micro-batch end to end instead of padding them: true wherever there is padding,
-            false nowhere; null where it is a tenth or more and the model can be run so (recurrent ones cannot).
+        packing: Lay the rollouts of a micro-batch end to end instead of padding them, and compute a prompt once for its
+            rollouts: null where the model can be run so (those with recurrent layers cannot), true refuses others,
+            false pads.
 
     Raises:
         ValueError: The settings contradict each other.
@@ -185,13 +186,13 @@ class HFStudent(Student):
 
     def hidden_states(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Final hidden states [N, H] at `batch.rows, batch.columns`: what the head turns into next-token logits."""
-        packed = self.packs(model, batch)
+        packed = self.packs(model)
         seed_dropout(model, batch, packed)
         return response_states(model, batch, packed)
 
-    def packs(self, model: nn.Module, batch: MicroBatch) -> bool:
-        """Whether the rollouts of this micro-batch are laid end to end, so that no padding is computed."""
-        return is_packed(model, batch, self.packing)
+    def packs(self, model: nn.Module) -> bool:
+        """Whether rollouts are laid end to end, so that no padding is computed."""
+        return is_packed(model, self.packing)
 
     def head(self, model: nn.Module) -> LinearHead:
         """The head as it is now, padding rows cut off.

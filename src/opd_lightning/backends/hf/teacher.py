@@ -167,7 +167,7 @@ class HFTeacher(Teacher):
         batch = batch.to(self._device)
         own_precision = torch.autocast(self._device.type, enabled=False)
         with torch.no_grad(), own_precision, self._body_on_device():
-            hidden = response_states(self._model, batch, is_packed(self._model, batch, self.packing))
+            hidden = response_states(self._model, batch, is_packed(self._model, self.packing))
         return HiddenScores(hidden, batch.tokens.ids, self._head, request.temperature)
 
     def score_all(self, batches: Sequence[MicroBatch], request: ScoreRequest) -> Iterator[TeacherScores]:
