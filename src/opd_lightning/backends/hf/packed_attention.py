@@ -8,6 +8,7 @@ transformers as attention functions of their own, which are those of SDPA and ea
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -36,14 +37,6 @@ class Place(NamedTuple):
     def has_prompt(self) -> bool:
         """Whether its prompt lies right before its response; else it is that of an earlier rollout."""
         return self.response_start == self.prompt_start + self.num_prompt
-
-    def of(self, row: Tensor) -> Tensor:
-        """Its part [1, heads, L, D] of [1, heads, T, D]."""
-        if self.has_prompt:
-            return row[:, :, self.prompt_start : self.prompt_start + self.length]
-        prompt = row[:, :, self.prompt_start : self.prompt_start + self.num_prompt]
-        response = row[:, :, self.response_start : self.response_start + self.length - self.num_prompt]
-        return torch.cat([prompt, response], dim=2)
 
 
 _places: ContextVar[Sequence[Place] | None] = ContextVar("where rollouts lie in the row under way", default=None)
@@ -87,10 +80,33 @@ class _RolloutMasks:
     Attributes:
         places: Where each rollout lies.
         masks: [1, 1, L, L] for each rollout as its kind of attention takes it; None for the causal mask of SDPA.
+        sizes: Tokens of the pieces that the row is cut into: a rollout, or a prompt that is shared, or its responses.
+        pieces: Which of them each rollout consists of.
     """
 
     places: Sequence[Place]
     masks: Sequence[Tensor | None]
+    sizes: list[int]
+    pieces: list[tuple[int, ...]]
+
+    @classmethod
+    def at(cls, places: Sequence[Place], masks: Sequence[Tensor | None]) -> _RolloutMasks:
+        """Those of rollouts at the places."""
+        num_users = Counter(place.prompt_start for place in places)
+        sizes: list[int] = []
+        pieces: list[tuple[int, ...]] = []
+        prompts: dict[int, int] = {}
+        for place in places:
+            if num_users[place.prompt_start] == 1:
+                pieces.append((len(sizes),))
+                sizes.append(place.length)
+                continue
+            if place.has_prompt:
+                prompts[place.prompt_start] = len(sizes)
+                sizes.append(place.num_prompt)
+            pieces.append((prompts[place.prompt_start], len(sizes)))
+            sizes.append(place.length - place.num_prompt)
+        return cls(places, masks, sizes, pieces)
 
 
 def _allowed(places: Sequence[Place], arguments: dict[str, Any]) -> dict[int, Tensor]:
@@ -115,7 +131,7 @@ def _sdpa_masks(**arguments: Any) -> Any:
         length: None if is_causal else mask[None, None]
         for (length, mask), is_causal in zip(allowed.items(), are_causal, strict=True)
     }
-    return _RolloutMasks(places, [masks[place.length] for place in places])
+    return _RolloutMasks.at(places, [masks[place.length] for place in places])
 
 
 def _eager_masks(**arguments: Any) -> Any:
@@ -126,16 +142,19 @@ def _eager_masks(**arguments: Any) -> Any:
         length: torch.where(mask, torch.zeros_like(least), least)[None, None]
         for length, mask in _allowed(places, arguments).items()
     }
-    return _RolloutMasks(places, [masks[place.length] for place in places])
+    return _RolloutMasks.at(places, [masks[place.length] for place in places])
 
 
 def _by_rollout(attend: Callable[..., Any], masks: _RolloutMasks, *queries_keys_values: Tensor) -> Any:
     """Outputs [1, T, heads, D] of attention within each rollout."""
-    parts = []
-    for place, mask in zip(masks.places, masks.masks, strict=True):
-        output = attend(*(place.of(row) for row in queries_keys_values), mask)[0]
-        parts.append(output if place.has_prompt else output[:, place.num_prompt :])
-    return torch.cat(parts, dim=1), None
+    # cut at once: the gradient of a slice is as large as the row, and there would be one for each rollout
+    cut = [row.split(masks.sizes, dim=2) for row in queries_keys_values]
+    outputs = []
+    for place, mask, pieces in zip(masks.places, masks.masks, masks.pieces, strict=True):
+        parts = (row[pieces[0]] if len(pieces) == 1 else torch.cat([row[i] for i in pieces], dim=2) for row in cut)
+        output = attend(*parts, mask)[0]
+        outputs.append(output if place.has_prompt else output[:, place.num_prompt :])
+    return torch.cat(outputs, dim=1), None
 
 
 def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
@@ -162,7 +181,12 @@ def _by_bounds(
         mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
         masks.append((mask if window is None else mask.triu(1 - window))[None, None])
     return _sdpa(
-        module, query, key, value, _RolloutMasks(lay_end_to_end([()] * len(lengths), lengths, False), masks), **kwargs
+        module,
+        query,
+        key,
+        value,
+        _RolloutMasks.at(lay_end_to_end([()] * len(lengths), lengths, False), masks),
+        **kwargs,
     )
 
 
