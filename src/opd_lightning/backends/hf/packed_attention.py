@@ -148,7 +148,7 @@ def _eager_masks(**arguments: Any) -> Any:
 def _by_rollout(attend: Callable[..., Any], masks: _RolloutMasks, *queries_keys_values: Tensor) -> Any:
     """Outputs [1, T, heads, D] of attention within each rollout."""
     # cut at once: the gradient of a slice is as large as the row, and there would be one for each rollout
-    cut = [row.split(masks.sizes, dim=2) for row in queries_keys_values]
+    cut = [torch.split(row, masks.sizes, dim=2) for row in queries_keys_values]
     outputs = []
     for place, mask, pieces in zip(masks.places, masks.masks, masks.pieces, strict=True):
         parts = (row[pieces[0]] if len(pieces) == 1 else torch.cat([row[i] for i in pieces], dim=2) for row in cut)
