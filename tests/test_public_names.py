@@ -20,21 +20,21 @@ import reference  # noqa: E402
 NAMES = """
 AboveFloorThenUncertain AdaptiveHorizon Advantage AgreementWeight AnswersWriter AntiSelfDistillation ArithmeticTask
 BaseModelTeacher CandidateScore CleanedTask Clipped ClippedForwardKL Connection ConstantHorizon DataSource
-DemonstratedOnly DifficultyPool Direct Divergence DivergenceObjective EffOPD EffOPDOptimizer EntropyAware EntropyGate
-EntropyGuard Estimator ExtrapolatedTeacher FileTransfer Filtered Floor ForwardKL ForwardKLWhereNegative FullVocabulary
-GrowingHorizon HFEngine HFStudent HFTeacher HeldOutGuard HeldOutLoss HeldOutMarks Horizon Importance InOrder
-Intersection JensenShannon KLBaseline LateEntropyGuard LearningRateLineSearch LedgerTask LengthGuard LinearHead
-LiveReport LiveStudent LongReturn LoraSettings Margin MarginMask MarginShift Masked MathTask MeanOverTeachers
-MicroBatch MismatchAlarm MixedData MixedTask Mixture MixtureTeacher MovingAverageTeacher NCCLTransfer NLL
-OPDDataModule OPDModule Objective OnPolicy OneStepAhead OverlapGuard PeerTeacher PlainEngine PrintSamples
-PrivilegedTeacher Problem Prompt PromptBatch PromptOutcome PromptSelector PromptTask RateSearch RescueCheckpoint
-ResponseTokens Reuse ReverseKL RewardFloor Rollout RolloutBatch RolloutEngine RolloutSource RoundPart Routed
-SDPOObjective SampledToken SampledTokenObjective Sampling Score ScoreObjective ScoreRequest ScoredTask Shuffled
-SourceMetrics StartValidation StepFacts StepProgressBar StepPrompts Stored Student StudentScores StudentSummary
-StudentTopK Support SymmetricDifference Task TaskAccuracy Teacher TeacherKL TeacherKLOnFixedRollouts
-TeacherKLOnNewRollouts TeacherScores TeacherTopK TokenRecorder TokenWeighting Tokenizer TrainedRollout Truncated Union
-UpdateRecorder VLLMColocatedEngine VLLMServerEngine VLLMServerTeacher Veto WarmupDecay Weighted WeightsLost
-WholeCheckpoints export render_token_page
+DebiasedTeacher DemonstratedOnly DifficultyPool Direct Divergence DivergenceObjective EffOPD EffOPDOptimizer
+EntropyAware EntropyGate EntropyGuard Estimator ExtrapolatedTeacher FileTransfer Filtered Floor ForwardKL
+ForwardKLWhereNegative FullVocabulary GrowingHorizon HFEngine HFStudent HFTeacher HeldOutGuard HeldOutLoss
+HeldOutMarks Horizon Importance InOrder Intersection JensenShannon KLBaseline LateEntropyGuard LearningRateLineSearch
+LedgerTask LengthGuard LinearHead LiveReport LiveStudent LongReturn LoraSettings Margin MarginMask MarginShift Masked
+MathTask MeanOverTeachers MicroBatch MismatchAlarm MixedData MixedTask Mixture MixtureTeacher MovingAverageTeacher
+NCCLTransfer NLL OPDDataModule OPDModule Objective OnPolicy OneStepAhead OverlapGuard PeerTeacher PlainEngine
+PrintSamples PrivilegedTeacher Problem Prompt PromptBatch PromptOutcome PromptSelector PromptTask RateSearch
+RescueCheckpoint ResponseTokens Reuse ReverseKL RewardFloor Rollout RolloutBatch RolloutEngine RolloutSource RoundPart
+Routed SDPOObjective SampledToken SampledTokenObjective Sampling Score ScoreObjective ScoreRequest ScoredTask Shuffled
+SourceMetrics StartValidation StepFacts StepProgressBar StepPrompts Stored StoredTeacher Student StudentScores
+StudentSummary StudentTopK Support SymmetricDifference Task TaskAccuracy Teacher TeacherKL TeacherKLOnFixedRollouts
+TeacherKLOnNewRollouts TeacherScores TeacherTopK TokenRecorder TokenWeighting Tokenizer TrainedRollout Truncated
+Uncorrected Union UpdateRecorder VLLMColocatedEngine VLLMServerEngine VLLMServerTeacher Veto WarmupDecay Weighted
+WeightsLost WholeCheckpoints export render_token_page
 """.split()  # noqa: SIM905
 # made by trainer and command; what two callbacks or two tasks share; a task of the zoo
 INTERNAL = {"KeptScores", "MadeUpTask", "NotationTask", "RunRecords", "TaskAround", "WeightSearch"}

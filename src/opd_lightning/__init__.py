@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from opd_lightning.methods import AgreementWeight as AgreementWeight
     from opd_lightning.methods import AntiSelfDistillation as AntiSelfDistillation
     from opd_lightning.methods import ClippedForwardKL as ClippedForwardKL
+    from opd_lightning.methods import DebiasedTeacher as DebiasedTeacher
     from opd_lightning.methods import DemonstratedOnly as DemonstratedOnly
     from opd_lightning.methods import EntropyAware as EntropyAware
     from opd_lightning.methods import Floor as Floor
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
     from opd_lightning.methods import PeerTeacher as PeerTeacher
     from opd_lightning.methods import RewardFloor as RewardFloor
     from opd_lightning.methods import SDPOObjective as SDPOObjective
+    from opd_lightning.methods import Uncorrected as Uncorrected
     from opd_lightning.methods import Veto as Veto
     from opd_lightning.objectives import NLL as NLL
     from opd_lightning.objectives import CandidateScore as CandidateScore
@@ -148,6 +150,7 @@ if TYPE_CHECKING:
     from opd_lightning.teachers import MovingAverageTeacher as MovingAverageTeacher
     from opd_lightning.teachers import PrivilegedTeacher as PrivilegedTeacher
     from opd_lightning.teachers import Routed as Routed
+    from opd_lightning.teachers import StoredTeacher as StoredTeacher
     from opd_lightning.training.checkpoints import WholeCheckpoints as WholeCheckpoints
     from opd_lightning.training.checkpoints import export as export
     from opd_lightning.training.datamodule import OPDDataModule as OPDDataModule
@@ -172,6 +175,7 @@ _HOMES = {
     "Connection": "backends.vllm.server",
     "ConstantHorizon": "rollouts.horizon",
     "DataSource": "tasks",
+    "DebiasedTeacher": "methods",
     "DemonstratedOnly": "methods",
     "DifficultyPool": "selection",
     "Direct": "objectives",
@@ -270,6 +274,7 @@ _HOMES = {
     "StepProgressBar": "callbacks.progress",
     "StepPrompts": "interfaces",
     "Stored": "rollouts.stored",
+    "StoredTeacher": "teachers",
     "Student": "interfaces",
     "StudentScores": "objectives",
     "StudentSummary": "callbacks.student_summary",
@@ -289,6 +294,7 @@ _HOMES = {
     "Tokenizer": "interfaces",
     "TrainedRollout": "interfaces",
     "Truncated": "objectives",
+    "Uncorrected": "methods",
     "Union": "objectives",
     "UpdateRecorder": "callbacks.update_recorder",
     "VLLMColocatedEngine": "backends.vllm.colocated",

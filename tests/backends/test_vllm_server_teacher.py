@@ -11,8 +11,9 @@ from fake_vllm_server import FakeVLLM, Refusal, recorded_answers, serve
 
 from opd_lightning.backends.hf import HFStudent, HFTeacher
 from opd_lightning.backends.vllm.server import Connection, ServerUnreachable, VLLMServerTeacher
-from opd_lightning.backends.vllm.server.listed_scores import ListedScores, read_scores
+from opd_lightning.backends.vllm.server.listed_scores import read_scores
 from opd_lightning.interfaces import Problem, Rollout, ScoreRequest
+from opd_lightning.objectives import ListedScores
 from opd_lightning.rollouts.batching import collate
 
 CPU = torch.device("cpu")

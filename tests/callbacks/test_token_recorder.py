@@ -10,10 +10,10 @@ from toys import adamw, make_data, make_module, make_trainer, weights_of
 
 from opd_lightning import NLL, OPDModule, SampledTokenObjective
 from opd_lightning.backends.hf import HFStudent, HFTeacher
-from opd_lightning.backends.vllm.server.listed_scores import ListedScores
 from opd_lightning.callbacks.token_recorder import TokenRecorder, estimated_bytes
 from opd_lightning.callbacks.token_rows import TokenRows
 from opd_lightning.interfaces import ScoreRequest, Tokenizer, TokenWeighting
+from opd_lightning.objectives import ListedScores
 from opd_lightning.reports.token_records import VALUES, find_records, read_header, read_record, steps_of, write_record
 from opd_lightning.reports.token_view import token_view
 

@@ -5,6 +5,7 @@ import shlex
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +13,15 @@ from conftest import VOCAB_SIZE
 from toys import LetterTask, make_data, make_module
 from transformers import AutoModelForCausalLM
 
-from opd_lightning.backends.hf import HFEngine
+from opd_lightning.backends.hf import HFEngine, HFStudent, HFTeacher
 from opd_lightning.commands.cli import main
 from opd_lightning.commands.rollout import RolloutTrainer
-from opd_lightning.interfaces import Problem, Sampling, Task
+from opd_lightning.interfaces import Problem, Prompt, Sampling, StepPrompts, Task
 from opd_lightning.rollouts.answer_files import read_answers, read_header
+from opd_lightning.rollouts.batching import collate
 from opd_lightning.rollouts.rejection import Rejection
+from opd_lightning.rollouts.stored import Stored
+from opd_lightning.teachers import StoredTeacher
 
 LOOSE = Rejection(truncated=False)
 
@@ -89,6 +93,28 @@ def test_the_student_answers_with_another_file_ending_the_same(roll_out):
     assert rows != roll_out("b.jsonl", **(options | {"role": "teacher"}))
 
 
+def test_the_teacher_s_scores_are_written_beside_the_answers_and_read_back(
+    roll_out, tmp_path, tiny_qwen3_folder, tiny_teacher_folder
+):
+    options = {"role": "student", "score": True, "score_top_k": 2, "num_problems": 3}
+    rows = roll_out("a.parquet", **options)
+    student, stored = HFStudent(str(tiny_qwen3_folder)), StoredTeacher(str(tmp_path / "a.parquet"))
+    teacher = HFTeacher(str(tiny_teacher_folder), dtype="float32")
+    source = Stored(stored.path)
+    problems = source.admit(LetterTask().problems("train")[:3], student.tokenizer, Sampling(8), 1)
+    prompts = [Prompt(problem, tuple(student.tokenizer.render(problem.messages)), (0,)) for problem in problems]
+    live = SimpleNamespace(spec=student, weight_version=0)
+    batch = collate(source.rollouts(StepPrompts(0, (0, 1, 2), tuple(prompts)), Sampling(8), live).rollouts, 0)
+    for each in (stored, teacher):
+        each.setup(student, None, torch.device("cpu"))
+    told, expected = (each.score(batch, stored.offer) for each in (stored, teacher))
+    torch.testing.assert_close(told.sampled(), expected.sampled())
+    torch.testing.assert_close(told.topk(2), expected.topk(2))
+    assert told.sampled().tolist() == [value for row in rows for value in row["teacher_log_probs"]]
+    with pytest.raises(ValueError, match=r"begun with other settings: scores.top_k was 2, now it is 1"):
+        roll_out("a.parquet", **(options | {"score_top_k": 1}))
+
+
 @pytest.mark.parametrize("ending", ["jsonl", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_and_nothing_is_generated_twice(roll_out, tmp_path, ending):
     options = {"num_samples": 2, "reject": Rejection(truncated=False, pattern="[aeiou]"), "num_attempts": 4}
@@ -154,7 +180,6 @@ def test_a_checkpoint_of_the_student_answers(roll_out, tmp_path, tiny_qwen3_fold
 
 
 def test_mistakes_are_answered_in_one_line(roll_out, tmp_path, tiny_qwen3_folder):
-    from opd_lightning.backends.hf import HFStudent
     from opd_lightning.teachers import BaseModelTeacher
     from opd_lightning.training.module import OPDModule
 
@@ -168,15 +193,19 @@ def test_mistakes_are_answered_in_one_line(roll_out, tmp_path, tiny_qwen3_folder
         assert "\n" not in str(caught.value)
 
     student = HFStudent(str(tiny_qwen3_folder))
+    alone = OPDModule(student, None)
     fails(r"output: expected a file ending in \.jsonl or \.parquet", output="a.csv")
     fails("output: '.*plain' cannot be a folder|cannot be a folder", output=_file(tmp_path) + "/a.jsonl")
     fails("output: expected a file to write", output=_folder(tmp_path, "b.jsonl"))
     fails("Empty has no problems in its 'train' split", task=Empty())
-    fails("model.teacher: there is none to answer", module=OPDModule(student, None))
+    fails("model.teacher: there is none to answer", module=alone)
     fails("BaseModelTeacher only scores", module=OPDModule(student, BaseModelTeacher()))
     fails("at temperature 0 all answers", sampling=Sampling(4, temperature=0), num_samples=2)
     fails("ckpt_path: a checkpoint holds the student's", ckpt_path="x.ckpt")
     fails("Ungraded has no answers to mark", task=Ungraded(), reject=Rejection(wrong=True))
+    fails("rollout.score_top_k=3: without scores there are no lists", score_top_k=3)
+    fails("model.teacher: there is none to score the answers", module=alone, role="student", score=True)
+    fails("rollout.score_top_k: expected an integer of at least 0", score=True, score_top_k=-1)
     fails("rollout.num_samples: expected an integer of at least 1", num_samples=0)
     roll_out("a.jsonl", num_problems=2)
     fails("begun with other settings: num_samples was 1, now it is 2", num_problems=2, num_samples=2)

@@ -24,7 +24,12 @@ LARGER = {  # where nothing happens at the tiny sizes: some answers must be righ
     "sdpo": {"data.sampling.max_new_tokens": 40, "data.rollouts_per_prompt": 4},
     "uni_opd": {"data.sampling.max_new_tokens": 40},
 }
+SCORE = "rollout --config @quickstart --role student --score true --num_problems 40"
 BEFORE = {  # commands that make the files a method reads
+    "lightning_opd": [
+        f"{SCORE} --output scored.jsonl",
+        f"{SCORE} --output equal.jsonl --model.teacher.path sandbox:student",
+    ],
     "gkd": ["rollout --config @quickstart --output runs/cold_start/answers.jsonl --num_problems 40"],
 }
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}}  # the step is the gradient

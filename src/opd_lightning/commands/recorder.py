@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from opd_lightning.callbacks.console import say
 from opd_lightning.commands.parser import PROGRAM
+from opd_lightning.commands.scorer import Scorer
 from opd_lightning.distributed import gather_objects, rank
 from opd_lightning.interfaces import Problem, Prompt, PromptBatch, Rollout, Student
 from opd_lightning.rollouts.answer_files import FORMAT, describe_tokenizer, digest_of_values
@@ -44,6 +45,7 @@ class Recorder(StudentModule):
         num_samples: Answers wanted of each problem.
         num_attempts: Most answers asked for one that is kept.
         ckpt_path: Checkpoint that the weights come from, if any.
+        scorer: Writes a teacher's scores into the rows; None writes none.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class Recorder(StudentModule):
         num_samples: int,
         num_attempts: int,
         ckpt_path: str | None,
+        scorer: Scorer | None = None,
     ) -> None:
         super().__init__(spec)
+        self.scorer = scorer
         self.role, self.output, self.ckpt_path = role, output, ckpt_path
         self.reject = reject
         self.num_problems = num_problems
@@ -73,6 +77,8 @@ class Recorder(StudentModule):
         """Leave repeated prompts out, and look whether the file is there already."""
         super().setup(stage)
         data, split = self.data, self.data.predict_split
+        if self.scorer is not None:
+            self.scorer.check(self.spec)
         if self.reject.wrong and not data.task.is_graded:
             raise ValueError(
                 f"reject.wrong: {type(data.task).__name__} has no answers to mark, so none is known to be wrong. Leave"
@@ -96,6 +102,8 @@ class Recorder(StudentModule):
     def on_predict_start(self) -> None:
         """Open the file, and go on where an earlier run was stopped."""
         super().on_validation_start()
+        if self.scorer is not None:
+            self.scorer.setup(self.spec, self.model, self.device)
         if self.recording is not None:
             self.recording.open(self._header())
             if self.recording.repaired:
@@ -135,7 +143,11 @@ class Recorder(StudentModule):
         def ask(prompts: Sequence[Prompt]) -> list[Rollout]:
             return data.answer(prompts, data.validation_sampling, num_samples=1).rollouts
 
-        return attempt(ask, prompts, self.reject, num_attempts=self.num_attempts)
+        kept, counts = attempt(ask, prompts, self.reject, num_attempts=self.num_attempts)
+        if self.scorer is not None:
+            scores = iter(self.scorer([answer.rollout for group in kept for answer in group]))
+            kept = [[replace(answer, scores=next(scores)) for answer in group] for group in kept]
+        return kept, counts
 
     def on_predict_end(self) -> None:
         """Give the file its name."""
@@ -143,9 +155,11 @@ class Recorder(StudentModule):
             self.recording.finish()
 
     def close(self) -> None:
-        """Let go of the file, for another run to go on."""
+        """Let go of the file, for another run to go on, and of the teacher."""
         if self.recording is not None:
             self.recording.close()
+        if self.scorer is not None:
+            self.scorer.teacher.close()
 
     def report(self) -> None:
         """Say what became of the answers."""
@@ -187,6 +201,7 @@ class Recorder(StudentModule):
             "reject": asdict(self.reject),
             "seed": data.seed,
             "tokenizer": describe_tokenizer(self.spec.tokenizer),
+            **({} if self.scorer is None else {"scores": self.scorer.describe()}),
         }
 
     def _header(self) -> dict[str, Any]:
@@ -196,9 +211,14 @@ class Recorder(StudentModule):
             "command": shlex.join([PROGRAM, *sys.argv[1:]]),
             "versions": {name: found for name in _PACKAGES if (found := _version(name))},
             "config_digest": digest_of_values(self.recording.settings),
-            "weights": sample_of_weights(self.model),
+            "weights": " ".join(map(sample_of_weights, self._models())),
             "has_log_probs": self.data.engine.knows_log_probs(self.data.validation_sampling),
         }
+
+    def _models(self) -> list[nn.Module]:
+        """Whose weights the file depends on, as far as they are in this process."""
+        scores = None if self.scorer is None else self.scorer.teacher.as_student()
+        return [self.model] if scores is None else [self.model, scores[1]]
 
     def _say_progress(self) -> None:
         """A line every tenth, where there is no screen for the progress bar."""
@@ -213,7 +233,7 @@ class Recorder(StudentModule):
 def row(answer: Kept) -> dict[str, Any]:
     """One answer as a row of the file."""
     numbers = {"sample": answer.sample, "attempt": answer.attempt}
-    return answer_record(answer.rollout) | numbers | token_record(answer.rollout)
+    return answer_record(answer.rollout) | numbers | token_record(answer.rollout) | dict(answer.scores)
 
 
 def sample_of_weights(model: nn.Module) -> str:

@@ -9,7 +9,8 @@ from lightning.pytorch.callbacks import ProgressBar
 
 from opd_lightning.callbacks.rescue import RescueCheckpoint, trainer_callbacks
 from opd_lightning.commands.recorder import Recorder, Role
-from opd_lightning.interfaces import Sampling, Split, Student
+from opd_lightning.commands.scorer import Scorer
+from opd_lightning.interfaces import Sampling, ScoreRequest, Split, Student
 from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.rollouts.answer_files import check_ending
 from opd_lightning.rollouts.rejection import Rejection
@@ -35,6 +36,8 @@ class RolloutTrainer(Trainer):
         num_attempts: int = 3,
         sampling: Sampling | None = None,
         reject: Rejection = Rejection(),  # noqa: B008 - frozen
+        score: bool = False,
+        score_top_k: int = 0,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -53,6 +56,8 @@ class RolloutTrainer(Trainer):
             num_attempts: Most answers asked for each one that is kept.
             sampling: How answers are sampled; null is data.sampling.
             reject: Rules for answers that are not kept.
+            score: Also write what the teacher says of each token, for a StoredTeacher.
+            score_top_k: Its likeliest tokens to write at each place, beside the token itself.
             ckpt_path: Checkpoint with the student's weights; not for the teacher.
             weights_only: Always true: what a checkpoint says is not run.
         """
@@ -77,6 +82,7 @@ class RolloutTrainer(Trainer):
             num_samples=num_samples,
             num_attempts=num_attempts if sampling.temperature else 1,  # greedy answers stay what they are
             ckpt_path=ckpt_path,
+            scorer=scorer(model, score, score_top_k),
         )
         # the data module answers a held-out split; this one is asked like one
         datamodule.predict_split, datamodule.validation_sampling = split, sampling
@@ -103,3 +109,21 @@ def answerer(model: PairModule, role: Role) -> Student:
     if model.teacher is None:
         raise ValueError("model.teacher: there is none to answer. Set one, or role: student.")
     return model.teacher.as_answerer(model.spec)
+
+
+def scorer(model: PairModule, score: bool, top_k: int) -> Scorer | None:
+    """Who scores the answers, at the objective's teacher temperature; None when nobody does.
+
+    Raises:
+        ValueError: There is no teacher, or nobody is asked for lists.
+    """
+    check_at_least(0, "rollout", score_top_k=top_k)
+    if not score:
+        if top_k:
+            raise ValueError(f"rollout.score_top_k={top_k}: without scores there are no lists. Set score: true.")
+        return None
+    if model.teacher is None:
+        raise ValueError("model.teacher: there is none to score the answers. Set one, or score: false.")
+    asked = model.objective.request()
+    temperature = 1.0 if asked is None else asked.temperature
+    return Scorer(model.teacher, ScoreRequest(top_k=top_k, temperature=temperature), model.max_tokens_per_micro_batch)

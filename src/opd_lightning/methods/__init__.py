@@ -7,6 +7,7 @@ tests/methods/test_<name>.py; tests/methods/test_every_method.py holds all of th
 from opd_lightning.methods.antisd import AntiSelfDistillation
 from opd_lightning.methods.aopd import ForwardKLWhereNegative
 from opd_lightning.methods.eopd import EntropyAware
+from opd_lightning.methods.lightning_opd import DebiasedTeacher, Uncorrected
 from opd_lightning.methods.mad_opd import MeanOverTeachers
 from opd_lightning.methods.minillm import LongReturn
 from opd_lightning.methods.opsd import ClippedForwardKL
@@ -22,6 +23,7 @@ __all__ = [
     "AgreementWeight",
     "AntiSelfDistillation",
     "ClippedForwardKL",
+    "DebiasedTeacher",
     "DemonstratedOnly",
     "EntropyAware",
     "Floor",
@@ -35,5 +37,6 @@ __all__ = [
     "PeerTeacher",
     "RewardFloor",
     "SDPOObjective",
+    "Uncorrected",
     "Veto",
 ]

@@ -11,6 +11,7 @@ from opd_lightning.objectives.estimators import CandidateScore, Direct, Estimato
 from opd_lightning.objectives.facts import known_facts, token_facts
 from opd_lightning.objectives.hidden_scores import HiddenScores
 from opd_lightning.objectives.likelihood import NLL
+from opd_lightning.objectives.listed_scores import ListedScores
 from opd_lightning.objectives.logprobs import entropy, full_log_probs, log_probs_at
 from opd_lightning.objectives.objective import DivergenceObjective
 from opd_lightning.objectives.sampled_token import Clipped, Importance, Masked, SampledTokenObjective, Truncated
@@ -41,6 +42,7 @@ __all__ = [
     "Importance",
     "Intersection",
     "JensenShannon",
+    "ListedScores",
     "Masked",
     "ReverseKL",
     "SampledToken",

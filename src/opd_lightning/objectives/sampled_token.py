@@ -31,7 +31,12 @@ class Importance(ABC):
     """Corrects score-function losses for tokens that older weights or another engine drew.
 
     Without a correction the gradient is biased by the difference between the two.
+
+    Attributes:
+        reads_rollout_log_probs: Whether the log-probabilities that the tokens were drawn with must be known.
     """
+
+    reads_rollout_log_probs = True
 
     @abstractmethod
     def losses(self, advantages: Tensor, log_probs: Tensor, log_ratio: Tensor) -> Tensor:
@@ -178,7 +183,8 @@ class SampledTokenObjective(ScoreObjective):
         self.chunk_tokens = chunk_tokens
         self.needs_log_ratios = advantage is not None and advantage.needs_log_ratios
         self.compares_marks = advantage is not None and advantage.compares_marks
-        self.needs_rollout_log_probs = importance is not None or self.needs_log_ratios
+        reads_log_probs = importance is not None and importance.reads_rollout_log_probs
+        self.needs_rollout_log_probs = reads_log_probs or self.needs_log_ratios
 
     @override
     def request(self) -> ScoreRequest:

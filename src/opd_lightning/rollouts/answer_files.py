@@ -90,6 +90,12 @@ def write_parquet(rows: Iterator[Row], header: Mapping[str, Any], target: Path) 
     import pyarrow.parquet
 
     text, number, ids = pyarrow.string(), pyarrow.int64(), pyarrow.list_(pyarrow.int32())
+    log_probs = pyarrow.list_(pyarrow.float32())
+    scores = {
+        "teacher_log_probs": log_probs,
+        "teacher_ids": pyarrow.list_(ids),
+        "teacher_top_log_probs": pyarrow.list_(log_probs),
+    }
     schema = pyarrow.schema(
         {
             "uid": text,
@@ -104,8 +110,9 @@ def write_parquet(rows: Iterator[Row], header: Mapping[str, Any], target: Path) 
             "attempt": number,
             "prompt_ids": ids,
             "response_ids": ids,
-            "log_probs": pyarrow.list_(pyarrow.float32()),
+            "log_probs": log_probs,
             "student_wrote": pyarrow.list_(pyarrow.bool_()),
+            **(scores if "scores" in header.get("settings", {}) else {}),
         },
         metadata={_METADATA: json.dumps(header).encode()},
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from opd_lightning.distributed import gather_objects
 from opd_lightning.interfaces import Prompt, Rollout
@@ -14,11 +15,19 @@ from opd_lightning.rollouts.rejection import Rejection
 
 @dataclass(frozen=True)
 class Kept:
-    """An answer that no rule rejects: the rollout, which of a problem's samples it is, and at which attempt it came."""
+    """An answer that no rule rejects.
+
+    Attributes:
+        rollout: The answer.
+        sample: Which of a problem's samples it is.
+        attempt: At which attempt it came.
+        scores: More columns of its row: what a teacher said of its tokens.
+    """
 
     rollout: Rollout
     sample: int
     attempt: int
+    scores: Mapping[str, Any] = field(default_factory=dict)
 
 
 def attempt(

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-import numpy
 import torch
+from torch import Tensor
 
 from opd_lightning.interfaces import Problem, Rollout
 
@@ -79,12 +79,16 @@ def answer_record(rollout: Rollout) -> dict[str, Any]:
 
 
 def token_record(rollout: Rollout) -> dict[str, Any]:
-    """The tokens of one answer as plain values; log-probabilities in the fewest digits that give the same float32."""
-    log_probs = rollout.log_probs.to(torch.float32).numpy()
-    is_known = not numpy.isnan(log_probs).any()
+    """The tokens of one answer as plain values."""
+    is_known = not rollout.log_probs.isnan().any()
     return {
         "prompt_ids": rollout.prompt_ids.tolist(),
         "response_ids": rollout.response_ids.tolist(),
-        "log_probs": [float(str(value)) for value in log_probs] if is_known else None,
+        "log_probs": shortest_decimals(rollout.log_probs) if is_known else None,
         "student_wrote": None if rollout.student_wrote is None else rollout.student_wrote.tolist(),
     }
+
+
+def shortest_decimals(values: Tensor) -> list[float]:
+    """Numbers [n] in the fewest digits that give the same float32 again."""
+    return [float(str(value)) for value in values.to(torch.float32).numpy()]

@@ -7,6 +7,7 @@ from opd_lightning.teachers.mixture import MixtureTeacher
 from opd_lightning.teachers.moving_average import MovingAverageTeacher
 from opd_lightning.teachers.privileged import PrivilegedTeacher
 from opd_lightning.teachers.routed import Routed
+from opd_lightning.teachers.stored_teacher import StoredTeacher
 
 __all__ = [
     "BaseModelTeacher",
@@ -16,4 +17,5 @@ __all__ = [
     "MovingAverageTeacher",
     "PrivilegedTeacher",
     "Routed",
+    "StoredTeacher",
 ]

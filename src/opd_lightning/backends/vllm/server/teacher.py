@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from opd_lightning.backends.vllm.answers import scored_tokens
 from opd_lightning.backends.vllm.server.client import Connection, ServerPool, wait_for
-from opd_lightning.backends.vllm.server.listed_scores import ListedScores, read_scores
+from opd_lightning.backends.vllm.server.listed_scores import read_scores
 from opd_lightning.backends.vllm.server.preflight import ServedModel, check_served_model
 from opd_lightning.interfaces import MicroBatch, Rollout, ScoreRequest, Student, Teacher
+from opd_lightning.objectives import ListedScores
 
 _Parts = tuple[Tensor, Tensor, Tensor]
 
