@@ -19,10 +19,10 @@ import reference  # noqa: E402
 
 NAMES = """
 AboveFloorThenUncertain AdaptiveHorizon Advantage AgreementWeight AnswersWriter AntiSelfDistillation ArithmeticTask
-BaseModelTeacher CandidateScore CleanedTask Clipped ClippedForwardKL Connection ConstantHorizon DataSource
-DebiasedTeacher DemonstratedOnly DifficultyPool Direct Divergence DivergenceObjective EffOPD EffOPDOptimizer
-EntropyAware EntropyGate EntropyGuard Estimator ExtrapolatedTeacher FileTransfer Filtered Floor ForwardKL
-ForwardKLWhereNegative FullVocabulary GrowingHorizon HFEngine HFStudent HFTeacher HeldOutGuard HeldOutLoss
+BaseModelTeacher CandidateScore CleanedTask Clipped ClippedForwardKL Connection ConstantHorizon CrossTokenizerTeacher
+DataSource DebiasedTeacher DemonstratedOnly DifficultyPool Direct Divergence DivergenceObjective EffOPD
+EffOPDOptimizer EntropyAware EntropyGate EntropyGuard Estimator ExtrapolatedTeacher FileTransfer Filtered Floor
+ForwardKL ForwardKLWhereNegative FullVocabulary GrowingHorizon HFEngine HFStudent HFTeacher HeldOutGuard HeldOutLoss
 HeldOutMarks Horizon Importance InOrder Intersection JensenShannon KLBaseline LateEntropyGuard LearningRateLineSearch
 LedgerTask LengthGuard LinearHead LiveReport LiveStudent LongReturn LoraSettings Margin MarginMask MarginShift Masked
 MathTask MeanOverTeachers MicroBatch MismatchAlarm MixedData MixedTask Mixture MixtureTeacher MovingAverageTeacher
@@ -30,7 +30,7 @@ NCCLTransfer NLL OPDDataModule OPDModule Objective OnPolicy OneStepAhead Overlap
 PrintSamples PrivilegedTeacher Problem Prompt PromptBatch PromptOutcome PromptSelector PromptTask RateSearch
 RescueCheckpoint ResponseTokens Reuse ReverseKL RewardFloor Rollout RolloutBatch RolloutEngine RolloutSource RoundPart
 Routed SDPOObjective SampledToken SampledTokenObjective Sampling Score ScoreObjective ScoreRequest ScoredTask Shuffled
-SourceMetrics StartValidation StepFacts StepProgressBar StepPrompts Stored StoredTeacher Student StudentScores
+SimCT SourceMetrics StartValidation StepFacts StepProgressBar StepPrompts Stored StoredTeacher Student StudentScores
 StudentSummary StudentTopK Support SymmetricDifference Task TaskAccuracy Teacher TeacherKL TeacherKLOnFixedRollouts
 TeacherKLOnNewRollouts TeacherScores TeacherTopK TokenRecorder TokenWeighting Tokenizer TrainedRollout Truncated
 Uncorrected Union UpdateRecorder VLLMColocatedEngine VLLMServerEngine VLLMServerTeacher Veto WarmupDecay Weighted

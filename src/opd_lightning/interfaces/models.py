@@ -37,6 +37,14 @@ class Tokenizer(ABC):
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of the ids."""
 
+    def token_bytes(self) -> dict[int, bytes]:
+        """The bytes of text that each token stands for; tokens that are no text (special ones) are left out.
+
+        Raises:
+            ValueError: That is not known, so teachers with another tokenizer cannot read this student's answers.
+        """
+        raise ValueError(f"student: {type(self).__name__} does not define token_bytes. Take a teacher of its family.")
+
 
 class Student(ABC):
     """The model to train: how to load it, run it and save it. A plain object: Lightning sees only the loaded module."""
@@ -172,6 +180,7 @@ class Teacher(ABC):
             request.top_k > offer.top_k
             or request.arbitrary_ids > offer.arbitrary_ids
             or request.full_vocabulary > offer.full_vocabulary
+            or request.joint_units > offer.joint_units
         ):
             raise ValueError(
                 f"objective: {type(self).__name__} cannot give {request}; it gives"

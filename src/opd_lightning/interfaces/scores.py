@@ -19,10 +19,13 @@ class TeacherScores(ABC):
     Attributes:
         response_ids: int64 [N], the sampled tokens.
         knows_full: Whether `full` may be called whatever was asked for.
+        joined: bool [N], whether a token is one unit with the token before it, so that a chunk must not end between
+            the two; None where every token stands alone.
     """
 
     response_ids: Tensor
     knows_full: bool = True
+    joined: Tensor | None = None
 
     @abstractmethod
     def slice(self, start: int, stop: int) -> TeacherScores:

@@ -134,6 +134,7 @@ class ScoreRequest:
         top_k: Size of the teacher's own top-k list; 0 when it is not asked for.
         arbitrary_ids: Log-probabilities at ids that the student chooses.
         full_vocabulary: Log-probabilities of the whole vocabulary.
+        joint_units: Scores of the pieces of text that two tokenizers share (`objectives.JointScores`).
         temperature: Teacher temperature: divides the teacher's logits.
     """
 
@@ -141,6 +142,7 @@ class ScoreRequest:
     arbitrary_ids: bool = False
     full_vocabulary: bool = False
     temperature: float = 1.0
+    joint_units: bool = False
 
     def __str__(self) -> str:
         """The request in words."""
@@ -151,4 +153,6 @@ class ScoreRequest:
             parts.append("log-probabilities at ids the student chooses")
         if self.full_vocabulary:
             parts.append("the full vocabulary")
+        if self.joint_units:
+            parts.append("units of text that two tokenizers share")
         return ", ".join(parts)

@@ -13,6 +13,7 @@ from opd_lightning.methods.minillm import LongReturn
 from opd_lightning.methods.opsd import ClippedForwardKL
 from opd_lightning.methods.reopold import AboveFloorThenUncertain, Floor, RewardFloor
 from opd_lightning.methods.sdpo import DemonstratedOnly, PeerTeacher, SDPOObjective
+from opd_lightning.methods.simct import SimCT
 from opd_lightning.methods.tropd import AgreementWeight
 from opd_lightning.methods.uni_opd import Margin, MarginMask, MarginShift
 from opd_lightning.methods.veto import Veto
@@ -37,6 +38,7 @@ __all__ = [
     "PeerTeacher",
     "RewardFloor",
     "SDPOObjective",
+    "SimCT",
     "Uncorrected",
     "Veto",
 ]

@@ -10,6 +10,7 @@ from opd_lightning.objectives.divergences import Divergence, ForwardKL, JensenSh
 from opd_lightning.objectives.estimators import CandidateScore, Direct, Estimator
 from opd_lightning.objectives.facts import known_facts, token_facts
 from opd_lightning.objectives.hidden_scores import HiddenScores
+from opd_lightning.objectives.joint_scores import JointScores
 from opd_lightning.objectives.likelihood import NLL
 from opd_lightning.objectives.listed_scores import ListedScores
 from opd_lightning.objectives.logprobs import entropy, full_log_probs, log_probs_at
@@ -42,6 +43,7 @@ __all__ = [
     "Importance",
     "Intersection",
     "JensenShannon",
+    "JointScores",
     "ListedScores",
     "Masked",
     "ReverseKL",

@@ -103,7 +103,8 @@ class OnePass:
     @torch.no_grad()
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses [N] and facts [N] by name; afterwards `gradients` are there, if any were wanted."""
-        for rows in _cut(len(self._hidden), self._size):
+        teacher = self._question.teacher
+        for rows in _cut_units(len(self._hidden), self._size, None if teacher is None else teacher.joined):
             self._run_chunk(rows)
         facts = {} if self._readings is None else self._readings.facts(self._question.tokens)
         return torch.cat(self._losses), facts
@@ -169,6 +170,28 @@ def _cut(num_rows: int, size: int) -> Iterator[slice]:
     """Slices of at most `size` rows, one at least."""
     for start in range(0, max(num_rows, 1), size):
         yield slice(start, min(start + size, num_rows))
+
+
+def _cut_units(num_rows: int, size: int, joined: Tensor | None) -> Iterator[slice]:
+    """The same, ended earlier where a unit of several rows would be cut.
+
+    Raises:
+        ValueError: A unit alone is longer.
+    """
+    if joined is None:
+        yield from _cut(num_rows, size)
+        return
+    is_inside, start = [*joined.tolist(), False], 0
+    while start < max(num_rows, 1):
+        stop = min(start + size, num_rows)
+        while stop > start and is_inside[stop]:
+            stop -= 1
+        if stop == start and num_rows:
+            raise ValueError(
+                f"objective.chunk_tokens={size}: a unit of text has more tokens than that. Raise it, or leave it out."
+            )
+        yield slice(start, stop)
+        start = max(stop, 1)
 
 
 def _block_entries(device: torch.device) -> int:

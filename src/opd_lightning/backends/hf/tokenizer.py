@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from opd_lightning.backends.hf.loading import ModelSource
+from opd_lightning.backends.hf.token_bytes import bytes_of_tokens
 from opd_lightning.interfaces import Message, Tokenizer
 
 
@@ -143,6 +144,20 @@ class HFTokenizer(Tokenizer):
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         return text
+
+    def token_bytes(self) -> dict[int, bytes]:
+        """The bytes of text that each token stands for, whatever stands for a space and for single bytes.
+
+        Raises:
+            ValueError: The tokenizer is of a kind of which that is not known.
+        """
+        return bytes_of_tokens(self._tokenizer, self._role)
+
+    @property
+    def closing_id(self) -> int | None:
+        """The token that ends a text by the tokenizer's own account; None where it names none."""
+        token_id: int | None = self._tokenizer.eos_token_id
+        return token_id if token_id is not None else next(iter(self.stop_ids), None)
 
     def name_of(self, token_id: int) -> str:
         """The token as it is written in the vocabulary."""
