@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from opd_lightning.backends.hf import CrossTokenizerTeacher as CrossTokenizerTeacher
     from opd_lightning.backends.hf import HFEngine as HFEngine
     from opd_lightning.backends.hf import HFStudent as HFStudent
     from opd_lightning.backends.hf import HFTeacher as HFTeacher
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from opd_lightning.backends.vllm.server import Connection as Connection
     from opd_lightning.backends.vllm.server import FileTransfer as FileTransfer
     from opd_lightning.backends.vllm.server import NCCLTransfer as NCCLTransfer
+    from opd_lightning.backends.vllm.server import RubricJudge as RubricJudge
     from opd_lightning.backends.vllm.server import VLLMServerEngine as VLLMServerEngine
     from opd_lightning.backends.vllm.server import VLLMServerTeacher as VLLMServerTeacher
     from opd_lightning.callbacks.answers import AnswersWriter as AnswersWriter
@@ -84,6 +86,7 @@ if TYPE_CHECKING:
     from opd_lightning.methods import EntropyAware as EntropyAware
     from opd_lightning.methods import Floor as Floor
     from opd_lightning.methods import ForwardKLWhereNegative as ForwardKLWhereNegative
+    from opd_lightning.methods import Judge as Judge
     from opd_lightning.methods import KLBaseline as KLBaseline
     from opd_lightning.methods import LongReturn as LongReturn
     from opd_lightning.methods import Margin as Margin
@@ -92,7 +95,9 @@ if TYPE_CHECKING:
     from opd_lightning.methods import MeanOverTeachers as MeanOverTeachers
     from opd_lightning.methods import PeerTeacher as PeerTeacher
     from opd_lightning.methods import RewardFloor as RewardFloor
+    from opd_lightning.methods import RubricObjective as RubricObjective
     from opd_lightning.methods import SDPOObjective as SDPOObjective
+    from opd_lightning.methods import SimCT as SimCT
     from opd_lightning.methods import Uncorrected as Uncorrected
     from opd_lightning.methods import Veto as Veto
     from opd_lightning.objectives import NLL as NLL
@@ -174,6 +179,7 @@ _HOMES = {
     "ClippedForwardKL": "methods",
     "Connection": "backends.vllm.server",
     "ConstantHorizon": "rollouts.horizon",
+    "CrossTokenizerTeacher": "backends.hf",
     "DataSource": "tasks",
     "DebiasedTeacher": "methods",
     "DemonstratedOnly": "methods",
@@ -206,6 +212,7 @@ _HOMES = {
     "InOrder": "selection",
     "Intersection": "objectives",
     "JensenShannon": "objectives",
+    "Judge": "methods",
     "KLBaseline": "methods",
     "LateEntropyGuard": "callbacks.guards",
     "LearningRateLineSearch": "callbacks.learning_rate_search",
@@ -259,6 +266,8 @@ _HOMES = {
     "RolloutSource": "interfaces",
     "RoundPart": "interfaces",
     "Routed": "teachers",
+    "RubricJudge": "backends.vllm.server",
+    "RubricObjective": "methods",
     "SDPOObjective": "methods",
     "SampledToken": "objectives",
     "SampledTokenObjective": "objectives",
@@ -268,6 +277,7 @@ _HOMES = {
     "ScoreRequest": "interfaces",
     "ScoredTask": "tasks",
     "Shuffled": "selection",
+    "SimCT": "methods",
     "SourceMetrics": "callbacks.source_metrics",
     "StartValidation": "callbacks.start_validation",
     "StepFacts": "interfaces",

@@ -2,6 +2,9 @@
 
 import re
 import shlex
+import sys
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -32,6 +35,8 @@ BEFORE = {  # commands that make the files a method reads
     ],
     "gkd": ["rollout --config @quickstart --output runs/cold_start/answers.jsonl --num_problems 40"],
 }
+SERVED = {"ropd": "model.objective.judge.connection.urls"}  # which setting gets the address of a chat server
+_OPEN = ExitStack()
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}}  # the step is the gradient
 
 
@@ -44,6 +49,16 @@ def make_files(name):
     for command in BEFORE.get(name, ()):
         size = str(TINY["data.sampling.max_new_tokens"])
         main([*command.split(), "--sampling.max_new_tokens", size, "--reject.truncated", "false"])
+
+
+@cache
+def chat_address():
+    """Where a chat server made of rules listens, until this process ends."""
+    sys.path.append(str(ROOT / "tests" / "backends"))
+    from fake_chat_server import FakeChat
+    from fake_vllm_server import serve
+
+    return _OPEN.enter_context(serve(FakeChat()))
 
 
 class Built(OPDCLI):
@@ -62,7 +77,8 @@ class Method:
         tiny = [word for key, value in (TINY | LARGER.get(self.name, {})).items() for word in (f"--{key}", str(value))]
         # the base's callbacks save and print; those of the method stay
         first = words.index("--config") + 2
-        self.cli = Built([*words[:first], "--trainer.callbacks", "[]", *words[first:], *tiny])
+        served = [f"--{SERVED[self.name]}", f"[{chat_address()}]"] if self.name in SERVED else []
+        self.cli = Built([*words[:first], "--trainer.callbacks", "[]", *words[first:], *tiny, *served])
 
     def build(self, changes):
         settings = self.cli.config.clone()

@@ -24,6 +24,7 @@ EQUAL = {  # how teacher and student are made the same where `model.teacher` is 
         "model__objective__init_args__k": 2,
     },
     "lightning_opd": {"model__teacher__init_args__path": "equal.jsonl", "data__source__init_args__path": "equal.jsonl"},
+    "ropd": {},  # there is none
     "exopd": {"model__teacher__init_args__teacher__init_args__path": "sandbox:student"},
     "extrapolation_cliff": {"model__teacher__init_args__teacher__init_args__path": "sandbox:student"},
     "mad_opd": {

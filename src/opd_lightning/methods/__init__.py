@@ -12,6 +12,7 @@ from opd_lightning.methods.mad_opd import MeanOverTeachers
 from opd_lightning.methods.minillm import LongReturn
 from opd_lightning.methods.opsd import ClippedForwardKL
 from opd_lightning.methods.reopold import AboveFloorThenUncertain, Floor, RewardFloor
+from opd_lightning.methods.ropd import Judge, RubricObjective
 from opd_lightning.methods.sdpo import DemonstratedOnly, PeerTeacher, SDPOObjective
 from opd_lightning.methods.simct import SimCT
 from opd_lightning.methods.tropd import AgreementWeight
@@ -29,6 +30,7 @@ __all__ = [
     "EntropyAware",
     "Floor",
     "ForwardKLWhereNegative",
+    "Judge",
     "KLBaseline",
     "LongReturn",
     "Margin",
@@ -37,6 +39,7 @@ __all__ = [
     "MeanOverTeachers",
     "PeerTeacher",
     "RewardFloor",
+    "RubricObjective",
     "SDPOObjective",
     "SimCT",
     "Uncorrected",

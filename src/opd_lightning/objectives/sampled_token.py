@@ -132,6 +132,21 @@ class Clipped(Importance):
         return -torch.minimum(ratio * advantages, ratio.clamp(1 - self.low, 1 + self.high) * advantages)
 
 
+def push(advantages: Tensor, log_probs: Tensor, tokens: ResponseTokens, importance: Importance | None) -> Tensor:
+    """Losses [n] that push sampled tokens by their advantages.
+
+    Args:
+        advantages: [n], without gradient.
+        log_probs: [n] log p of the tokens, with gradient.
+        tokens: The n tokens.
+        importance: Correction for tokens that others drew; None for none.
+    """
+    if importance is None:
+        return -advantages * log_probs
+    log_ratio = log_probs - tokens.rollout_log_probs.to(log_probs)
+    return importance.losses(advantages, log_probs, log_ratio.clamp(-LARGEST_LOG_IMPORTANCE, LARGEST_LOG_IMPORTANCE))
+
+
 class SampledTokenObjective(ScoreObjective):
     """Score-function losses -sg[A] log p(y) of the sampled tokens y, whose expectation is the divergence's gradient.
 
@@ -215,12 +230,7 @@ class SampledTokenObjective(ScoreObjective):
             log_probs: [n] log p of the sampled tokens, with gradient.
             tokens: The n tokens.
         """
-        if self.importance is None:
-            return -advantages * log_probs
-        log_ratio = (log_probs - tokens.rollout_log_probs.to(log_probs)).clamp(
-            -LARGEST_LOG_IMPORTANCE, LARGEST_LOG_IMPORTANCE
-        )
-        return self.importance.losses(advantages, log_probs, log_ratio)
+        return push(advantages, log_probs, tokens, self.importance)
 
     @override
     @torch.no_grad()

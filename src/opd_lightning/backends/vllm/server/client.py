@@ -22,6 +22,7 @@ from tenacity import (
 from opd_lightning.backends.vllm.answers import UnfitAnswer, first_choice
 from opd_lightning.backends.vllm.server.exchange import FailedAttempt, Server, shown_address
 
+COMPLETIONS = "/v1/completions"
 Answer = TypeVar("Answer")
 
 
@@ -112,7 +113,7 @@ class ServerPool:
             connection.max_in_flight * len(self.servers), thread_name_prefix=f"opd-lightning-{role}"
         )
 
-    def submit(self, body: Any, use: Callable[[Mapping[str, Any]], Answer]) -> Future[Answer]:
+    def submit(self, body: Any, use: Callable[[Mapping[str, Any]], Answer], path: str = COMPLETIONS) -> Future[Answer]:
         """Ask any server for a completion in the background; the future holds what `use` makes of it.
 
         Raises:
@@ -121,9 +122,9 @@ class ServerPool:
         with self._lock:
             if self._closed.is_set():
                 raise ServerUnreachable(f"{self.role}: the connections were closed; the run is over.")
-            return self._threads.submit(self.complete, body, use)
+            return self._threads.submit(self.complete, body, use, path)
 
-    def complete(self, body: Any, use: Callable[[Mapping[str, Any]], Answer]) -> Answer:
+    def complete(self, body: Any, use: Callable[[Mapping[str, Any]], Answer], path: str = COMPLETIONS) -> Answer:
         """Ask any server for a completion, wait for it, and return what `use` makes of its first choice.
 
         Raises:
@@ -138,7 +139,7 @@ class ServerPool:
                 server.num_in_flight += 1
             try:
                 with server.slots:  # all requests come here when the other servers are down
-                    return server, server.ask("/v1/completions", body, read=first_choice)
+                    return server, server.ask(path, body, read=first_choice)
             except FailedAttempt:
                 failures[server.url] += 1
                 raise
