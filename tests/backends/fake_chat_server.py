@@ -1,4 +1,4 @@
-"""A model behind OpenAI's chat interface, made of rules: long answers meet more criteria."""
+"""A model behind OpenAI's chat interface, made of rules: answers of many letters meet more criteria."""
 
 import json
 import re
@@ -29,12 +29,12 @@ class FakeChat:
 
     def reply(self, question):
         if '{"criteria"' in question:
-            criteria = [{"text": f"longer than {n}", "weight": n} for n in (1, 3, 6)]
+            criteria = [{"text": f"more letters than {n}", "weight": n} for n in (1, 3, 6)]
             return "Here they are:\n```json\n" + json.dumps({"criteria": criteria}) + "\n```"
         if '{"marks"' in question:
             answer = question.split("Answer:\n")[1].split("\n\nDoes the answer")[0]
-            bounds = map(int, re.findall(r"longer than (\d+)", question))
-            return json.dumps({"marks": [int(len(answer) > bound) for bound in bounds]})
+            bounds = map(int, re.findall(r"more letters than (\d+)", question))
+            return json.dumps({"marks": [int(len(set(answer)) > bound) for bound in bounds]})
         return "The answer is 4."
 
     def finish(self):
