@@ -10,7 +10,7 @@ from scoring import make_batches
 from opd_lightning.methods import Judge, RubricObjective
 from opd_lightning.methods.ropd import group_advantages, rubric_score
 from opd_lightning.objectives import Clipped
-from opd_lightning.rollouts.answering import shape_groups
+from opd_lightning.rollouts.shaping import shape_groups
 
 
 class Table(Judge):
