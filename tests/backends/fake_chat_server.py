@@ -10,6 +10,7 @@ class FakeChat:
 
     Attributes:
         replies: What is replied to the next questions that contain a text: text to a list of replies.
+        measure: The number of an answer that criteria ask about.
         requests, failures, raw, tamper: As those of `FakeVLLM`.
     """
 
@@ -18,6 +19,7 @@ class FakeChat:
         self.raw, self.tamper = None, lambda path, answer: answer
         self.lock = threading.Lock()
         self.replies = {}
+        self.measure = lambda answer: len(set(answer))
 
     def answer(self, method, path, body):
         assert (method, path) == ("POST", "/v1/chat/completions")
@@ -34,7 +36,7 @@ class FakeChat:
         if '{"marks"' in question:
             answer = question.split("Answer:\n")[1].split("\n\nDoes the answer")[0]
             bounds = map(int, re.findall(r"more letters than (\d+)", question))
-            return json.dumps({"marks": [int(len(set(answer)) > bound) for bound in bounds]})
+            return json.dumps({"marks": [int(self.measure(answer) > bound) for bound in bounds]})
         return "The answer is 4."
 
     def finish(self):

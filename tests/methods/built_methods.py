@@ -6,6 +6,7 @@ import sys
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+from zlib import crc32
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -58,7 +59,9 @@ def chat_address():
     from fake_chat_server import FakeChat
     from fake_vllm_server import serve
 
-    return _OPEN.enter_context(serve(FakeChat()))
+    fake = FakeChat()
+    fake.measure = lambda answer: crc32(answer.encode()) % 8  # tells all answers apart
+    return _OPEN.enter_context(serve(fake))
 
 
 class Built(OPDCLI):
