@@ -152,5 +152,7 @@ def test_settings_out_of_range_are_refused(make, message):
 def test_rewards_and_distances_that_a_horizon_does_not_have_are_refused(tmp_path, folders):
     with pytest.raises(ValueError, match=r"data\.horizon: DifficultyPool learns from rewards, .* Use Shuffled, or"):
         fit(tmp_path, folders, 1, data={"horizon": ConstantHorizon(3), "selector": DifficultyPool()})
-    with pytest.raises(ValueError, match=r"data\.horizon: AdaptiveHorizon follows the distance .* GrowingHorizon"):
+    with pytest.raises(
+        ValueError, match=r"data\.horizon: AdaptiveHorizon follows sampled_log_ratio, .* GrowingHorizon"
+    ):
         fit(tmp_path, folders, 1, data={"horizon": AdaptiveHorizon(3)}, top_k_metrics=0)

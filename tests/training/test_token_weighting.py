@@ -1,5 +1,6 @@
 """Weighted steps of the whole trainer against a float64 model that knows nothing of micro-batches."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +37,36 @@ class Uncertain(TokenWeighting):
 
 class Misread(TokenWeighting):
     reads = ("overlap_ratio", "reverse_KL")
+
+    def __call__(self, facts, micro_batch):
+        raise AssertionError("never asked")
+
+
+class EverySecond(TokenWeighting):
+    """Every second token of a response counts: said by weights of 0, or by leaving the others out beforehand."""
+
+    reads = ("student_entropy",)
+    normalizer = "kept_tokens"
+
+    def __init__(self, looks_first):
+        self.looks_first = looks_first
+
+    def look(self, step):
+        self.seen = step
+        return [replace(each.rollout, student_wrote=torch.arange(len(each.losses)) % 2 == 0) for each in step]
+
+    def __call__(self, facts, micro_batch):
+        assert bool(facts) != self.looks_first
+        return micro_batch.tokens.positions % 2 == 0
+
+
+class Careless(TokenWeighting):
+    """Changes rollouts in a way that is not its own to choose."""
+
+    looks_first = True
+
+    def __init__(self, change):
+        self.look = lambda step: change([each.rollout for each in step])
 
     def __call__(self, facts, micro_batch):
         raise AssertionError("never asked")
@@ -131,6 +162,34 @@ def test_when_no_token_weighs_anything_nothing_moves(train, normalizer):
     assert all(torch.equal(weight, untrained[name]) for name, weight in weights_of(module).items())
     assert trainer.callback_metrics["train/grad_norm"] == 0
     assert trainer.callback_metrics["train/skipped_steps"] == 0
+
+
+def test_what_is_left_out_after_a_first_look_is_what_weighs_nothing(train):
+    weighed, trainer = train(EverySecond(looks_first=False))
+    looked, other = train(EverySecond(looks_first=True))
+    assert_same_weights(looked, weights_of(weighed), rtol=1e-4, atol=1e-5)
+    cut, _ = train(EverySecond(looks_first=True), max_tokens_per_micro_batch=48)
+    assert_same_weights(cut, weights_of(weighed), rtol=1e-4, atol=1e-5)
+    assert other.callback_metrics.keys() == trainer.callback_metrics.keys()  # both of all tokens of the step
+    for name in ("train/loss", "train/reverse_kl", "train/token_weight"):
+        assert other.callback_metrics[name] == trainer.callback_metrics[name], name
+    assert 0.5 <= other.callback_metrics["train/token_weight"] < 1
+    assert all(set(each.facts) >= {"reverse_kl"} for each in looked.token_weighting.seen)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rollouts: rollouts[1:], r"Careless\.look must return the same rollouts in the same order"),
+        (
+            lambda rollouts: [replace(r, student_wrote=torch.zeros(len(r.response_ids)).bool()) for r in rollouts],
+            r"Careless\.look must keep some of the tokens .* of every rollout .* is left with 0 tokens",
+        ),
+    ],
+)
+def test_a_first_look_may_leave_out_tokens_and_nothing_else(train, change, message):
+    with pytest.raises(ValueError, match=message):
+        train(Careless(change))
 
 
 def test_facts_are_there_for_a_weighting_even_when_no_metrics_are_wanted(train):

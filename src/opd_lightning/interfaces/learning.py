@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from opd_lightning.interfaces.generation import TrainedRollout
 from opd_lightning.interfaces.scores import TeacherScores
 from opd_lightning.interfaces.tokens import MicroBatch, ResponseTokens, ScoreRequest
 from opd_lightning.interfaces.words import Rollout, Sampling
@@ -131,10 +132,13 @@ class TokenWeighting(ABC):
         normalizer: What the weighted sum of a step is divided by: the number of "all_tokens", the sum of the weights
             ("kept_tokens": thinning out does not shrink the step), or "sequences" (each response counts the same: its
             tokens are divided by their number, the sum by the number of responses). Numbers are of all processes.
+        looks_first: Whether all of a step is looked at without gradient before any of it is trained: `look`. Costs a
+            second pass of student and teacher.
     """
 
     reads: tuple[str, ...] = ()
     normalizer: Normalizer = "all_tokens"
+    looks_first: bool = False
 
     @abstractmethod
     def __call__(self, facts: Mapping[str, Tensor], micro_batch: MicroBatch) -> Tensor:
@@ -144,3 +148,14 @@ class TokenWeighting(ABC):
             facts: float32 [N] each, without gradient; NaN where a fact is not defined.
             micro_batch: The tokens, their positions, and the rollouts behind them.
         """
+
+    def look(self, step: Sequence[TrainedRollout]) -> Sequence[Rollout]:
+        """The step's rollouts as they are to be trained, where `looks_first`; `facts` are empty afterwards.
+
+        Return them in the same order. Tokens that `student_wrote` leaves out reach no head; values attached to tokens
+        (`Rollout.extras`, the same names for all) reach the losses.
+
+        Args:
+            step: All rollouts of this process, with the losses and facts of all their tokens.
+        """
+        return [each.rollout for each in step]

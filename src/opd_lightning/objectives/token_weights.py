@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opd_lightning.interfaces import MicroBatch, Normalizer, TokenWeighting
 
@@ -60,3 +60,10 @@ def known_divisor(normalizer: Normalizer, micro_batches: Sequence[MicroBatch]) -
     raise ValueError(
         f"model.token_weighting.normalizer: expected one of {', '.join(get_args(Normalizer))}, got {normalizer!r}."
     )
+
+
+def divide_gradients(parameters: Iterable[nn.Parameter], divisor: float) -> None:
+    """Turn gradients that were summed up into means; without any weight (a divisor of 0) they are 0 and stay so."""
+    for parameter in parameters:
+        if parameter.grad is not None and divisor > 0:
+            parameter.grad.div_(divisor)

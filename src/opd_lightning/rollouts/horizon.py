@@ -23,10 +23,10 @@ class Horizon(ABC):
     """How many response tokens a step generates; `data.sampling.max_new_tokens` is the most.
 
     Attributes:
-        reads_facts: Whether `observe` reads how far the student is from the teacher.
+        reads: Names of the facts that `observe` reads (docs/metrics.md); a run that cannot know them is refused.
     """
 
-    reads_facts: bool = False
+    reads: tuple[str, ...] = ()
 
     @abstractmethod
     def num_tokens(self, step: int) -> int:
@@ -100,7 +100,7 @@ class AdaptiveHorizon(Horizon):
         ValueError: A number is out of range.
     """
 
-    reads_facts = True
+    reads = ("sampled_log_ratio",)
 
     def __init__(self, start: int = 64, close: float = 0.1) -> None:
         check_at_least(1, "data.horizon", start=start)

@@ -207,10 +207,11 @@ def check_horizon(horizon: Horizon | None, asked: ScoreRequest | None, facts_k: 
     Raises:
         ValueError: It does.
     """
-    if horizon is not None and horizon.reads_facts and "sampled_log_ratio" not in known_facts(asked, facts_k):
+    known = known_facts(asked, facts_k)
+    if horizon is not None and (unknown := [name for name in horizon.reads if name not in known]):
         raise ValueError(
-            f"data.horizon: {type(horizon).__name__} follows the distance from the teacher, which this run does not"
-            " measure. Set model.teacher and model.top_k_metrics to 1 or more, or take GrowingHorizon."
+            f"data.horizon: {type(horizon).__name__} follows {', '.join(unknown)}, which this run does not measure. Set"
+            " model.top_k_metrics to 1 or more and a model.teacher that can tell it, or take GrowingHorizon."
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,11 +29,12 @@ from opd_lightning.interfaces import (
 from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.objectives import DivergenceObjective
 from opd_lightning.objectives.supports import DEFAULT_K
-from opd_lightning.objectives.token_weights import known_divisor, loss_factors, weigh_tokens
+from opd_lightning.objectives.token_weights import divide_gradients, known_divisor, loss_factors, weigh_tokens
 from opd_lightning.randomness import derive_seed
 from opd_lightning.teachers import KeptScores
 from opd_lightning.training.checkpoints import check_resumable
 from opd_lightning.training.checks import check_fit, check_horizon, check_weighting
+from opd_lightning.training.first_look import look_first
 from opd_lightning.training.metrics import Means, comparison_statistics, rollout_statistics, speeds
 from opd_lightning.training.pair_module import PairModule
 from opd_lightning.training.resuming import check_resume, describe_run, override_optimizer
@@ -156,36 +158,37 @@ class OPDModule(PairModule):
         self, micro_batches: Sequence[MicroBatch], teacher: Teacher | None
     ) -> list[TrainedRollout]:
         """Backward through all micro-batches: gradient of the weighted token sum over the step's global divisor."""
-        normalizer = self.token_weighting.normalizer if self.token_weighting is not None else "all_tokens"
-        divisor = known_divisor(normalizer, micro_batches)
-        num_divided = self._sum_over_ranks(divisor) if divisor is not None else 1.0
+        weighting = self.token_weighting
+        normalizer = weighting.normalizer if weighting is not None else "all_tokens"
+        num_tokens = sum(micro_batch.num_tokens for micro_batch in micro_batches)
         total_weight = torch.zeros((), device=self.device)
         trained: list[TrainedRollout] = []
-        comparisons = self.compare(
-            micro_batches,
-            self.objective,
-            self.score_request,
-            teacher,
-            facts_k=self.facts_k,
-            counts_alike=self.token_weighting is None,
-            clock=self.stopwatch,
-        )
+        compare = partial(self.compare, objective=self.objective, request=self.score_request, clock=self.stopwatch)
+        if looks := weighting is not None and weighting.looks_first:
+            seen = compare(micro_batches, teacher=teacher, facts_k=self.facts_k)
+            rollouts, trained = look_first(weighting, seen, self.step_metrics)
+            micro_batches, teacher = self.make_micro_batches(rollouts), self.teacher  # kept scores are of whole ones
+        divisor = known_divisor(normalizer, micro_batches)
+        num_divided = self._sum_over_ranks(divisor) if divisor is not None else 1.0
+        facts_k = 0 if looks else self.facts_k
+        comparisons = compare(micro_batches, teacher=teacher, facts_k=facts_k, counts_alike=weighting is None or looks)
         for i, compared in enumerate(comparisons):
             is_last = i == len(micro_batches) - 1
             with self.stopwatch("student"), nullcontext() if is_last else self._without_gradient_sync():
                 losses = compared.losses
-                if self.token_weighting is not None:
-                    weights = weigh_tokens(self.token_weighting, compared.facts, compared.micro_batch)
+                if weighting is not None:
+                    weights = weigh_tokens(weighting, compared.facts, compared.micro_batch)
                     losses = loss_factors(weights, normalizer, compared.micro_batch) * losses
                     total_weight += weights.sum()
                 # DDP averages over processes; the loss is a sum over all of them
                 self.manual_backward(losses.sum() * (self.trainer.world_size / num_divided))
-            self.step_metrics.update(*comparison_statistics(compared))
-            trained += compared.by_rollout()
-        if self.token_weighting is not None:
-            self.step_metrics.update({"token_weight": (total_weight, sum(m.num_tokens for m in micro_batches))})
+            if not looks:
+                self.step_metrics.update(*comparison_statistics(compared))
+                trained += compared.by_rollout()
+        if weighting is not None:
+            self.step_metrics.update({"token_weight": (total_weight, num_tokens)})
         if divisor is None:
-            self._divide_gradients(self._sum_over_ranks(total_weight))
+            divide_gradients(self.model.parameters(), self._sum_over_ranks(total_weight))
         return trained
 
     def update_weights(self) -> None:
@@ -264,12 +267,6 @@ class OPDModule(PairModule):
         self.skipped.total, self.skipped.in_a_row = checkpoint["opd_lightning"]["skipped"]
 
     # ------------------------------------------------------------------------------------------------------- internals
-
-    def _divide_gradients(self, divisor: float) -> None:
-        """What was summed up so far becomes a mean; without any weight it is 0 and stays so."""
-        for parameter in self.model.parameters():
-            if parameter.grad is not None and divisor > 0:
-                parameter.grad.div_(divisor)
 
     def _without_gradient_sync(self) -> AbstractContextManager[None]:
         strategy: Any = self.trainer.strategy
