@@ -44,7 +44,7 @@ ROOMS = {  # the other public names, in the order in which a reader needs them: 
     "Settings": ("backends", "tasks"),
     "Seams": "interfaces",
     "Factors of objectives": "objectives",
-    "Rollouts": "rollouts",
+    "Rollouts": ("rollouts", "sandbox"),
     "Published methods": "methods",
     "Pages": "reports",
 }

@@ -16,7 +16,7 @@ INSIDE = {  # rooms whose modules build on each other: each may import from thos
     "interfaces": "addresses arguments columns modes words tokens scores models generation learning problems __init__",
     "training": "schedules peak_memory stopwatch output_paths checkpoint_files checkpoints stored_tensors"
     " weight_updates run_points usable_weights skipped_steps metrics metrics_file defaults datamodule checks resuming"
-    " student_module pair_module module __init__",
+    " first_look student_module pair_module module __init__",
 }
 HOMES = {
     "transformers": ("backends/hf", "sandbox"),

@@ -77,12 +77,14 @@ if TYPE_CHECKING:
     from opd_lightning.interfaces import TokenWeighting as TokenWeighting
     from opd_lightning.interfaces import TrainedRollout as TrainedRollout
     from opd_lightning.interfaces import WeightsLost as WeightsLost
+    from opd_lightning.methods import TIP as TIP
     from opd_lightning.methods import AboveFloorThenUncertain as AboveFloorThenUncertain
     from opd_lightning.methods import AgreementWeight as AgreementWeight
     from opd_lightning.methods import AntiSelfDistillation as AntiSelfDistillation
     from opd_lightning.methods import ClippedForwardKL as ClippedForwardKL
     from opd_lightning.methods import DebiasedTeacher as DebiasedTeacher
     from opd_lightning.methods import DemonstratedOnly as DemonstratedOnly
+    from opd_lightning.methods import DriftWeights as DriftWeights
     from opd_lightning.methods import EntropyAware as EntropyAware
     from opd_lightning.methods import Floor as Floor
     from opd_lightning.methods import ForwardKLWhereNegative as ForwardKLWhereNegative
@@ -94,10 +96,13 @@ if TYPE_CHECKING:
     from opd_lightning.methods import MarginShift as MarginShift
     from opd_lightning.methods import MeanOverTeachers as MeanOverTeachers
     from opd_lightning.methods import PeerTeacher as PeerTeacher
+    from opd_lightning.methods import PruningHorizon as PruningHorizon
+    from opd_lightning.methods import RemainingSignal as RemainingSignal
     from opd_lightning.methods import RewardFloor as RewardFloor
     from opd_lightning.methods import RubricObjective as RubricObjective
     from opd_lightning.methods import SDPOObjective as SDPOObjective
     from opd_lightning.methods import SimCT as SimCT
+    from opd_lightning.methods import StepWeights as StepWeights
     from opd_lightning.methods import Uncorrected as Uncorrected
     from opd_lightning.methods import Veto as Veto
     from opd_lightning.objectives import NLL as NLL
@@ -106,13 +111,16 @@ if TYPE_CHECKING:
     from opd_lightning.objectives import Direct as Direct
     from opd_lightning.objectives import Divergence as Divergence
     from opd_lightning.objectives import DivergenceObjective as DivergenceObjective
+    from opd_lightning.objectives import EntropyWeights as EntropyWeights
     from opd_lightning.objectives import Estimator as Estimator
     from opd_lightning.objectives import ForwardKL as ForwardKL
     from opd_lightning.objectives import FullVocabulary as FullVocabulary
+    from opd_lightning.objectives import GroupReward as GroupReward
     from opd_lightning.objectives import Importance as Importance
     from opd_lightning.objectives import Intersection as Intersection
     from opd_lightning.objectives import JensenShannon as JensenShannon
     from opd_lightning.objectives import Masked as Masked
+    from opd_lightning.objectives import PositionWeights as PositionWeights
     from opd_lightning.objectives import ReverseKL as ReverseKL
     from opd_lightning.objectives import SampledToken as SampledToken
     from opd_lightning.objectives import SampledTokenObjective as SampledTokenObjective
@@ -135,6 +143,9 @@ if TYPE_CHECKING:
     from opd_lightning.rollouts.plain_engine import PlainEngine as PlainEngine
     from opd_lightning.rollouts.reuse import Reuse as Reuse
     from opd_lightning.rollouts.stored import Stored as Stored
+    from opd_lightning.rollouts.tool_use import Tool as Tool
+    from opd_lightning.rollouts.tool_use import ToolUse as ToolUse
+    from opd_lightning.sandbox.calculator import Calculator as Calculator
     from opd_lightning.selection import DifficultyPool as DifficultyPool
     from opd_lightning.selection import Filtered as Filtered
     from opd_lightning.selection import InOrder as InOrder
@@ -173,6 +184,7 @@ _HOMES = {
     "AntiSelfDistillation": "methods",
     "ArithmeticTask": "tasks",
     "BaseModelTeacher": "teachers",
+    "Calculator": "sandbox.calculator",
     "CandidateScore": "objectives",
     "CleanedTask": "tasks",
     "Clipped": "objectives",
@@ -187,11 +199,13 @@ _HOMES = {
     "Direct": "objectives",
     "Divergence": "objectives",
     "DivergenceObjective": "objectives",
+    "DriftWeights": "methods",
     "EffOPD": "callbacks.effopd",
     "EffOPDOptimizer": "extrapolation.optimizer",
     "EntropyAware": "methods",
     "EntropyGate": "callbacks.entropy_gate",
     "EntropyGuard": "callbacks.guards",
+    "EntropyWeights": "objectives",
     "Estimator": "objectives",
     "ExtrapolatedTeacher": "teachers",
     "FileTransfer": "backends.vllm.server",
@@ -200,6 +214,7 @@ _HOMES = {
     "ForwardKL": "objectives",
     "ForwardKLWhereNegative": "methods",
     "FullVocabulary": "objectives",
+    "GroupReward": "objectives",
     "GrowingHorizon": "rollouts.horizon",
     "HFEngine": "backends.hf",
     "HFStudent": "backends.hf",
@@ -246,6 +261,7 @@ _HOMES = {
     "OverlapGuard": "callbacks.guards",
     "PeerTeacher": "methods",
     "PlainEngine": "rollouts.plain_engine",
+    "PositionWeights": "objectives",
     "PrintSamples": "callbacks.samples",
     "PrivilegedTeacher": "teachers",
     "Problem": "interfaces",
@@ -254,7 +270,9 @@ _HOMES = {
     "PromptOutcome": "interfaces",
     "PromptSelector": "interfaces",
     "PromptTask": "tasks",
+    "PruningHorizon": "methods",
     "RateSearch": "extrapolation.rate_search",
+    "RemainingSignal": "methods",
     "RescueCheckpoint": "callbacks.rescue",
     "ResponseTokens": "interfaces",
     "Reuse": "rollouts.reuse",
@@ -283,6 +301,7 @@ _HOMES = {
     "StepFacts": "interfaces",
     "StepProgressBar": "callbacks.progress",
     "StepPrompts": "interfaces",
+    "StepWeights": "methods",
     "Stored": "rollouts.stored",
     "StoredTeacher": "teachers",
     "Student": "interfaces",
@@ -291,6 +310,7 @@ _HOMES = {
     "StudentTopK": "objectives",
     "Support": "objectives",
     "SymmetricDifference": "objectives",
+    "TIP": "methods",
     "Task": "interfaces",
     "TaskAccuracy": "callbacks.effopd_scores",
     "Teacher": "interfaces",
@@ -302,6 +322,8 @@ _HOMES = {
     "TokenRecorder": "callbacks.token_recorder",
     "TokenWeighting": "interfaces",
     "Tokenizer": "interfaces",
+    "Tool": "rollouts.tool_use",
+    "ToolUse": "rollouts.tool_use",
     "TrainedRollout": "interfaces",
     "Truncated": "objectives",
     "Uncorrected": "methods",

@@ -27,6 +27,8 @@ ROOMS = (  # `HFStudent` works in YAML for the whole path, but only once its roo
     "rollouts.plain_engine",
     "rollouts.reuse",
     "rollouts.stored",
+    "rollouts.tool_use",
+    "sandbox.calculator",
     "training.schedules",
     "selection",
     "tasks",

@@ -45,3 +45,9 @@ __all__ = [
     "Uncorrected",
     "Veto",
 ]
+from opd_lightning.methods.iw_opd import RemainingSignal
+from opd_lightning.methods.prune_opd import DriftWeights, PruningHorizon
+from opd_lightning.methods.sod import StepWeights
+from opd_lightning.methods.tip import TIP
+
+__all__ = ["TIP", "DriftWeights", "KLBaseline", "PruningHorizon", "RemainingSignal", "StepWeights"]

@@ -9,6 +9,7 @@ from opd_lightning.objectives.dense_scores import DenseScores
 from opd_lightning.objectives.divergences import Divergence, ForwardKL, JensenShannon, ReverseKL
 from opd_lightning.objectives.estimators import CandidateScore, Direct, Estimator
 from opd_lightning.objectives.facts import known_facts, token_facts
+from opd_lightning.objectives.group_reward import GroupReward
 from opd_lightning.objectives.hidden_scores import HiddenScores
 from opd_lightning.objectives.joint_scores import JointScores
 from opd_lightning.objectives.likelihood import NLL
@@ -27,6 +28,7 @@ from opd_lightning.objectives.supports import (
     TeacherTopK,
     Union,
 )
+from opd_lightning.objectives.token_weightings import EntropyWeights, PositionWeights
 
 __all__ = [
     "NLL",
@@ -36,9 +38,11 @@ __all__ = [
     "Direct",
     "Divergence",
     "DivergenceObjective",
+    "EntropyWeights",
     "Estimator",
     "ForwardKL",
     "FullVocabulary",
+    "GroupReward",
     "HiddenScores",
     "Importance",
     "Intersection",
@@ -46,6 +50,7 @@ __all__ = [
     "JointScores",
     "ListedScores",
     "Masked",
+    "PositionWeights",
     "ReverseKL",
     "SampledToken",
     "SampledTokenObjective",
