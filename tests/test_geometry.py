@@ -13,9 +13,13 @@ from opd_lightning.geometry import (
     cosines_to_last,
     decompose,
     explained_variance,
+    principal_angles,
+    projected,
     random_walk_gram,
+    share_unmoved,
     spectrum,
     subspace_cosines,
+    weight_shift,
 )
 
 
@@ -142,3 +146,52 @@ def test_a_walk_without_direction_has_three_quarters_of_its_variance_in_two_comp
     walk = torch.randn(60, 20000, generator=torch.Generator().manual_seed(0)).double().cumsum(0)
     expected = explained_variance(random_walk_gram(range(1, 61)))[:2].sum()
     assert float(explained_variance(walk @ walk.T)[:2].sum()) == pytest.approx(float(expected), abs=0.02)
+
+
+@settings(max_examples=30)
+@given(matrices)
+def test_the_stable_rank_is_between_1_and_the_rank(change):
+    found = spectrum(decompose(change).values)
+    assert 1 - 1e-9 <= found.stable_rank <= found.rank * (1 + 1e-9)
+    exact = change.double() / change.abs().max()
+    reference = float(torch.linalg.matrix_norm(exact) ** 2 / torch.linalg.matrix_norm(exact, 2) ** 2)
+    assert found.stable_rank == pytest.approx(reference, rel=1e-6)
+    assert math.isnan(spectrum(torch.zeros(3)).stable_rank)
+
+
+def test_principal_angles_are_those_of_planes_turned_by_known_angles():
+    turns = torch.tensor([1e-9, 0.3, 1.2, math.pi / 2], dtype=torch.float64)
+    axes = torch.eye(9, dtype=torch.float64)
+    one, other = axes[:, :4], axes[:, :4] * turns.cos() + axes[:, 4:8] * turns.sin()
+    mixing = torch.linalg.qr(matrix(4, 4, 0)).Q
+    found = principal_angles(one @ mixing, other @ mixing.T)
+    torch.testing.assert_close(found, turns, rtol=1e-6, atol=1e-15)
+    cosines = subspace_cosines(one, other)
+    assert float(cosines[-1]) ** 2 == pytest.approx(float(turns.cos().square().mean()))
+
+
+def test_weights_that_stand_still_have_no_shift_and_scaled_ones_no_angle():
+    before = matrix(12, 8, 1)
+    still = weight_shift(before, before.clone(), 4)
+    assert (still.unmoved, still.spectrum_shift) == (1, 0)
+    assert still.largest_angle < 1e-6
+    scaled = weight_shift(before, 1.5 * before, 4)
+    assert scaled.unmoved == 0 and scaled.spectrum_shift == pytest.approx(0.5) and scaled.largest_angle < 1e-6
+    turned = weight_shift(before, torch.linalg.qr(matrix(12, 12, 2)).Q @ before, 4)
+    assert turned.spectrum_shift == pytest.approx(0, abs=1e-9) and turned.largest_angle > 0.5 > 0
+    assert turned.mean_angle <= turned.largest_angle
+
+
+def test_what_bfloat16_rounds_away_has_not_moved():
+    before = torch.tensor([1.0, -2.0, 0.0, 4.0])
+    after = torch.tensor([1.0009, -2.01, 0.0, 4.0])
+    assert share_unmoved(before, after) == 0.75
+    assert share_unmoved(before, after, threshold=0.1) == 1
+    assert share_unmoved(torch.zeros(1), torch.tensor([1e-9])) == 0
+
+
+def test_a_projection_is_idempotent_and_onto_everything_changes_nothing():
+    gradient, basis = matrix(5, 8, 3), torch.linalg.qr(matrix(8, 3, 4)).Q
+    once = projected(gradient, basis)
+    torch.testing.assert_close(projected(once, basis), once)
+    torch.testing.assert_close(projected(gradient, torch.linalg.qr(matrix(8, 8, 5)).Q), gradient)

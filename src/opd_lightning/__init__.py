@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from opd_lightning.callbacks.live_report import LiveReport as LiveReport
     from opd_lightning.callbacks.mismatch import MismatchAlarm as MismatchAlarm
     from opd_lightning.callbacks.progress import StepProgressBar as StepProgressBar
+    from opd_lightning.callbacks.projected_gradients import ProjectedGradients as ProjectedGradients
     from opd_lightning.callbacks.rescue import RescueCheckpoint as RescueCheckpoint
     from opd_lightning.callbacks.samples import PrintSamples as PrintSamples
     from opd_lightning.callbacks.source_metrics import SourceMetrics as SourceMetrics
@@ -265,6 +266,7 @@ _HOMES = {
     "PrintSamples": "callbacks.samples",
     "PrivilegedTeacher": "teachers",
     "Problem": "interfaces",
+    "ProjectedGradients": "callbacks.projected_gradients",
     "Prompt": "interfaces",
     "PromptBatch": "interfaces",
     "PromptOutcome": "interfaces",

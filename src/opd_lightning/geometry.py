@@ -1,4 +1,4 @@
-"""Size, spectrum, effective rank and subspace angles of weight changes; and what chance alone would give.
+"""Size, spectrum, effective rank and subspace angles of weights and their changes; and what chance alone would give.
 
 Pure functions of tensors, in float64: a weight change is a small difference of large numbers, and its small singular
 values are many. Definitions are those of arXiv 2605.11739, sections 2 and 3, unless they say otherwise.
@@ -27,6 +27,7 @@ class Spectrum:
         top_share: sqrt(sum of the first ceil(r / 100) s^2) / Frobenius. A share of the norm and not of its square. Up
             to r = 100 it is `spectral_share`.
         rank: Singular values above rounding.
+        stable_rank: Frobenius^2 / s_1^2 (arXiv 2606.07082): between 1 and the rank, and deaf to small singular values.
     """
 
     frobenius: float
@@ -35,6 +36,7 @@ class Spectrum:
     effective_rank: float
     top_share: float
     rank: int
+    stable_rank: float
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def spectrum(values: Tensor) -> Spectrum:
     values = values.double()
     frobenius, spectral = float(torch.linalg.vector_norm(values)), float(values[0])
     if frobenius == 0:
-        return Spectrum(0.0, 0.0, math.nan, math.nan, math.nan, 0)
+        return Spectrum(0.0, 0.0, math.nan, math.nan, math.nan, 0, math.nan)
     shares = values / values.sum()
     top = values[: math.ceil(len(values) / 100)]
     return Spectrum(
@@ -102,6 +104,7 @@ def spectrum(values: Tensor) -> Spectrum:
         effective_rank=float(torch.special.entr(shares).sum().exp()),
         top_share=float(torch.linalg.vector_norm(top)) / frobenius,
         rank=int((values > 0).sum()),
+        stable_rank=(frobenius / spectral) ** 2,
     )
 
 
@@ -122,6 +125,77 @@ def subspace_cosines(one: Tensor, other: Tensor) -> Tensor:
     squares = (one.double().T @ other.double()).square()
     of_leading_blocks = squares.cumsum(0).cumsum(1).diagonal()
     return (of_leading_blocks / torch.arange(1, len(squares) + 1)).clamp(0, 1).sqrt()
+
+
+@dataclass(frozen=True)
+class WeightShift:
+    """How a matrix of weights differs from what it was, by the measures of arXiv 2606.07082.
+
+    Attributes:
+        unmoved: Share of entries that have not moved by more than bfloat16 resolves (`share_unmoved`).
+        spectrum_shift: ||s(W) - s(W_0)|| / ||s(W_0)||: how far the singular values have moved.
+        largest_angle: Of the principal angles between the leading k singular subspaces of both, in radians; the larger
+            one of left and right.
+        mean_angle: Mean of the k angles, left and right.
+    """
+
+    unmoved: float
+    spectrum_shift: float
+    largest_angle: float
+    mean_angle: float
+
+
+def weight_shift(before: Tensor, after: Tensor, k: int = 20) -> WeightShift:
+    """Compare a matrix with what it was, [m, n] both.
+
+    Args:
+        before: W_0.
+        after: W.
+        k: Leading singular directions that are compared; fewer where the matrix has fewer.
+    """
+    one, other = decompose(before, k), decompose(after, k)
+    scale = float(torch.linalg.vector_norm(one.values))
+    shift = float(torch.linalg.vector_norm(other.values - one.values))
+    angles = [principal_angles(a, b) for a, b in ((one.left, other.left), (one.right, other.right))]
+    return WeightShift(
+        unmoved=share_unmoved(before, after),
+        spectrum_shift=shift / scale if scale > 0 else math.nan,
+        largest_angle=max(float(each.max()) for each in angles),
+        mean_angle=float(torch.cat(angles).mean()),
+    )
+
+
+def share_unmoved(before: Tensor, after: Tensor, threshold: float = 1e-3) -> float:
+    """Share of entries with |w - w_0| <= threshold x the larger of both sizes.
+
+    bfloat16 tells numbers apart that differ by 4e-3 of their size, so a smaller difference is one of its rounding. The
+    threshold is that of arXiv 2606.07082; that it is relative is our reading.
+    """
+    one, other = before.double(), after.double()
+    return float(((other - one).abs() <= threshold * torch.maximum(one.abs(), other.abs())).double().mean())
+
+
+def principal_angles(one: Tensor, other: Tensor) -> Tensor:
+    """The angles between two subspaces, in radians, the smallest first.
+
+    Small angles come from their sines, large ones from their cosines, as each is exact only there.
+
+    Args:
+        one: [m, K] orthonormal columns.
+        other: [m, K] orthonormal columns.
+
+    Returns:
+        [K], from 0 to pi / 2.
+    """
+    one, other = one.double(), other.double()
+    cosines = torch.linalg.svdvals(one.T @ other).clamp(0, 1)
+    sines = torch.linalg.svdvals(other - one @ (one.T @ other)).flip(0).clamp(0, 1)
+    return torch.where(cosines**2 < 0.5, torch.arccos(cosines), torch.arcsin(sines))
+
+
+def projected(matrix: Tensor, basis: Tensor) -> Tensor:
+    """What of the rows of a matrix [m, n] lies in the span of orthonormal columns [n, K]."""
+    return (matrix @ basis) @ basis.T
 
 
 def chance_cosine(k: int, size: int) -> float:

@@ -63,6 +63,8 @@ def make_report(analysis: Analysis) -> Report:
     """What people read."""
     geometry = analysis.geometry
     tables = [_spectra_table(geometry), _directions_table(geometry), _layer_table(geometry)]
+    if any(each.shift is not None for each in geometry.averaged):
+        tables.append(_shift_table(geometry))
     if analysis.variants:
         tables.append(_variants_table(analysis.variants))
     tables.append(_matrix_table(geometry))
@@ -112,10 +114,11 @@ def _spectra_table(geometry: RunGeometry) -> Table:
                 number(_known(mean["effective_rank"]), 4),
                 share(_known(mean["top_share"])),
                 number(_known(mean["rank"]), 4),
+                number(_known(mean["stable_rank"])),
                 share(unchanged),
             )
         )
-    columns = ("step", "of run", "size", "s1", "s1/F", "eff. rank", "top 1 %", "rank", "unmoved")
+    columns = ("step", "of run", "size", "s1", "s1/F", "eff. rank", "top 1 %", "rank", "st. rank", "unmoved")
     largest = max(min(each.shape) for each in geometry.averaged)
     note = (
         f"Means over {len(geometry.averaged)} attention and MLP matrices (size: Frobenius norm of all together). The"
@@ -157,6 +160,23 @@ def _layer_table(geometry: RunGeometry) -> Table:
     others = [each for each in geometry.matrices if each not in geometry.averaged]
     note = "".join(f" {each.name}: Frobenius {number(each.frobenius[-1])}." for each in others if each.layer is None)
     return Table("Layers, at the last point", columns, rows, note.strip())
+
+
+def _shift_table(geometry: RunGeometry) -> Table:
+    rows = []
+    for kind in AVERAGED:
+        shifts = [each.shift for each in geometry.averaged if each.kind == kind and each.shift is not None]
+        if shifts:
+            names = ("unmoved", "spectrum_shift", "mean_angle", "largest_angle")
+            means = {name: sum(getattr(each, name) for each in shifts) / len(shifts) for name in names}
+            cells = (share(means["unmoved"]), share(means["spectrum_shift"]))
+            rows.append((kind, *cells, *(number(math.degrees(means[name])) for name in names[2:])))
+    columns = ("matrices", "unmoved for bfloat16", "spectrum shift", "mean angle", "largest angle")
+    note = (
+        "Means over matrices. Unmoved: by no more than 0.001 of their size. Spectrum shift: of the singular values,"
+        " relative. Angles in degrees, between the leading 20 singular directions of both, left and right."
+    )
+    return Table("Weights against their start, at the last point", columns, rows, note)
 
 
 def _matrix_table(geometry: RunGeometry) -> Table:

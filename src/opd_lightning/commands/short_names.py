@@ -17,6 +17,7 @@ ROOMS = (  # `HFStudent` works in YAML for the whole path, but only once its roo
     "callbacks.learning_rate_search",
     "callbacks.live_report",
     "callbacks.mismatch",
+    "callbacks.projected_gradients",
     "callbacks.token_recorder",
     "callbacks.update_recorder",
     "methods",

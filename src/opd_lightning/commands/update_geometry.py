@@ -12,6 +12,7 @@ from torch import Tensor
 from opd_lightning.geometry import (
     Decomposition,
     Spectrum,
+    WeightShift,
     chance_cosine,
     cosines_to_last,
     decompose,
@@ -19,6 +20,7 @@ from opd_lightning.geometry import (
     random_walk_gram,
     spectrum,
     subspace_cosines,
+    weight_shift,
 )
 from opd_lightning.training.weight_updates import WeightUpdates, kind_of, layer_of
 
@@ -42,6 +44,8 @@ class MatrixGeometry:
         cosine_to_last: Cosine of the whole update with that of the last point.
         subspace_cosines: For every point, at k = 1..20, of the top-k singular directions with those of the last point;
             left and right averaged as squares. Empty for embeddings.
+        shift: The weights of the last point against those of the start; None for embeddings, and where the start's
+            are not at hand.
     """
 
     name: str
@@ -53,6 +57,7 @@ class MatrixGeometry:
     unchanged: list[float]
     cosine_to_last: list[float]
     subspace_cosines: list[list[float]]
+    shift: WeightShift | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class RunGeometry:
         """
         chosen = [m for m in self.averaged if m.kind in kinds or kinds == AVERAGED]
         spectra = [m.spectra[point] for m in chosen if layer is None or m.layer == layer]
-        names = ("spectral", "spectral_share", "effective_rank", "top_share", "rank")
+        names = ("spectral", "spectral_share", "effective_rank", "top_share", "rank", "stable_rank")
         means = {name: _mean(getattr(each, name) for each in spectra if each.frobenius > 0) for name in names}
         return {"frobenius": math.sqrt(sum(each.frobenius**2 for each in spectra)), **means}
 
@@ -137,6 +142,7 @@ def measure(
                 unchanged=unchanged,
                 cosine_to_last=cosines_to_last(gram).tolist(),
                 subspace_cosines=cosines,
+                shift=_shift(updates, name, device) if spectra else None,
             )
         )
         if kind_of(name) in AVERAGED or not kinds & set(AVERAGED):
@@ -190,6 +196,15 @@ def _directions(
         known = min(spectra[-1].rank, int((last.values > 0).sum()), NUM_DIRECTIONS)
         cosines.append((sum(squares) / 2).sqrt()[:known].tolist())  # type: ignore[union-attr]
     return spectra, cosines
+
+
+def _shift(updates: WeightUpdates, name: str, device: torch.device | None) -> WeightShift | None:
+    """The last point's weights of one matrix against the start's, where these are known."""
+    if updates.start is None or name not in updates.start.plain:
+        return None
+    before = updates.start.stored.read(updates.start.plain[name]).double()
+    after = before + updates.update(len(updates.points) - 1, name)
+    return weight_shift(before.to(device), after.to(device), NUM_DIRECTIONS)
 
 
 def _decomposed(updates: WeightUpdates, index: int, name: str, device: torch.device | None) -> Decomposition:
