@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import rich
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning import Trainer
 
 from opd_lightning.backends.hf import HFEngine, HFStudent, HFTeacher
@@ -44,6 +44,7 @@ class DiagnosingTrainer(Trainer):
         split: Split = "train",
         position_bins: PositiveInt = 8,
         gradient_rollouts: PositiveInt = 32,
+        alignment_nodes: NonNegativeInt = 0,
         templates: list[TemplateSettings] | None = None,
         parts: Parts = "all",
         output: str | None = None,
@@ -58,6 +59,8 @@ class DiagnosingTrainer(Trainer):
             split: Which problems.
             position_bins: Bins of response position.
             gradient_rollouts: Answers, one of each problem, whose gradients are taken.
+            alignment_nodes: Answers, one of each problem, at one token of which the teacher's push is compared with
+                what rewards would do; 32 continuations each.
             templates: Other ways of putting the problems, to compare with the run's own; an empty list compares with
                 the teacher's own chat template only.
             parts: "prompts" scores the prompts and leaves everything else out: for whole data sets; a command that was
@@ -82,6 +85,7 @@ class DiagnosingTrainer(Trainer):
             num_samples=num_samples,
             num_bins=position_bins,
             num_gradient_rollouts=gradient_rollouts,
+            num_alignment_nodes=alignment_nodes,
             templates=() if templates is None else make_templates(templates, pair, problems, split, folder),
             say=_say,
         )

@@ -8,16 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
+
+from opd_lightning.diagnosis.alignment import NUM_CANDIDATES, Forcing, Node, draw_positions, measure_alignment
 from opd_lightning.diagnosis.continuations import compare_answers, continue_answers, depths_of
 from opd_lightning.diagnosis.estimates import answer_facts
 from opd_lightning.diagnosis.gradients import losses_to_compare, measure_gradients
-from opd_lightning.diagnosis.measurements import AnswerFacts, Continuation, Diagnosis, Gradients, RenderedPrompt
+from opd_lightning.diagnosis.measurements import (
+    Alignment,
+    AnswerFacts,
+    Continuation,
+    Diagnosis,
+    Gradients,
+    RenderedPrompt,
+)
 from opd_lightning.diagnosis.pair import Pair
 from opd_lightning.diagnosis.prompt_rows import prompt_rows
 from opd_lightning.diagnosis.template_choice import REFERENCE, PromptTemplate, compare_templates, template_numbers
 from opd_lightning.diagnosis.templates import find_differences, render_both
 from opd_lightning.diagnosis.tokens import facts_by_position, mean_facts, reward_auroc
-from opd_lightning.interfaces import Problem, Prompt, Rollout
+from opd_lightning.interfaces import Problem, Prompt, Rollout, TrainedRollout
 from opd_lightning.rollouts.answering import render_prompts
 
 Say = Callable[[str], None]
@@ -30,6 +40,7 @@ def diagnose(
     num_samples: int = 4,
     num_bins: int = 8,
     num_gradient_rollouts: int = 32,
+    num_alignment_nodes: int = 0,
     templates: Sequence[PromptTemplate] = (),
     say: Say = lambda words: None,
 ) -> Diagnosis:
@@ -41,6 +52,8 @@ def diagnose(
         num_samples: Answers per problem.
         num_bins: Bins of response position.
         num_gradient_rollouts: Answers, one of each problem, whose gradients are taken.
+        num_alignment_nodes: Answers, one of each problem, at one token of which the gradient is compared with that of
+            the expected reward; 0 leaves this out.
         templates: Other ways of putting the same problems, to compare with the run's own.
         say: Told what is done next.
     """
@@ -55,6 +68,7 @@ def diagnose(
         compared = pair.compare(rollouts)
         teacher = _TeacherAnswers(pair, prompts, groups, say)
         gradients = _gradients(pair, rollouts[::num_samples][:num_gradient_rollouts], say)
+        aligned = _alignment(pair, compared[::num_samples][:num_alignment_nodes], say)
         rows = prompt_rows(groups, compared, teacher.answers)
         example = pair.student.tokenizer.decode(prompts[0].token_ids, skip_special_tokens=False)
         own = template_numbers(REFERENCE, {}, example, rows)
@@ -82,6 +96,7 @@ def diagnose(
         left_out=_left_out(pair, problems, is_speechless=teacher.facts is None),
         prompts=tuple(rows),
         templates=found,
+        alignment=aligned,
     )
 
 
@@ -153,6 +168,22 @@ def _gradients(pair: Pair, rollouts: Sequence[Rollout], say: Say) -> Gradients:
             max_tokens=pair.max_tokens,
             seed=pair.seed,
         )
+
+
+def _alignment(pair: Pair, compared: Sequence[TrainedRollout], say: Say) -> Alignment | None:
+    is_marked = all(pair.task.can_grade(each.rollout.problem) for each in compared)
+    if not compared or not is_marked or not pair.teacher.offer.arbitrary_ids:
+        return None
+    say(f"the student goes on after each of {NUM_CANDIDATES} tokens, in {len(compared)} answers")
+    positions = draw_positions(compared, pair.seed)
+    at = [
+        replace(each.rollout, student_wrote=torch.arange(len(each.rollout.response_ids)) == position)
+        for each, position in zip(compared, positions, strict=True)
+    ]
+    known = zip(compared, positions, pair.candidates(at, NUM_CANDIDATES), strict=True)
+    nodes = [Node(each.rollout, position, *candidates) for each, position, candidates in known]
+    forcing = Forcing(pair.generate, pair.task, pair.student.tokenizer, pair.sampling, pair.seed)
+    return measure_alignment(nodes, forcing)
 
 
 def _left_out(pair: Pair, problems: Sequence[Problem], *, is_speechless: bool) -> tuple[str, ...]:

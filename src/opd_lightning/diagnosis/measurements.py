@@ -144,6 +144,26 @@ class Gradients:
 
 
 @dataclass(frozen=True)
+class Alignment:
+    """Cosines of the distillation gradient with that of the expected reward, at single tokens (`alignment.py`).
+
+    Attributes:
+        num_nodes: Tokens that were looked at.
+        num_informative: Those at which the cosine is defined: some candidates lead to right answers more often than
+            others, and the teacher differs from the student.
+        cosine: Mean over these; None without any.
+        after_right: Mean over those in right answers.
+        after_wrong: Mean over those in others.
+    """
+
+    num_nodes: int
+    num_informative: int
+    cosine: Estimate | None
+    after_right: Estimate | None
+    after_wrong: Estimate | None
+
+
+@dataclass(frozen=True)
 class RenderedPrompt:
     """One problem as both sides render it.
 
@@ -203,6 +223,7 @@ class Diagnosis:
         left_out: What could not be measured, and why.
         prompts: What each prompt showed (`prompt_rows`).
         templates: The run's own template and others beside it; empty where no others were asked for.
+        alignment: With the gradient of the expected reward; None where it was not asked for, or cannot be known.
     """
 
     settings: Mapping[str, Any]
@@ -225,3 +246,4 @@ class Diagnosis:
     left_out: tuple[str, ...]
     prompts: tuple[Mapping[str, Any], ...] = ()
     templates: tuple[TemplateNumbers, ...] = ()
+    alignment: Alignment | None = None

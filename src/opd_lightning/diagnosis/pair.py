@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opd_lightning.diagnosis.gradients import SIZES
 from opd_lightning.interfaces import (
@@ -25,6 +25,7 @@ from opd_lightning.interfaces import (
     TrainedRollout,
 )
 from opd_lightning.interfaces.modes import evaluation_mode
+from opd_lightning.objectives import full_log_probs
 from opd_lightning.rollouts.answering import answer
 from opd_lightning.rollouts.comparison import compare, make_micro_batches
 from opd_lightning.rollouts.shaping import attach_log_ratios, attach_step, shape_groups
@@ -119,6 +120,24 @@ class Pair:
             with self.precision():
                 rollouts = attach_log_ratios(rollouts, batches, self.teacher.score_all(batches, self.request))
         return attach_step(shape_groups(self.objective, rollouts, group_size), 0)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """Answers of the student, not marked."""
+        with torch.no_grad(), self.precision():
+            return self.engine.generate(prompts, sampling)
+
+    def candidates(self, rollouts: Sequence[Rollout], k: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The student's k likeliest tokens at the one trained position of each answer: ids, log p and log q, [k]."""
+        assert self.model is not None, "the pair is not loaded"
+        found = []
+        for rollout in rollouts:
+            (batch,) = self._cut([rollout])
+            with torch.no_grad(), self.precision():
+                logits = self.student.head(self.model)(self.student.hidden_states(self.model, batch))
+                (scores,) = self.teacher.score_all([batch], self.request)
+                log_p, ids = full_log_probs(logits, self.objective.student_temperature).topk(min(k, logits.shape[-1]))
+                found.append((ids[0].cpu(), log_p[0].cpu(), scores.at(ids)[0].cpu()))
+        return found
 
     def compare(self, rollouts: Sequence[Rollout]) -> list[TrainedRollout]:
         """Facts of every token of the student's answers, in the order of the answers."""

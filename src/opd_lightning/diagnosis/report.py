@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from opd_lightning.diagnosis.measurements import (
+    Alignment,
     AnswerFacts,
     Continuation,
     Diagnosis,
@@ -78,6 +79,7 @@ def make_report(numbers: Diagnosis) -> Report:
     tables += [
         _position_table(numbers.positions),
         _gradient_table(numbers.gradients),
+        *([_alignment_table(numbers.alignment)] if numbers.alignment is not None else []),
         _settings_table(numbers.settings),
     ]
     return Report(
@@ -189,6 +191,17 @@ def _gradient_table(gradients: Gradients) -> Table:
     )
     columns = ("loss", "cosine", "variance", "error", "norm", "coherence", "noise scale")
     return Table("Does the signal add up, and which loss carries it", columns, rows, note)
+
+
+def _alignment_table(alignment: Alignment) -> Table:
+    means = {"all": alignment.cosine, "right answers": alignment.after_right, "others": alignment.after_wrong}
+    rows = [(name, _with_error(mean, number), str(mean.num_prompts if mean else 0)) for name, mean in means.items()]
+    note = (
+        f"At {alignment.num_nodes} tokens the student went on after each of its likeliest candidates; at"
+        f" {alignment.num_informative} of them some led to right answers more often than others. Cosine of the reverse"
+        " KL's gradient there with that of the expected reward (arXiv 2605.10889), ± one standard error over prompts."
+    )
+    return Table("Does the teacher push where rewards would", ("tokens in", "cosine", "prompts"), rows, note)
 
 
 def _template_table(templates: Sequence[TemplateNumbers]) -> Table:
