@@ -345,3 +345,19 @@ def test_weights_that_are_none_or_have_changed_are_refused():
     state = run_state(start(Weighted("level")))
     with pytest.raises(ValueError, match=r"weights in 'level' are not those of the checkpoint"):
         start(Weighted("level", least=1)).load_state_dict(state)
+
+
+def test_a_few_problems_are_named_or_drawn_with_the_seed():
+    named = start(Filtered(InOrder(), uids=["p3", "p7"]))
+    assert named.select(5) == [3, 7, 3, 7, 3]
+    drawn = [sorted(set(start(Filtered(most=4), seed=seed).select(12))) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert [len(each) for each in drawn] == [4, 4, 4]
+    assert start(Filtered(InOrder(), uids=["p3"], most=9)).select(2) == [3, 3]
+
+
+def test_a_problem_that_does_not_exist_cannot_be_kept():
+    with pytest.raises(ValueError, match=r"selector\.uids: 1 of 2 are no training problems, the first is 'p99'"):
+        start(Filtered(uids=["p1", "p99"]))
+    with pytest.raises(ValueError, match=r"selector\.most: "):
+        Filtered(most=0)

@@ -45,6 +45,7 @@ class DiagnosingTrainer(Trainer):
         position_bins: PositiveInt = 8,
         gradient_rollouts: PositiveInt = 32,
         alignment_nodes: NonNegativeInt = 0,
+        coverage_cells: NonNegativeInt = 0,
         templates: list[TemplateSettings] | None = None,
         parts: Parts = "all",
         output: str | None = None,
@@ -61,6 +62,8 @@ class DiagnosingTrainer(Trainer):
             gradient_rollouts: Answers, one of each problem, whose gradients are taken.
             alignment_nodes: Answers, one of each problem, at one token of which the teacher's push is compared with
                 what rewards would do; 32 continuations each.
+            coverage_cells: Cells of the teacher's states (200 in arXiv 2609.04172); prompts.jsonl then says in which
+                order prompts cover them fastest.
             templates: Other ways of putting the problems, to compare with the run's own; an empty list compares with
                 the teacher's own chat template only.
             parts: "prompts" scores the prompts and leaves everything else out: for whole data sets; a command that was
@@ -86,6 +89,7 @@ class DiagnosingTrainer(Trainer):
             num_bins=position_bins,
             num_gradient_rollouts=gradient_rollouts,
             num_alignment_nodes=alignment_nodes,
+            num_cells=coverage_cells,
             templates=() if templates is None else make_templates(templates, pair, problems, split, folder),
             say=_say,
         )

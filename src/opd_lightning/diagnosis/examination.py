@@ -12,6 +12,7 @@ import torch
 
 from opd_lightning.diagnosis.alignment import NUM_CANDIDATES, Forcing, Node, draw_positions, measure_alignment
 from opd_lightning.diagnosis.continuations import compare_answers, continue_answers, depths_of
+from opd_lightning.diagnosis.coverage import cells_of, cover
 from opd_lightning.diagnosis.estimates import answer_facts
 from opd_lightning.diagnosis.gradients import losses_to_compare, measure_gradients
 from opd_lightning.diagnosis.measurements import (
@@ -41,6 +42,7 @@ def diagnose(
     num_bins: int = 8,
     num_gradient_rollouts: int = 32,
     num_alignment_nodes: int = 0,
+    num_cells: int = 0,
     templates: Sequence[PromptTemplate] = (),
     say: Say = lambda words: None,
 ) -> Diagnosis:
@@ -54,6 +56,7 @@ def diagnose(
         num_gradient_rollouts: Answers, one of each problem, whose gradients are taken.
         num_alignment_nodes: Answers, one of each problem, at one token of which the gradient is compared with that of
             the expected reward; 0 leaves this out.
+        num_cells: Cells of states that prompts are to cover; 0 leaves this out.
         templates: Other ways of putting the same problems, to compare with the run's own.
         say: Told what is done next.
     """
@@ -69,7 +72,8 @@ def diagnose(
         teacher = _TeacherAnswers(pair, prompts, groups, say)
         gradients = _gradients(pair, rollouts[::num_samples][:num_gradient_rollouts], say)
         aligned = _alignment(pair, compared[::num_samples][:num_alignment_nodes], say)
-        rows = prompt_rows(groups, compared, teacher.answers)
+        covers = _cover(pair, groups, num_cells, say) if num_cells else [{} for _ in groups]
+        rows = [row | extra for row, extra in zip(prompt_rows(groups, compared, teacher.answers), covers, strict=True)]
         example = pair.student.tokenizer.decode(prompts[0].token_ids, skip_special_tokens=False)
         own = template_numbers(REFERENCE, {}, example, rows)
         found = compare_templates(pair, own, templates, num_samples, say) if templates else ()
@@ -184,6 +188,22 @@ def _alignment(pair: Pair, compared: Sequence[TrainedRollout], say: Say) -> Alig
     nodes = [Node(each.rollout, position, *candidates) for each, position, candidates in known]
     forcing = Forcing(pair.generate, pair.task, pair.student.tokenizer, pair.sampling, pair.seed)
     return measure_alignment(nodes, forcing)
+
+
+def _cover(pair: Pair, groups: Sequence[Sequence[Rollout]], num_cells: int, say: Say) -> list[dict[str, float]]:
+    """Each prompt's place in the order that covers the states fastest, and the coverage up to it."""
+    if pair.speaker is None:
+        raise ValueError(
+            "coverage_cells: states are the teacher's, and this process cannot run it (an HFTeacher without offload"
+            " can). Set coverage_cells: 0."
+        )
+    say(f"the teacher's states are cut into {num_cells} cells")
+    states = [torch.cat(pair.teacher_states(group)) for group in groups]
+    cells = torch.split(cells_of(torch.cat(states), num_cells, pair.seed), [len(each) for each in states])
+    found: list[dict[str, float]] = [{} for _ in groups]
+    for rank, (place, share) in enumerate(cover([set(each.tolist()) for each in cells]), start=1):
+        found[place] = {"cover_rank": rank, "covered": share}
+    return found
 
 
 def _left_out(pair: Pair, problems: Sequence[Problem], *, is_speechless: bool) -> tuple[str, ...]:

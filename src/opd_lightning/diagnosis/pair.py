@@ -139,6 +139,19 @@ class Pair:
                 found.append((ids[0].cpu(), log_p[0].cpu(), scores.at(ids)[0].cpu()))
         return found
 
+    def teacher_states(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        """The teacher's final hidden states [N, H] at the tokens of each answer; only where it can run here."""
+        assert self.speaker is not None, "the teacher runs elsewhere"
+        runner, model = self.speaker
+        found = []
+        for rollout in rollouts:
+            (batch,) = make_micro_batches(
+                [rollout], max_tokens=self.max_tokens, pad_id=self.student.tokenizer.pad_id, device=self.device
+            )
+            with torch.no_grad():
+                found.append(runner.hidden_states(model, batch).float().cpu())
+        return found
+
     def compare(self, rollouts: Sequence[Rollout]) -> list[TrainedRollout]:
         """Facts of every token of the student's answers, in the order of the answers."""
         assert self.model is not None, "the pair is not loaded"
