@@ -49,7 +49,8 @@ def cells_of(states: Tensor, num_cells: int, seed: int = 0) -> Tensor:
         if torch.equal(moved, cells):
             break
         cells = moved
-    return torch.unique(cells, return_inverse=True)[1]
+    used = cells.bincount() > 0
+    return (used.cumsum(0) - 1)[cells]
 
 
 def coverage(visits: Sequence[set[int]], chosen: Sequence[int]) -> float:
