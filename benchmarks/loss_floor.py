@@ -4,7 +4,8 @@ The floor: logits of student and teacher, and from the logits' gradient that of 
 memory that is used again. Beside it, in turn: `compare_in_chunks` with all metrics and without, what it was before
 (chunks recomputed by checkpointing), and the chunked losses of TRL and Liger where they are installed. Times are
 processor time, and ratios are taken turn by turn before their median: the machine may be busy with other things. Peaks
-of memory are of one fresh process each, above what weights and hidden states take.
+of memory are of one fresh process each, above what weights and hidden states take; with narrow models, because they are
+about matrices of tokens by vocabulary.
 
     pip install --no-deps --target /tmp/peers trl==1.16.0 liger-kernel==0.8.5 triton    # optional
     PYTHONPATH=/tmp/peers python benchmarks/loss_floor.py     # result in benchmarks/results/loss_floor_<hardware>.json
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -42,6 +43,8 @@ from opd_lightning.objectives import (
 )
 
 RESULTS = Path(__file__).parent / "results"
+PEAK_TOKENS = (512, 2048, 8192)
+PEAKS = "peak MiB, V 151,936, widths 64 and 160, 512, 2,048 and 8,192 tokens"
 FULL = ScoreRequest(full_vocabulary=True)
 
 
@@ -59,6 +62,7 @@ class Case:
 CASES = {
     "V 32,000": Case(32_000, 256, 384, 2048, 256),
     "V 151,936": Case(151_936, 1024, 2560, 512, 256),
+    "peaks": Case(151_936, 64, 160, 512, 256),
     "small": Case(2_000, 16, 24, 64, 16),
 }
 
@@ -177,9 +181,9 @@ def peak(case: Case, name: str) -> float:
     return round(int(status.split("VmHWM:")[1].split()[0]) / 1024 - there, 1)
 
 
-def peaks(name: str, factor: int) -> float:
-    """Peaks of an arm at so many times the tokens, in fresh processes."""
-    command = [sys.executable, __file__, "--peak", name, "--tokens", str(factor)]
+def peaks(name: str, num_tokens: int) -> float:
+    """Peak of an arm at so many tokens, in a fresh process."""
+    command = [sys.executable, __file__, "--peak", name, "--tokens", str(num_tokens)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -192,22 +196,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "loss_floor_cpu-2core.json")
     parser.add_argument("--peaks", action="store_true", help="measure memory instead of time")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
-    parser.add_argument("--tokens", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, default=512, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.peak:
-        wide = CASES["V 32,000"]
-        case = Case(wide.vocabulary, wide.student, wide.teacher, arguments.tokens * 1024, wide.chunk)
-        print(json.dumps(peak(case, arguments.peak)))
+        print(json.dumps(peak(replace(CASES["peaks"], num_tokens=arguments.tokens), arguments.peak)))
         return
     result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     result["machine"] = f"{platform.machine()}, {os.cpu_count()} cores shared with other work, 1 thread"
     result["versions"] = {name: installed(name) for name in ("torch", "trl", "liger-kernel")}
     names = ["four products", *(arguments.only or list(arms(Material(CASES["small"])))[1:])]
     if arguments.peaks:
-        result["peak MiB, V 32,000, 1,024 and 4,096 tokens"] = found = {}
+        result[PEAKS] = found = {}
         for name in names:
-            found[name] = [peaks(name, 1), peaks(name, 4)]
+            found[name] = [peaks(name, num_tokens) for num_tokens in PEAK_TOKENS]
             print(name, found[name], flush=True)
     for case_name in [] if arguments.peaks else arguments.case or ["V 32,000", "V 151,936"]:
         result[f"seconds, {case_name}"] = seconds = measure(CASES[case_name], arguments.repeats, names)

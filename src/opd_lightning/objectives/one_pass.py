@@ -24,9 +24,9 @@ from opd_lightning.objectives.head_products import (
     write_uncapped,
 )
 
-_ENTRIES_PER_BLOCK = 2**16  # logits for each core: a block's buffers stay in its cache
+_ENTRIES_PER_BLOCK = 2**17  # logits for each core: a block's buffers stay near its cache, and calls stay few
 _ENTRIES_PER_BLOCK_ON_GPU = 2**24
-_BLOCKS_AT_ONCE = 4  # whose likeliest tokens are looked for together: logits stay in the cache, and calls stay few
+_BLOCKS_AT_ONCE = 2  # whose likeliest tokens are looked for together: logits stay in the cache, and calls stay few
 
 
 @dataclass(frozen=True)
