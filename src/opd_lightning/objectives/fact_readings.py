@@ -26,6 +26,7 @@ class FactReadings:
         self._wanted = known_facts(asked, k)
         self._k = k
         self._few: dict[str, list[Tensor]] = defaultdict(list)
+        self._settled: dict[str, list[Tensor]] = defaultdict(list)
         self._student_ids: Tensor | None = None
         self._teacher_ids: Tensor | None = None
 
@@ -64,9 +65,15 @@ class FactReadings:
             self._few["forward_kl"].append(block.forward_kl)
             self._few["teacher_entropy"].append(block.teacher_entropy)
 
+    def settle(self) -> None:
+        """Join what was read since the last time: a tensor of a few numbers takes a kilobyte."""
+        for name, parts in self._few.items():
+            self._settled[name].append(torch.cat(parts))
+        self._few.clear()
+
     def facts(self, tokens: ResponseTokens) -> dict[str, Tensor]:
-        """Facts of all tokens read, float32 [N] by name."""
-        few = {name: torch.cat(parts) for name, parts in self._few.items()}
+        """Facts of all tokens read and settled, float32 [N] by name."""
+        few = {name: torch.cat(parts) for name, parts in self._settled.items()}
         few["sampled"], few["top_log_probs"] = _first_and_rest(few.pop("log_probs"))
         if "teacher_log_probs" in few:
             few["teacher_sampled"], few["teacher_top_log_probs"] = _first_and_rest(few.pop("teacher_log_probs"))

@@ -130,6 +130,8 @@ class OnePass:
                 if self._readings is not None:  # before the gradient is written over the logits
                     self._readings.read(block, inner)
                 self._finish_block(block, teacher, tokens, at)
+        if self._readings is not None:
+            self._readings.settle()
         if self.gradients is not None and self._wanted is not None:
             factors = self._wanted.factors
             self.gradients.add(logits, hidden, rows, None if factors is None else factors[rows])
