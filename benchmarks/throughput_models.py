@@ -22,22 +22,39 @@ BYTES = 4  # float32
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Qwen3 model with tied embeddings, float32.
+    """Of a Qwen3 model with tied embeddings.
 
     Attributes:
         hidden: Width.
         layers: Their number.
         intermediate: Width of the feed-forward layers.
+        heads: Of attention; 0 for as many as fit into the width.
+        key_value_heads: Those of keys and values; 0 for as many as `heads`.
+        head_dim: Width of a head.
     """
 
     hidden: int
     layers: int
     intermediate: int
+    heads: int = 0
+    key_value_heads: int = 0
+    head_dim: int = 64
+
+    @property
+    def query_width(self) -> int:
+        """Of all heads of attention."""
+        return self.head_dim * (self.heads or max(1, self.hidden // self.head_dim))
+
+    @property
+    def key_width(self) -> int:
+        """Of all keys of a token; its values have as much."""
+        return self.head_dim * self.key_value_heads or self.query_width
 
     @property
     def body(self) -> int:
         """Weights that every token is multiplied with, the head aside."""
-        return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.intermediate)
+        attention = 2 * self.query_width + 2 * self.key_width
+        return self.layers * self.hidden * (attention + 3 * self.intermediate)
 
 
 @dataclass(frozen=True)
@@ -86,12 +103,12 @@ class Work:
         n, new, s, t = self.num_rollouts, self.max_new_tokens, self.student, self.teacher
         length, responses = self.prompt_tokens + new, n * new
         head = {shape: shape.hidden * self.vocabulary for shape in (s, t)}
-        seen = {shape: 2 * shape.layers * shape.hidden for shape in (s, t)}  # products for each token that is attended
+        seen = {shape: 2 * shape.layers * shape.query_width for shape in (s, t)}  # products for each token attended to
 
         generate = 2 * n * self.prompt_tokens * s.body / flops
         for position in range(self.prompt_tokens, length):
             operations = 2 * n * (s.body + head[s] + seen[s] * position)
-            moved = BYTES * (s.body + head[s] + n * seen[s] * position)
+            moved = BYTES * (s.body + head[s] + n * 2 * s.layers * s.key_width * position)
             generate += max(operations / flops, moved / bandwidth)
 
         def forward(shape: Shape) -> float:
@@ -149,8 +166,17 @@ def make_tokenizer(vocabulary: int) -> Any:
     )
 
 
-def make_models(folder: Path, work: Work) -> tuple[str, str]:
-    """Write student and teacher as the hub would hold them, once; their folders."""
+def make_models(
+    folder: Path, work: Work, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> tuple[str, str]:
+    """Write student and teacher as the hub would hold them, once; their folders.
+
+    Args:
+        folder: Where.
+        work: Says what they look like.
+        dtype: Of the files; None for float32.
+        device: Where weights are drawn; None for the CPU.
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     paths = []
@@ -164,17 +190,17 @@ def make_models(folder: Path, work: Work) -> tuple[str, str]:
             hidden_size=shape.hidden,
             intermediate_size=shape.intermediate,
             num_hidden_layers=shape.layers,
-            num_attention_heads=max(1, shape.hidden // 64),
-            num_key_value_heads=max(1, shape.hidden // 64),
-            head_dim=min(64, shape.hidden),
+            num_attention_heads=shape.query_width // shape.head_dim,
+            num_key_value_heads=shape.key_width // shape.head_dim,
+            head_dim=shape.head_dim,
             max_position_embeddings=4096,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=END,
             pad_token_id=PAD,
         )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(), device or torch.device("cpu"):
             torch.manual_seed(seed)
-            Qwen3ForCausalLM(config).save_pretrained(path)
+            Qwen3ForCausalLM(config).to(dtype or torch.float32).save_pretrained(path)
         make_tokenizer(work.vocabulary).save_pretrained(path)
     return paths[0], paths[1]
