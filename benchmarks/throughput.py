@@ -37,7 +37,7 @@ RESULTS = HERE / "results"
 CASES = {
     "16 x 64, V 32,000": Work(),
     "64 x 128, V 32,000": Work(num_rollouts=64, max_new_tokens=128),
-    "16 x 64, V 151,936": Work(vocabulary=151_936),
+    "8 x 32, V 151,936": Work(vocabulary=151_936, num_rollouts=8, max_new_tokens=32),
     "tiny": Work(64, Shape(32, 1, 32), Shape(48, 1, 48), num_rollouts=2, max_new_tokens=4, prompt_tokens=4),
 }
 SMALL = Work(8_000, Shape(128, 2, 352), Shape(192, 2, 512), num_rollouts=8, max_new_tokens=64)
@@ -93,14 +93,15 @@ class Contender:
         return json.loads(line)
 
 
-def race(work: Work, names: Sequence[str], num_steps: int, folder: Path) -> dict[str, Any]:
-    """Steps of all contenders in turn, the first of each not counted, and their peaks of memory."""
+def race(work: Work, names: Sequence[str], num_steps: int, folder: Path, warm_up: int = 1) -> dict[str, Any]:
+    """Steps of all contenders in turn, the first ones of each not counted, and their peaks of memory."""
     contenders = {name: Contender(name, work, folder) for name in names}
     steps: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for turn in range(num_steps + 1):
+    for turn in range(num_steps + warm_up):
         for name, contender in contenders.items():
             step = contender.step()
-            if turn:
+            print(f"{name}: {step['seconds']:.2f} s, {step['tokens']} tokens", file=sys.stderr, flush=True)
+            if turn >= warm_up:
                 steps[name].append(step)
     return {"steps": steps, "peaks": {name: contender.stop() for name, contender in contenders.items()}}
 
@@ -203,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, add the raw values to the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warm_up", type=int, default=1, help="steps of each that are not counted")
     parser.add_argument("--case", action="append", choices=list(CASES))
     parser.add_argument("--growth", action="store_true", help="measure growth instead")
     parser.add_argument("--out", type=Path, default=RESULTS / "throughput_cpu-2core.json")
@@ -218,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             result["growth"] = measure_growth(given.steps, Path(folder))
         for case in [] if given.growth else given.case or [name for name in CASES if name != "tiny"]:
             rates = machine_rates()
-            found = race(CASES[case], names, given.steps, Path(folder))
+            found = race(CASES[case], names, given.steps, Path(folder), given.warm_up)
             result[case] = {"rates": rates, "summary": summarize(CASES[case], found, rates), **found}
             print(table(case, result[case]["summary"]), flush=True)
     given.out.write_text(json.dumps(result, indent=1) + "\n")

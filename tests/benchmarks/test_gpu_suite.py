@@ -1,10 +1,9 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import gpu_suite
 import gpu_suite_loss
+import gpu_suite_parts
 import pytest
 import torch
 from gpu_suite_parts import PARTS, Place
@@ -40,17 +39,21 @@ def test_a_part_that_has_no_time_or_breaks_is_left_out_with_the_reason(tmp_path,
 
 
 @pytest.mark.slow
-def test_the_whole_suite_at_tiny_sizes(tmp_path, monkeypatch):
-    out = tmp_path / "tiny.json"
-    wanted = ["loss, float32", "steps, bf16-mixed", "steps, flash attention"]
-    command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--tiny", "--minutes", "5", "--out", str(out)]
-    subprocess.run(command + [word for name in wanted for word in ("--only", name)], check=True)
-    result = json.loads(out.read_text())
-    assert result["machine"]["is_tiny"] and list(result["parts"]) == wanted
-    steps = result["parts"]["steps, bf16-mixed"]
+def test_steps_at_tiny_sizes(tmp_path, monkeypatch, forks):
+    def command_line(command, config, *options):
+        return forks.run("opd-lightning", command, "--config", str(config), *options, cwd=config.parent)
+
+    monkeypatch.setattr(gpu_suite_parts, "command_line", command_line)
+
+    def found(part):
+        out = tmp_path / "found.json"
+        gpu_suite.main(["--tiny", "--part", part, "--folder", str(tmp_path), "--out", str(out)])
+        return json.loads(out.read_text())
+
+    steps = found("steps, bf16-mixed")
     assert len(steps["steps"]) == 2 and steps["summary"]["train/seconds/student"] > 0
     assert steps["summary"]["peak_gb"] > 0.05 and steps["plan"]
-    assert result["parts"]["steps, flash attention"]["left_out"] == "it needs a GPU"
+    assert found("steps, flash attention") == {"left_out": "it needs a GPU"}
 
 
 def test_tests_for_the_gpu_are_there():

@@ -74,8 +74,8 @@ class MicroBatch:
         return len(self.tokens)
 
     def by_rollout(self, values: Tensor) -> list[Tensor]:
-        """Cut [N] values of response tokens into those of each rollout."""
-        return list(torch.split(values, [len(rollout.trained_positions) for rollout in self.rollouts]))
+        """Cut values of response tokens, [N] or [..., N], into those of each rollout."""
+        return list(torch.split(values, [len(rollout.trained_positions) for rollout in self.rollouts], dim=-1))
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return a copy with its tensors on the device."""

@@ -38,10 +38,11 @@ class Comparison:
     def by_rollout(self) -> list[TrainedRollout]:
         """Losses and facts of each rollout, on the CPU."""
         together = torch.stack([self.losses.detach().float(), *self.facts.values()]).cpu()
-        columns = [self.micro_batch.by_rollout(values) for values in together]
         return [
-            TrainedRollout(rollout, parts[0], dict(zip(self.facts, parts[1:], strict=True)))
-            for rollout, *parts in zip(self.micro_batch.rollouts, *columns, strict=True)
+            TrainedRollout(rollout, losses, dict(zip(self.facts, facts, strict=True)))
+            for rollout, (losses, *facts) in zip(
+                self.micro_batch.rollouts, self.micro_batch.by_rollout(together), strict=True
+            )
         ]
 
 
