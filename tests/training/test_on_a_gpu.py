@@ -31,7 +31,7 @@ def test_a_fit_in_mixed_precision_learns_and_says_what_memory_it_took(tmp_path, 
     assert memory.keys() == PARTS and all(0 < gb < 1 for gb in memory.values())
 
 
-def test_stop_and_resume_equals_one_run(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
+def test_stop_and_resume_is_one_run_up_to_the_order_of_sums(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
     def run(max_steps, **options):
         module = make_module(tiny_qwen3_folder, tiny_teacher_folder, optimizer=adamw)
         trainer = make_trainer(tmp_path, max_steps, **ON_GPU)
@@ -44,4 +44,4 @@ def test_stop_and_resume_equals_one_run(tmp_path, tiny_qwen3_folder, tiny_teache
     resumed, _ = run(5, ckpt_path=tmp_path / "stop.ckpt")
     expected = weights_of(whole)
     for name, weight in weights_of(resumed).items():
-        assert torch.equal(weight, expected[name]), name
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-4)  # a step moves weights by 1e-2
