@@ -94,7 +94,8 @@ def run_steps(place: Place, variant: str) -> dict[str, Any]:
     summary = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     peak = max((value for name, value in summary.items() if "/memory_gb/" in name), default=None)
     planned = ask_plan(config)
-    return {"summary": summary | {"peak_gb": peak}, "steps": rows, "config": config.read_text(), "plan": planned}
+    summary |= {"peak_gb": peak, "planned_peak_gb": planned["peak_bytes"] / 1e9 if "peak_bytes" in planned else None}
+    return {"summary": summary, "steps": rows, "config": config.read_text(), "plan": planned}
 
 
 def make_config(place: Place, variant: str) -> Path:
