@@ -33,6 +33,11 @@ NOT_RUN = {  # why a block is not run, page by page
         "settings of diagnose, not of fit; tests/tasks/test_prompts_docs.py reads it",
         "the file is written by the command above; tests/commands/test_diagnose.py does both",
     ],
+    "docs/several_gpus.md": [
+        "the checkpoint is the reader's",
+        "several nodes; tests/training/test_several_gpus_docs.py builds what it says",
+        "SLURM; tests/training/test_several_gpus_docs.py builds what it says",
+    ],
     "docs/tokens.md": ["tests/reports/test_token_records.py runs it on records made there"],
     "docs/vllm.md": ["two GPUs and vLLM's server; .ci/vllm starts such servers on vLLM's CPU build"],
 }

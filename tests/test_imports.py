@@ -14,9 +14,9 @@ RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 LAZY = {("training", "backends"), ("__init__", "callbacks"), ("__init__", "training")}
 INSIDE = {  # rooms whose modules build on each other: each may import from those before it only
     "interfaces": "addresses arguments columns modes words tokens scores models generation learning problems __init__",
-    "training": "schedules peak_memory stopwatch output_paths checkpoint_files checkpoints stored_tensors"
-    " weight_updates run_points usable_weights skipped_steps metrics metrics_file defaults datamodule checks resuming"
-    " first_look student_module pair_module module __init__",
+    "training": "schedules peak_memory stopwatch output_paths checkpoint_files sharded_checkpoints checkpoints fsdp2"
+    " stored_tensors weight_updates run_points usable_weights skipped_steps metrics metrics_file defaults datamodule"
+    " checks resuming first_look student_module pair_module module __init__",
 }
 HOMES = {
     "transformers": ("backends/hf", "sandbox"),

@@ -171,6 +171,7 @@ if TYPE_CHECKING:
     from opd_lightning.training.checkpoints import WholeCheckpoints as WholeCheckpoints
     from opd_lightning.training.checkpoints import export as export
     from opd_lightning.training.datamodule import OPDDataModule as OPDDataModule
+    from opd_lightning.training.fsdp2 import FSDP2Strategy as FSDP2Strategy
     from opd_lightning.training.module import OPDModule as OPDModule
     from opd_lightning.training.schedules import WarmupDecay as WarmupDecay
 
@@ -209,6 +210,7 @@ _HOMES = {
     "EntropyWeights": "objectives",
     "Estimator": "objectives",
     "ExtrapolatedTeacher": "teachers",
+    "FSDP2Strategy": "training.fsdp2",
     "FileTransfer": "backends.vllm.server",
     "Filtered": "selection",
     "Floor": "methods",

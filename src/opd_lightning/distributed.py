@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 _is_alone = False
@@ -73,3 +75,23 @@ def agree(score: float) -> float:
     if not all(math.isfinite(value) for value in scores):
         return math.nan
     return scores[0] if len(set(scores)) == 1 else math.fsum(scores) / len(scores)
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether this process holds a part of the tensor only (FSDP2)."""
+    return isinstance(tensor, DTensor)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether processes hold parts of the module's weights, so that all must run it together."""
+    return any(isinstance(weight, DTensor) for weight in module.parameters())
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole tensor; a collective call for a shard."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of the tensor, sharing its memory."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

@@ -165,3 +165,12 @@ def test_a_teacher_that_loses_rollouts_is_refused():
     rollouts = [make_rollout([5], [6], seed=i) for i in range(4)]
     with pytest.raises(ValueError, match=r"model\.teacher: Losing\.shape must return the same rollouts"):
         shape_groups(Losing(), rollouts, 2)
+
+
+def test_groups_are_halved_until_there_are_as_many_as_another_process_has():
+    rollouts = [make_rollout([1] * 5, [2] * 3, seed=i) for i in range(5)]
+    for at_least, sizes in ((1, [5]), (3, [2, 1, 2]), (9, [1] * 5)):
+        groups = cut_by_tokens(rollouts, 100, at_least)
+        assert [len(group) for group in groups] == sizes
+        assert [rollout.seed for group in groups for rollout in group] == list(range(5))
+    assert cut_by_tokens([], 100, 3) == []

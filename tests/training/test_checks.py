@@ -5,6 +5,7 @@ from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from toys import LetterTask, make_data, make_module, make_trainer
 
+from opd_lightning import BaseModelTeacher, HFStudent, LoraSettings, Student
 from opd_lightning.backends.hf import HFTeacher
 from opd_lightning.methods import AntiSelfDistillation
 from opd_lightning.objectives import NLL, SampledTokenObjective
@@ -18,14 +19,36 @@ def test_a_strategy_that_cuts_the_student_up_is_refused_before_a_weight_is_loade
 ):
     module = make_module(tiny_qwen3_folder, tiny_teacher_folder)
     trainer = make_trainer(tmp_path, 1, strategy=ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1))
-    with pytest.raises(ValueError, match=r"strategy: ModelParallelStrategy cuts .*Use a single device \(auto\) or ddp"):
+    with pytest.raises(ValueError, match=r"strategy: Lightning's ModelParallelStrategy .* Use fsdp2 \(opd_lightning"):
         trainer.fit(module, make_data())
     assert module.student is None
 
 
-@pytest.mark.parametrize("strategy", ["auto", "ddp", DDPStrategy(static_graph=True)])
-def test_whole_copies_of_the_student_are_fine(strategy):
-    check_strategy(Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False, enable_checkpointing=False))
+class NotSaidHow(HFStudent):
+    shard = Student.shard
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (NotSaidHow, None, r"trainer.strategy: fsdp2 cuts the student up, and NotSaidHow .*Define .* or use ddp"),
+        (HFStudent, BaseModelTeacher(), r"model.teacher: BaseModelTeacher runs the student itself.* Use HFTeacher"),
+    ],
+)
+def test_what_cannot_be_cut_up_is_refused_before_a_weight_is_loaded(
+    tmp_path, tiny_qwen3_folder, tiny_teacher_folder, student, teacher, message
+):
+    module = make_module(tiny_qwen3_folder, tiny_teacher_folder, teacher_object=teacher)
+    module.spec = student(str(tiny_qwen3_folder), lora=LoraSettings())
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, 1, strategy="fsdp2").fit(module, make_data())
+    assert module.student is None
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", DDPStrategy(static_graph=True), "fsdp2"])
+def test_whole_copies_and_our_shards_are_fine(strategy):
+    trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False, enable_checkpointing=False)
+    check_strategy(trainer, None)
 
 
 def test_imitating_oneself_is_warned_about(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):

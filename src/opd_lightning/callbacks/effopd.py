@@ -175,7 +175,8 @@ class EffOPD(WeightSearch):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the older point and the counters into the checkpoint (tensors, numbers and containers only)."""
         if self._extrapolator.started:
-            checkpoint[self._key] = self._extrapolator.state_dict(gathered=True)
+            keeps_shards = getattr(trainer.strategy, "keeps_shards", False)  # Lightning's own writes rank 0's alone
+            checkpoint[self._key] = self._extrapolator.state_dict(gathered=not keeps_shards)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the older point and the counters from the checkpoint when training resumes from it."""

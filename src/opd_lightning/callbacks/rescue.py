@@ -23,7 +23,7 @@ from opd_lightning.callbacks.start_validation import has_resumed_after_a_pass
 from opd_lightning.callbacks.stop_signals import StopSignals
 from opd_lightning.distributed import OutOfReach, alone
 from opd_lightning.interfaces.addresses import without_secrets
-from opd_lightning.training.usable_weights import last_checkpoint, trained_weights, unusable_weight, way_back
+from opd_lightning.training.usable_weights import diverged_weight, last_checkpoint, way_back
 
 
 class RescueCheckpoint(Callback):
@@ -130,7 +130,8 @@ class RescueCheckpoint(Callback):
             text = f"Stopped by {name}; no rescue is saved, since {reason}. {last_checkpoint(trainer)}"
             self._tell(trainer, exception, text)
             return
-        if (weight := unusable_weight(trained_weights(pl_module))) is not None:
+        can_ask = not _has_others_elsewhere(trainer, exception)
+        if (weight := diverged_weight(pl_module, asks_others=can_ask)) is not None:
             reason = f"the weights have diverged ({weight})"
             text = f"Stopped by {name}; no rescue is saved, since {reason}. {way_back(trainer)}"
             self._tell(trainer, exception, text)

@@ -23,8 +23,9 @@ class StudentSummary(ModelSummary):
         parameters = list(student.parameters())
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        name = type(student).__name__.removeprefix("FSDP")  # which FSDP2 puts in front
         rank_zero_info(
-            f"Student: {type(student).__name__}, {_short(sum(p.numel() for p in parameters))} parameters"
+            f"Student: {name}, {_short(sum(p.numel() for p in parameters))} parameters"
             f" ({_short(trained)} trained), {_short(size)}B"
         )
 

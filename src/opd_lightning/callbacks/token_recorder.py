@@ -215,8 +215,6 @@ class TokenRecorder(Callback):
 
     def _inspect(self, module: OPDModule, rollouts: Sequence[Rollout], *, is_trained: bool) -> list[InspectedRollout]:
         rollouts = [rollout for rollout in rollouts if len(rollout.trained_positions)]
-        if not rollouts:
-            return []
         needed, teacher = module.score_request or module.objective.request(), module.teacher
         look = Look(
             module.objective,
@@ -228,7 +226,8 @@ class TokenRecorder(Callback):
         )
         batches = module.make_micro_batches(rollouts)
         devices = [module.device] if module.device.type == "cuda" else []
-        with evaluation_mode(module.model), torch.random.fork_rng(devices), module.autocast():
+        quiet = evaluation_mode(module.model), torch.random.fork_rng(devices), torch.no_grad()
+        with quiet[0], quiet[1], quiet[2], module.autocast(), module.keeping_pace(len(batches)):
             return inspect_rollouts(module.spec, module.model, batches, teacher, look)
 
     def _header(self, module: OPDModule) -> dict[str, Any]:

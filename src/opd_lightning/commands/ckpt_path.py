@@ -12,6 +12,7 @@ from typing import Any
 
 from opd_lightning.commands.trainer_settings import arguments_of
 from opd_lightning.training.checkpoints import read_checkpoint
+from opd_lightning.training.sharded_checkpoints import is_checkpoint
 
 WORDS = ("last", "best", "hpc", "registry")
 DEEPEST = 4  # default_root_dir/mlruns/EXPERIMENT/RUN/checkpoints
@@ -42,7 +43,7 @@ def find_checkpoint(wanted: str, trainer: Any, *, to_train: bool) -> Path:
         if wanted == "best":
             if best := _best_of_run(path):
                 return best
-        elif not to_train or "optimizer_states" in read_checkpoint(path):
+        elif not to_train or "optimizer_states" in read_checkpoint(path, needs_weights=False):
             return path
     where = ", ".join(str(folder) for folder in folders)
     if newest_first:
@@ -62,7 +63,7 @@ def check_checkpoint(path: str, *, to_train: bool) -> None:
     Raises:
         ValueError: It is.
     """
-    if "optimizer_states" not in read_checkpoint(path) and to_train:
+    if "optimizer_states" not in read_checkpoint(path, needs_weights=False) and to_train:
         raise ValueError(
             f"ckpt_path: {path!r} holds weights only (save_weights_only), which `fit` cannot resume. Start a new run"
             " from them (opd-lightning export, then student.path)."
@@ -71,7 +72,7 @@ def check_checkpoint(path: str, *, to_train: bool) -> None:
 
 def _best_of_run(path: Path) -> Path | None:
     """What the run behind this checkpoint found best; None for a file with weights only, which does not say."""
-    callbacks = read_checkpoint(path).get("callbacks")
+    callbacks = read_checkpoint(path, needs_weights=False).get("callbacks")
     if callbacks is None:
         return None
     states = [state for name, state in callbacks.items() if name.startswith("ModelCheckpoint")]
@@ -84,7 +85,7 @@ def _best_of_run(path: Path) -> Path | None:
         )
     named = Path(watching[0]["best_model_path"])
     for best in (named, path.parent / named.name):  # the folder may have moved since
-        if best.is_file():
+        if is_checkpoint(best):
             return best
     raise ValueError(f"ckpt_path: best was {str(named)!r} by {watching[0]['monitor']}, but it is gone. Use last.")
 
@@ -101,7 +102,7 @@ def _checkpoints(folders: list[Path], pattern: str) -> Iterator[Path]:
     for folder in folders:
         for depth in range(DEEPEST + 1):
             for path in folder.glob("*/" * depth + pattern):
-                if path.is_file():
+                if is_checkpoint(path):
                     yield path
 
 

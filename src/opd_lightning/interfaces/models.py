@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from opd_lightning.interfaces.arguments import constructor_arguments
 from opd_lightning.interfaces.scores import TeacherScores
@@ -62,6 +63,17 @@ class Student(ABC):
     @abstractmethod
     def load(self) -> nn.Module:
         """Load the weights in the training dtype, with gradients on for what is to be trained."""
+
+    def shard(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        """Cut a loaded model up over processes in place (`torch.distributed.fsdp.fully_shard`), for `FSDP2Strategy`.
+
+        Afterwards `hidden_states` and `head` gather what they need. All processes run them equally often.
+
+        Args:
+            model: What `load` returned, the same on every process.
+            mesh: The processes, in one dimension.
+        """
+        raise AssertionError("checked before any weight is loaded")
 
     @abstractmethod
     def hidden_states(self, model: nn.Module, batch: MicroBatch) -> Tensor:

@@ -22,12 +22,13 @@ def sequence_length(rollout: Rollout) -> int:
     return len(rollout.prompt_ids) + len(rollout.response_ids)
 
 
-def cut_by_tokens(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rollout]]:
+def cut_by_tokens(rollouts: Sequence[Rollout], max_tokens: int, at_least: int = 1) -> list[list[Rollout]]:
     """Cut rollouts into groups whose padded size (rows times longest sequence) stays within the budget.
 
     As few groups as the budget allows, and the largest of so many as small as can be: the last one is no remainder, and
     the peak of memory is no higher than it must. Longest sequences come first, so that running out of memory happens
-    at once and not late in the step. The order is a function of lengths and of the given order only.
+    at once and not late in the step. The order is a function of lengths and of the given order only. Where there are
+    fewer than `at_least` groups, those of the most rollouts are halved until there are so many, or one rollout in each.
 
     Raises:
         ValueError: One sequence alone exceeds the budget.
@@ -48,7 +49,11 @@ def cut_by_tokens(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rol
         else:
             low = budget + 1
     rest = iter(ordered)
-    return [list(islice(rest, size)) for size in _group_sizes(lengths, high)]
+    sizes = _group_sizes(lengths, high)
+    while 0 < len(sizes) < min(at_least, len(lengths)):
+        i = sizes.index(max(sizes))
+        sizes[i : i + 1] = [-(-sizes[i] // 2), sizes[i] // 2]
+    return [list(islice(rest, size)) for size in sizes]
 
 
 def _group_sizes(lengths: Sequence[int], max_tokens: int) -> list[int]:
@@ -61,6 +66,13 @@ def _group_sizes(lengths: Sequence[int], max_tokens: int) -> list[int]:
             longest = length
         sizes[-1] += 1
     return sizes
+
+
+def blank_micro_batch(pad_id: int) -> MicroBatch:
+    """One token and nothing to compare: what a process runs to keep pace with others."""
+    token, none = torch.full((1, 1), pad_id), torch.zeros(0, dtype=torch.int64)
+    tokens = ResponseTokens(none, torch.zeros(0), none)
+    return MicroBatch(token, torch.ones_like(token), torch.zeros_like(token), none, none, tokens, ())
 
 
 def collate(rollouts: Sequence[Rollout], pad_id: int, *, side: Literal["left", "right"] = "right") -> MicroBatch:

@@ -47,10 +47,13 @@ class Comparison:
 
 
 def make_micro_batches(
-    rollouts: Sequence[Rollout], *, max_tokens: int, pad_id: int, device: torch.device
+    rollouts: Sequence[Rollout], *, max_tokens: int, pad_id: int, device: torch.device, at_least: int = 1
 ) -> list[MicroBatch]:
-    """Cut rollouts into micro-batches of at most `max_tokens` padded tokens, longest first, on the device."""
-    return [collate(group, pad_id).to(device) for group in cut_by_tokens(rollouts, max_tokens)]
+    """Cut rollouts into micro-batches of at most `max_tokens` padded tokens, longest first, on the device.
+
+    Where there are fewer than `at_least` the largest are halved until there are so many.
+    """
+    return [collate(group, pad_id).to(device) for group in cut_by_tokens(rollouts, max_tokens, at_least)]
 
 
 def compare(

@@ -17,6 +17,7 @@ from opd_lightning.rollouts.answering import closed_text, resolve_stop_ids
 from opd_lightning.rollouts.batching import collate
 from opd_lightning.rollouts.prompt_limits import check_room
 from opd_lightning.rollouts.sampling import draw_tokens, not_finite
+from opd_lightning.rollouts.whole_copy import WholeCopy
 
 
 class PlainEngine(RolloutEngine):
@@ -38,14 +39,19 @@ class PlainEngine(RolloutEngine):
         self.max_batch_size = max_batch_size
         self._student: Student | None = None
         self._model: nn.Module | None = None
+        self._device = torch.device("cpu")
+        self._whole = WholeCopy()
 
     @override
     def setup(self, student: Student, device: torch.device) -> None:
-        self._student = student
+        self._student, self._device = student, device
 
     @override
     def sync(self, model: nn.Module, weight_version: int) -> None:
-        self._model, self.weight_version = model, weight_version
+        assert self._student is not None, "call setup before sync"
+        is_current = weight_version == self.weight_version
+        self._model = self._whole.of(self._student, model, self._device, is_current=is_current)
+        self.weight_version = weight_version
 
     @override
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_rollout: Listener = None) -> list[Rollout]:
@@ -94,6 +100,7 @@ class PlainEngine(RolloutEngine):
     @override
     def close(self) -> None:
         self._model = None
+        self._whole.forget()
 
 
 def _with_token(rollout: Rollout, token_id: int, log_prob: float, finished: bool) -> Rollout:

@@ -122,7 +122,10 @@ def check_checkpoint_file(path: str | Path, name: str | Path | None = None) -> N
     if (path / "config.json").exists():
         raise ValueError(f"ckpt_path: {name!r} is a model folder, not a checkpoint. Set student.path to it instead.")
     if path.is_dir():
-        raise ValueError(f"ckpt_path: {name!r} is a folder; expected one file, such as last.ckpt.")
+        raise ValueError(
+            f"ckpt_path: {name!r} is a folder; expected one file, such as last.ckpt, or a folder that FSDP2Strategy"
+            " wrote (with whole.ckpt in it). What other strategies write as folders is not read: it can run code."
+        )
     if (damage := find_damage(path)) is not None:
         raise ValueError(_refusal(path, name, damage))
 

@@ -7,6 +7,7 @@ one of ours, or the user names it too.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from contextlib import suppress
 from importlib import import_module
@@ -22,6 +23,7 @@ from typing_extensions import override
 from opd_lightning.interfaces import Student
 from opd_lightning.training.checkpoint_files import check_checkpoint_file, fetched, is_remote, load_plain
 from opd_lightning.training.output_paths import check_folder, free_space
+from opd_lightning.training.sharded_checkpoints import is_sharded_checkpoint, read_whole
 
 _PART = ".part"
 _ABANDONED_AFTER = 600.0  # seconds without a write; a checkpoint that is being written grows all the time
@@ -45,6 +47,8 @@ class WholeCheckpoints(TorchCheckpointIO):
         Raises:
             ValueError: It is absent, damaged, or holds other objects too.
         """
+        if not is_remote(path) and is_sharded_checkpoint(Path(path)):
+            return read_whole(Path(path))
         with fetched(path) as file:
             check_checkpoint_file(file, path)
             return load_plain(file, path, map_location=map_location)
@@ -68,6 +72,8 @@ class WholeCheckpoints(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
+            if is_sharded_checkpoint(target):  # no file can take a folder's place
+                shutil.rmtree(target)
             part.replace(target)
             _flush_folder(target.parent)
         except (OSError, RuntimeError, KeyboardInterrupt) as error:
@@ -103,20 +109,26 @@ def _flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, needs_weights: bool = True) -> dict[str, Any]:
     """Read a checkpoint of `OPDModule` onto the CPU; tensors come from the disk only when they are used.
 
+    Args:
+        path: A file, or a folder of shards: of that the weights only are put together, and only if they are needed.
+        needs_weights: Whether weights will be looked at.
+
     Raises:
-        ValueError: The file is absent, damaged, or was written by something else.
+        ValueError: It is absent, damaged, or was written by something else.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, needs_weights=needs_weights)
     if "opd_lightning" not in checkpoint:
         raise ValueError(f"ckpt_path: {str(path)!r} was not written by OPDModule (no 'opd_lightning' entry).")
     return checkpoint
 
 
-def open_checkpoint(path: str | Path) -> dict[str, Any]:
+def open_checkpoint(path: str | Path, *, needs_weights: bool = True) -> dict[str, Any]:
     """`read_checkpoint` for checkpoints of any module."""
+    if not is_remote(path) and is_sharded_checkpoint(Path(path)):
+        return read_whole(Path(path), only=["state_dict"] if needs_weights else [])
     with fetched(path) as file:
         check_checkpoint_file(file, path)
         return load_plain(file, path, mmap=not is_remote(path))

@@ -7,10 +7,11 @@ says is the teacher's own `preflight`.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from opd_lightning.interfaces import Objective, ScoreRequest, Student, Teacher, TokenWeighting
 from opd_lightning.objectives import NLL, SampledTokenObjective, known_facts
@@ -20,7 +21,9 @@ from opd_lightning.rollouts.on_policy import OnPolicy
 from opd_lightning.rollouts.one_step_ahead import OneStepAhead
 from opd_lightning.rollouts.prompt_limits import check_context
 from opd_lightning.rollouts.reuse import Reuse
+from opd_lightning.teachers import BaseModelTeacher, MovingAverageTeacher
 from opd_lightning.training.datamodule import OPDDataModule
+from opd_lightning.training.fsdp2 import FSDP2Strategy
 
 
 def check_fit(
@@ -37,7 +40,7 @@ def check_fit(
     Raises:
         ValueError: One of them; the message names it, says what was expected and what to do.
     """
-    check_strategy(trainer)
+    check_strategy(trainer, teacher)
     request = objective.request()
     if teacher is None and request is not None:
         raise ValueError(
@@ -164,17 +167,39 @@ def _check_radius(data: OPDDataModule, trainer: Trainer, facts_k: int) -> None:
         )
 
 
-def check_strategy(trainer: Trainer) -> None:
-    """Refuse strategies that cut the student up: a step adds gradients over whole copies of it.
+def check_strategy(trainer: Trainer, teacher: Teacher | None) -> None:
+    """Refuse strategies that a step cannot be made under.
 
     Raises:
-        ValueError: The strategy is neither a single device nor DDP.
+        ValueError: The strategy is neither a single device nor DDP nor our FSDP2, or the teacher does not fit it.
     """
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
         raise ValueError(
-            f"trainer.strategy: {type(trainer.strategy).__name__} cuts the student up, which OPDModule cannot train;"
-            " its processes would end with different students. Use a single device (auto) or ddp."
+            "trainer.strategy: Lightning's ModelParallelStrategy leaves to the model how it is cut up, and reads"
+            " checkpoints that can run code. Use fsdp2 (opd_lightning.FSDP2Strategy), which is built on it."
         )
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy):
+        raise ValueError(
+            f"trainer.strategy: OPDModule cannot train under {type(strategy).__name__}; its processes would end with"
+            " different students. Use auto (a single device), ddp, or fsdp2, which cuts the student up over all."
+        )
+    if isinstance(strategy, FSDP2Strategy) and teacher is not None:
+        for part in _with_those_inside(teacher):
+            if isinstance(part, BaseModelTeacher | MovingAverageTeacher):
+                raise ValueError(
+                    f"model.teacher: {type(part).__name__} runs the student itself, which under fsdp2 all processes"
+                    " must do equally often. Use HFTeacher with the student's path, or trainer.strategy: ddp."
+                )
+
+
+def _with_those_inside(teacher: Teacher) -> Iterator[Teacher]:
+    """A teacher, and those that it is made of."""
+    yield teacher
+    for value in vars(teacher).values():
+        for part in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(part, Teacher):
+                yield from _with_those_inside(part)
 
 
 def check_teacher(teacher: Teacher, student: Student, data: OPDDataModule, reads_held_out: bool = False) -> None:

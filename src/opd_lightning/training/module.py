@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from opd_lightning.distributed import gathered
 from opd_lightning.interfaces import (
     MicroBatch,
     Objective,
@@ -67,8 +68,7 @@ class OPDModule(PairModule):
         top_k_metrics: Size of the top-k sets that the overlap metrics compare; 0 leaves the token metrics out.
         exact_timings: Wait for the GPU around each part of a step, so that `train/seconds/*` are true.
         measure_memory: Log the most memory held during each part of a step, `train/memory_gb/*`.
-        override_optimizer_on_resume: A resumed run takes this run's optimiser settings and scheduler instead of those
-            in the checkpoint (a new learning rate, say); moments and step counts stay.
+        override_optimizer_on_resume: Resume with this run's optimiser settings and scheduler, not the checkpoint's.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class OPDModule(PairModule):
         self.stopwatch.restart()
         teacher = self.teacher_of(batch)
         rollouts = self.shape(batch, teacher, self.stopwatch)
-        trained = self.accumulate_gradients(self.make_micro_batches(rollouts), teacher)
+        trained = self.accumulate_gradients(self.cut_step(rollouts), teacher)
         self.update_weights()
         self.last_rollouts = batch.rollouts
         self.log_step(batch)
@@ -197,7 +197,7 @@ class OPDModule(PairModule):
         scheduler: Any = self.lr_schedulers()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         with self.stopwatch("optimizer"):
-            norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip_norm or torch.inf)
+            norm = gathered(nn.utils.clip_grad_norm_(parameters, self.gradient_clip_norm or torch.inf))
             if torch.isfinite(norm):
                 rate = optimizer.param_groups[0]["lr"]
                 self.step_metrics.update({"grad_norm": (norm, 1), "learning_rate": (rate, 1)})

@@ -6,16 +6,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from opd_lightning.distributed import is_sharded, largest
 from opd_lightning.interfaces import MicroBatch, Objective, Rollout, RolloutBatch, ScoreRequest, Student, Teacher
 from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.objectives import NLL, known_facts
+from opd_lightning.rollouts.batching import blank_micro_batch
 from opd_lightning.rollouts.comparison import Clock, Comparison, compare, make_micro_batches
 from opd_lightning.rollouts.shaping import attach_log_ratios, attach_step, shape_groups
 from opd_lightning.training.checks import check_teacher
@@ -122,14 +125,22 @@ class PairModule(StudentModule):
             return rollouts
         return shape_groups(self.teacher, rollouts, self.data.rollouts_per_prompt)
 
-    def make_micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        """Cut rollouts under the token budget and put them on the device."""
+    def make_micro_batches(self, rollouts: Sequence[Rollout], at_least: int = 1) -> list[MicroBatch]:
+        """Cut rollouts under the token budget, into so many parts at least, and put them on the device."""
         return make_micro_batches(
             rollouts,
             max_tokens=self.max_tokens_per_micro_batch,
             pad_id=self.spec.tokenizer.pad_id,
             device=self.device,
+            at_least=at_least,
         )
+
+    def cut_step(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
+        """The step's micro-batches: as many on each process where all must run a student together that is cut up."""
+        micro_batches = self.make_micro_batches(rollouts)
+        if not is_sharded(self.model):
+            return micro_batches
+        return self.make_micro_batches(rollouts, at_least=largest(len(micro_batches), self.device))
 
     def compare(
         self,
@@ -140,7 +151,22 @@ class PairModule(StudentModule):
         **options: Any,
     ) -> Iterator[Comparison]:
         """Student against teacher (or who else has its scores), as `rollouts.comparison.compare`."""
-        return compare(self.spec, self.model, micro_batches, objective, teacher or self.teacher, request, **options)
+        with self.keeping_pace(len(micro_batches)):
+            teacher = teacher or self.teacher
+            yield from compare(self.spec, self.model, micro_batches, objective, teacher, request, **options)
+
+    @contextmanager
+    def keeping_pace(self, num_passes: int) -> Iterator[None]:
+        """Around so many passes of the student on this process: afterwards it has run as often as on the others.
+
+        Where a student is cut up, all gather each layer together. With gradients nothing is done: `cut_step` has.
+        """
+        num_missing = 0
+        if is_sharded(self.model) and not torch.is_grad_enabled():
+            num_missing = largest(num_passes, self.device) - num_passes
+        yield
+        for _ in range(num_missing):
+            self.spec.hidden_states(self.model, blank_micro_batch(self.spec.tokenizer.pad_id).to(self.device))
 
     def shape(
         self, batch: RolloutBatch, teacher: Teacher | None = None, clock: Clock = lambda part: nullcontext()
@@ -178,13 +204,12 @@ class PairModule(StudentModule):
             return
         known = [name for name in HELD_OUT_FACTS if name in known_facts(self.score_request, self.facts_k)]
         self.held_out_facts.update(dict.fromkeys(known, (0.0, 0)))  # a process may have no answers of its own
-        if rollouts:
-            batches = self.make_micro_batches(rollouts)
-            # not the run's own objective: its losses may read what is attached to training rollouts only
-            plain = NLL(self.objective.chunk_tokens)
-            plain.student_temperature = self.objective.student_temperature
-            for compared in self.compare(batches, plain, self.score_request, facts_k=self.facts_k):
-                self.held_out_facts.update(fact_statistics(compared.facts, HELD_OUT_FACTS))
+        # not the run's own objective: its losses may read what is attached to training rollouts only
+        plain = NLL(self.objective.chunk_tokens)
+        plain.student_temperature = self.objective.student_temperature
+        batches = self.make_micro_batches(rollouts)
+        for compared in self.compare(batches, plain, self.score_request, facts_k=self.facts_k):
+            self.held_out_facts.update(fact_statistics(compared.facts, HELD_OUT_FACTS))
 
     @override
     def log_answers(self, stage: str) -> None:

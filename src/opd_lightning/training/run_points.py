@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from opd_lightning.sandbox import resolve
+from opd_lightning.training.sharded_checkpoints import is_checkpoint
 from opd_lightning.training.stored_tensors import tensors_of_checkpoint, tensors_of_folder
 from opd_lightning.training.weight_updates import WeightPoint, WeightUpdates, scale_of_adapter
 
@@ -67,7 +68,7 @@ def find_updates(
 
 
 def _checkpoints(root: Path) -> list[Path]:
-    paths = (path for folder in _folders(root) for path in folder.glob("*.ckpt") if path.is_file())
+    paths = (path for folder in _folders(root) for path in folder.glob("*.ckpt") if is_checkpoint(path))
     named: dict[Path, Path] = {}
     for path in sorted(paths, key=lambda path: (path.name.startswith(_COPIES), str(path))):
         named.setdefault(path.resolve(), path)  # last.ckpt may be a link

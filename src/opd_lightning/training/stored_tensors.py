@@ -18,6 +18,7 @@ from torch import Tensor
 
 from opd_lightning.training.checkpoint_files import load_plain
 from opd_lightning.training.checkpoints import open_checkpoint
+from opd_lightning.training.sharded_checkpoints import is_sharded_checkpoint, read_tensor
 
 DTYPES = {
     "F64": torch.float64,
@@ -47,6 +48,8 @@ class StoredTensors:
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Rows of one tensor, copied to memory in its own dtype."""
+        if is_sharded_checkpoint(self.path):
+            return read_tensor(self.path, "state_dict", name)[rows].clone()
         if not self.files:
             return load_plain(self.path, self.path, mmap=True)["state_dict"][name][rows].clone()  # type: ignore[no-any-return]
         with _explained(self.files[name]), safe_open(self.files[name], "pt") as file:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from opd_lightning.interfaces import PromptBatch, Rollout, Student
 from opd_lightning.rollouts.answering import Answers, render_prompts
 from opd_lightning.training.datamodule import OPDDataModule
+from opd_lightning.training.fsdp2 import FSDP2Strategy
 from opd_lightning.training.metrics import AnswerMetrics
 
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -70,17 +71,28 @@ class StudentModule(LightningModule):
         """Hear of a rollout as soon as it exists."""
 
     def setup(self, stage: str) -> None:
-        """Refuse precisions that would change the weights or the loss behind the student's back."""
+        """Refuse precisions that change weights or loss behind the student's back, and students that cannot be cut up.
+
+        Raises:
+            ValueError: It is one of them.
+        """
         if self.trainer.precision not in PRECISIONS:
             raise ValueError(
                 f"trainer.precision={self.trainer.precision!r}: expected {' or '.join(PRECISIONS)}. fp16 would need"
                 " loss scaling, which hides skipped steps; the dtype of the weights themselves is student.dtype."
             )
+        if isinstance(self.trainer.strategy, FSDP2Strategy) and type(self.spec).shard is Student.shard:
+            raise ValueError(
+                f"trainer.strategy: fsdp2 cuts the student up, and {type(self.spec).__name__} does not say how. Define"
+                " its method shard (Student.shard), or use ddp."
+            )
 
     def configure_model(self) -> None:
-        """Load the student (once)."""
+        """Load the student (once), and cut it up where the strategy says so."""
         if self.student is None:
             self.student = self.spec.load()
+            if self._trainer is not None and isinstance(self.trainer.strategy, FSDP2Strategy):
+                self.spec.shard(self.student, self.trainer.strategy.device_mesh["data_parallel"])
 
     def on_validation_start(self) -> None:
         """Make the engine ready, and have it look at the weights again: averaged ones may be swapped in unannounced."""

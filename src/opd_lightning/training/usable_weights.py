@@ -9,19 +9,34 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
+from opd_lightning.distributed import gather_objects, is_sharded, local_part
 from opd_lightning.interfaces.addresses import without_secrets
 from opd_lightning.training.checkpoints import open_checkpoint
+from opd_lightning.training.sharded_checkpoints import is_checkpoint
 
 
 def unusable_weight(weights: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Name of the first weight that has diverged: its norm, taken in float32, is not finite.
+    """Name of the first weight that has diverged: its norm, taken in float32, is not finite. Of shards it sees its own.
 
     So a NaN, an infinity, and numbers whose squares overflow (above 1.8e19), which no layer survives.
     """
     for name, weight in weights:
-        if weight.is_floating_point() and not torch.isfinite(torch.linalg.vector_norm(weight.detach().float())):
+        mine = local_part(weight)
+        if mine.is_floating_point() and not torch.isfinite(torch.linalg.vector_norm(mine.float())):
             return name
     return None
+
+
+def diverged_weight(module: nn.Module, *, asks_others: bool = True) -> str | None:
+    """Name of a trained weight that has diverged, the same on all processes that hold parts of them.
+
+    Args:
+        module: Whose weights.
+        asks_others: Whether the others can be asked; without them, parts that they hold are not looked at.
+    """
+    found = unusable_weight(trained_weights(module))
+    everyone = gather_objects(found) if asks_others and is_sharded(module) else [found]
+    return next(filter(None, everyone), None)
 
 
 def check_weights(module: LightningModule) -> None:
@@ -30,7 +45,7 @@ def check_weights(module: LightningModule) -> None:
     Raises:
         FloatingPointError: They have.
     """
-    if (name := unusable_weight(trained_weights(module))) is not None:
+    if (name := diverged_weight(module)) is not None:
         raise FloatingPointError(
             f"The weights have diverged ({name} is not finite, or huge), so they are not saved."
             f" {way_back(module.trainer)}"
@@ -50,7 +65,7 @@ def last_usable_checkpoint(trainer: Trainer) -> Path | None:
     """
     folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks}
     found = {path for folder in folders if folder for path in Path(folder).glob("*.ckpt")}
-    if trainer.ckpt_path is not None and Path(trainer.ckpt_path).is_file():
+    if trainer.ckpt_path is not None and is_checkpoint(Path(trainer.ckpt_path)):
         found.add(Path(trainer.ckpt_path))
     files = {path.resolve(): path for path in sorted(found, key=Path.is_symlink, reverse=True) if path.exists()}
     for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
@@ -67,7 +82,7 @@ def last_usable_checkpoint(trainer: Trainer) -> Path | None:
 def last_checkpoint(trainer: Trainer) -> str:
     """Where to resume from when nothing more can be saved, in a sentence; asks no other process."""
     folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks}
-    found = [path for folder in folders if folder for path in Path(folder).glob("*.ckpt") if path.is_file()]
+    found = [path for folder in folders if folder for path in Path(folder).glob("*.ckpt") if is_checkpoint(path)]
     if found:
         newest = max(found, key=lambda path: (path.stat().st_mtime, path.is_symlink()))
         return f"Resume from the last checkpoint, {newest}."

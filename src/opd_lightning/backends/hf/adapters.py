@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from opd_lightning.backends.hf.anatomy import causal_lm
+from opd_lightning.distributed import gathered, is_shard
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,10 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _merge(layer: Any) -> nn.Module:
     """The adapted layer with all its adapters merged, as a copy."""
     layer = copy.deepcopy(layer)
+    for part in layer.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            if is_shard(weight):  # a shard of a product is no product of shards
+                setattr(part, name, nn.Parameter(gathered(weight.detach()), requires_grad=False))
     while isinstance(layer, BaseTunerLayer):
         layer.merge()
         layer = layer.base_layer

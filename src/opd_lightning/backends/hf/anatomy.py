@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from opd_lightning.backends.hf.sharding import body_of, gather_root
 from opd_lightning.backends.hf.weightless import is_weightless
 from opd_lightning.interfaces import LinearHead
 from opd_lightning.interfaces.modes import evaluation_mode
@@ -54,7 +55,7 @@ def body_states(
         cache: Keys and values of the tokens before these; filled in place.
         arguments: For the attention kernel.
     """
-    output = causal_lm(model).get_decoder()(
+    output = body_of(causal_lm(model))(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=position_ids,
@@ -76,6 +77,7 @@ def linear_head(model: nn.Module, num_rows: int) -> LinearHead:
         model: A causal language model, wrapped by peft or not.
         num_rows: Real tokens; further rows are padding.
     """
+    gather_root(causal_lm(model))
     layer, config = causal_lm(model).get_output_embeddings(), decoder_config(model)
     scale = 1.0
     if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere

@@ -16,6 +16,7 @@ from opd_lightning.interfaces.modes import evaluation_mode
 from opd_lightning.rollouts.answering import closed_text, resolve_stop_ids
 from opd_lightning.rollouts.prompt_limits import check_room
 from opd_lightning.rollouts.sampling import not_finite
+from opd_lightning.rollouts.whole_copy import WholeCopy
 
 
 class HFEngine(RolloutEngine):
@@ -23,7 +24,8 @@ class HFEngine(RolloutEngine):
 
     `sync` only remembers the module, so a rollout is exactly on-policy at no cost. Rows are sorted by prompt length so
     that little is padded, and cut into batches. A rollout is a function of weights, prompt, sampling and its seed, up
-    to the rounding of batched matrix products; the global random state is never used.
+    to the rounding of batched matrix products; the global random state is never used. A student that is cut up over
+    processes (`FSDP2Strategy`) cannot be run by one alone: there each process keeps a whole copy to generate with.
 
     It runs the decoder body of the model itself, so a student with `hidden_states` of its own needs `PlainEngine`.
     Runs in the surrounding autocast context, so enter the one that training uses. Trained weights are cast once per
@@ -42,13 +44,15 @@ class HFEngine(RolloutEngine):
         self.max_batch_size = max_batch_size
         self._student: Student | None = None
         self._model: nn.Module | None = None
+        self._device = torch.device("cpu")
+        self._whole = WholeCopy()
 
     def setup(self, student: Student, device: torch.device) -> None:
         """Remember how to run the student; it stays on its own device."""
-        self._student = student
+        self._student, self._device = student, device
 
     def sync(self, model: nn.Module, weight_version: int) -> None:
-        """Remember the live module; no weight is copied.
+        """Remember the live module; no weight is copied, unless it is cut up: then all processes copy it together.
 
         Raises:
             ValueError: It is no transformers model.
@@ -58,7 +62,9 @@ class HFEngine(RolloutEngine):
                 f"data.engine: HFEngine generates with transformers models, but {type(self._student).__name__} trains a"
                 f" {type(model).__name__}. Use PlainEngine, which runs any student."
             )
-        self._model = model
+        assert self._student is not None, "call setup before sync"
+        is_current = weight_version == self.weight_version
+        self._model = self._whole.of(self._student, model, self._device, is_current=is_current)
         self.weight_version = weight_version
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_rollout: Listener = None) -> list[Rollout]:
@@ -86,6 +92,7 @@ class HFEngine(RolloutEngine):
     def close(self) -> None:
         """Let go of the module."""
         self._model = None
+        self._whole.forget()
 
     def _respond(
         self, prompts: Sequence[Prompt], requests: list[tuple[int, int]], sampling: Sampling, stop_ids: Sequence[int]

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from opd_lightning.backends.hf.adapters import named_weights
 from opd_lightning.backends.hf.anatomy import causal_lm
 from opd_lightning.backends.hf.loading import DTYPES
+from opd_lightning.backends.hf.sharding import plain_class
 from opd_lightning.backends.hf.tokenizer import HFTokenizer
+from opd_lightning.distributed import gathered, local_part
 
 
 def save_model(
@@ -52,7 +53,7 @@ def save_configuration(model: nn.Module, folder: Path, num_rows: int) -> None:
     """Write the configuration alone, with so many rows in embedding and head."""
     config = _own_config(model)
     config.get_text_config(decoder=True).vocab_size = num_rows
-    config.architectures = [type(causal_lm(model)).__name__]
+    config.architectures = [plain_class(causal_lm(model)).__name__]
     config.save_pretrained(str(folder))
 
 
@@ -61,11 +62,12 @@ def plain_weights(model: nn.Module, num_rows: int | None) -> Iterator[tuple[str,
     vocabulary_layers = set(_vocabulary_layers(causal_lm(model)))
     taken: list[Tensor] = []
     for name, tensor in named_weights(model):
-        whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+        whole = gathered(tensor).detach()
         if name.rpartition(".")[0] in vocabulary_layers:
-            if any(whole.data_ptr() == other.data_ptr() for other in taken):
+            mine = local_part(tensor)
+            if any(mine.data_ptr() == other.data_ptr() for other in taken):
                 continue
-            taken.append(whole)
+            taken.append(mine)
             whole = whole[:num_rows]
         yield name, whole
 
@@ -73,11 +75,13 @@ def plain_weights(model: nn.Module, num_rows: int | None) -> Iterator[tuple[str,
 def _save_whole_model(model: nn.Module, tokenizer: HFTokenizer, folder: Path, dtype: str | None) -> None:
     lm = causal_lm(model)
     weights = {
-        name: tensor.to("cpu", DTYPES[dtype] if dtype is not None and tensor.is_floating_point() else tensor.dtype)
+        name: gathered(tensor).to(
+            "cpu", DTYPES[dtype] if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        )
         for name, tensor in named_weights(model)
     }
     with torch.device("meta"):
-        blank = type(lm)(_own_config(model))
+        blank = plain_class(lm)(_own_config(model))
     blank.load_state_dict(weights, assign=True)
     blank.tie_weights()
     blank.generation_config = copy.deepcopy(lm.generation_config)

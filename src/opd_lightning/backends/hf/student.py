@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from opd_lightning.backends.hf.adapters import LoraSettings, add_lora, load_adapter, without_adapter
 from opd_lightning.backends.hf.anatomy import causal_lm, linear_head, verify_anatomy
@@ -27,6 +28,7 @@ from opd_lightning.backends.hf.loading import (
 )
 from opd_lightning.backends.hf.packing import allow_packing, is_packed, response_states
 from opd_lightning.backends.hf.saving import plain_weights, save_configuration, save_model
+from opd_lightning.backends.hf.sharding import shard_causal_lm
 from opd_lightning.backends.hf.tokenizer import HFTokenizer, check_vocabulary_rows, read_template
 from opd_lightning.interfaces import LinearHead, MicroBatch, Student
 
@@ -183,6 +185,14 @@ class HFStudent(Student):
         verify_anatomy(model, self.source.argument, generates=True)
         allow_packing(model, self.packing, "student")
         return model.train()  # type: ignore[no-any-return]
+
+    def shard(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        """Cut the model up in place: layer by layer, embedding and head together (`sharding`).
+
+        Raises:
+            ValueError: The model does not say what its layers are.
+        """
+        shard_causal_lm(causal_lm(model), mesh, self.source.argument)
 
     def hidden_states(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Final hidden states [N, H] at `batch.rows, batch.columns`: what the head turns into next-token logits."""
