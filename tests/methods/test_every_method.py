@@ -18,6 +18,7 @@ import opd_lightning.methods
 
 HEADINGS = ["Equation", "Paper and code", "What it needs", "Cost", "When it helps"]
 EQUAL = {  # how teacher and student are made the same where `model.teacher` is not simply an HFTeacher: settings
+    "antisd": {},  # they are
     "eopd": {  # at the defaults no gate opens in so few tokens
         "model__teacher__init_args__path": "sandbox:student",
         "model__objective__init_args__threshold": 0.0,
