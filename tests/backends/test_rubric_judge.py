@@ -33,8 +33,8 @@ def judge(fake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with serve(fake) as url:
 
-        def make(**options):
-            connection = Connection([url], patience=0.1, api_key="secret")
+        def make(patience=20.0, **options):
+            connection = Connection([url], patience=patience, api_key="secret")
             return RubricJudge(connection, "strong", **options)
 
         yield make
@@ -134,7 +134,7 @@ def test_servers_that_fail_are_asked_again_and_given_up_in_the_end(fake, judge):
     fake.tamper = lambda path, answer: {"choices": [{"message": {"content": None}}]}
     refuses(judge(cache="b"), "a reply without text")
     fake.tamper = lambda path, answer: {"login": "please"}
-    refuses(judge(cache="b"), "an answer without choices", ServerUnreachable)
+    refuses(judge(cache="b", patience=0.1), "an answer without choices", ServerUnreachable)
     fake.failures = [401] * 100
     refuses(judge(cache="b"), "refused the request .HTTP 401.")
 
