@@ -78,9 +78,9 @@ def test_hardware_has_a_name_or_three_numbers():
     assert find_hardware(None, 10, 80, 500).float32_tflops == 10
     with pytest.raises(ValueError, match=r"^hardware: there is no H10 here. Did you mean H100\? Expected one of B200"):
         find_hardware("H10")
-    with pytest.raises(ValueError, match="^tflops: hardware is described by all of .* Set --tflops too"):
+    with pytest.raises(ValueError, match=r"^tflops: hardware is described by all of .* Set --tflops too"):
         find_hardware(None, 10)
-    with pytest.raises(ValueError, match="^hardware: H100 has its own .* Leave either it or them out"):
+    with pytest.raises(ValueError, match=r"^hardware: H100 has its own .* Leave either it or them out"):
         find_hardware("H100", 10)
 
 

@@ -141,7 +141,5 @@ def test_what_depends_on_data_is_refused_in_one_line(make_case):
         def token_losses(self, student_logits, teacher, tokens):
             return student_logits[:, 0] if bool(student_logits.sum() > 0) else student_logits[:, 1]
 
-    with pytest.raises(
-        NotPlannedError, match="^plan: this step cannot be rehearsed without data .*measure_memory: true"
-    ):
+    with pytest.raises(NotPlannedError, match=r"^plan: this step cannot be rehearsed .*measure_memory: true"):
         rehearse(make_case(objective=Decides()))
