@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from opd_lightning.planning.case import Case, Phase, Rehearsal
 
-SHARDED = ("student weights", "gradients", "optimiser state", "EffOPD's copies")
+COPIES = "EffOPD's copies"
+SHARDED = ("student weights", "gradients", "optimiser state", COPIES)
 ROOM = 0.95  # of the memory that may be planned for: allocators and contexts take some
 _ENTRIES_PER_BLOCK = 2**24  # of the loss on a GPU
 _NUM_BUFFERS = 8  # of such a block
@@ -72,11 +73,14 @@ def budget(case: Case, found: Rehearsal, layout: Layout, memory_gb: float) -> Bu
 
 
 def _all_phases(found: Rehearsal, layout: Layout) -> list[Phase]:
-    """An engine of its own generates beside what is held between two parts of a step."""
+    """Those rehearsed, a vLLM's generation beside what is held between two parts, and EffOPD's search: two copies."""
     phases = list(found.phases)
     if layout.engine_awake_gb:
         waiting = {part: size for part, size in phases[-1].peak.items() if part not in ("gradients", "activations")}
         phases.insert(0, Phase("generate", waiting, 0.0, 0.0, 0.0, 0.0))
+    for phase in phases[:]:
+        if phase.name == "generate" and COPIES in phase.peak:
+            phases.append(Phase("search", {**phase.peak, COPIES: 2 * phase.peak[COPIES]}, 0.0, 0.0, 0.0, 0.0))
     return phases
 
 
@@ -101,7 +105,7 @@ def _on_device(phase: Phase, case: Case, found: Rehearsal, layout: Layout) -> Ph
         if phase.name == "optimizer":  # torch steps all weights at once there, over a copy
             share = layout.num_devices if layout.is_sharded else 1
             peak["activations"] = peak.get("activations", 0) + found.trained_bytes // share
-    engine_gb = layout.engine_awake_gb if phase.name == "generate" else layout.engine_asleep_gb
+    engine_gb = layout.engine_awake_gb if phase.name in ("generate", "search") else layout.engine_asleep_gb
     if engine_gb:
         peak["engine"] = int(_GIGA * engine_gb)
     return replace(phase, peak={part: size for part, size in peak.items() if size})
