@@ -150,8 +150,11 @@ def make_run(setting: Setting, folder: Path) -> tuple[Any, Any]:
         str(make_model(folder, setting.student, setting.vocabulary)),
         lora=LoraSettings(r=setting.lora) if setting.lora else None,
         gradient_checkpointing=setting.checkpointing,
+        packing=False,  # as a plan takes it to be
     )
-    teacher = HFTeacher(str(make_model(folder, setting.teacher, setting.vocabulary))) if setting.teacher else None
+    teacher = None
+    if setting.teacher:
+        teacher = HFTeacher(str(make_model(folder, setting.teacher, setting.vocabulary)), packing=False)
     module = OPDModule(
         student,
         teacher,

@@ -73,12 +73,12 @@ class Case:
     @property
     def rows(self) -> int:
         """Rollouts of the largest micro-batch."""
-        return max(1, min(self.num_rollouts, self.max_tokens // self.length))
+        return -(-self.num_rollouts // self.num_micro_batches)  # they are evened out
 
     @property
     def num_micro_batches(self) -> int:
         """Of a step."""
-        return -(-self.num_rollouts // self.rows)
+        return -(-self.num_rollouts // max(1, self.max_tokens // self.length))
 
     def autocast(self, *, is_cached: bool = False) -> AbstractContextManager[Any]:
         """The precision of the training; weights that were cast stay so where it `is_cached`, as in `HFEngine`."""

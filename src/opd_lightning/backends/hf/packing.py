@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from opd_lightning.backends.hf.anatomy import body_states, causal_lm, decoder_config
 from opd_lightning.backends.hf.dropout import RolloutDropout
 from opd_lightning.backends.hf.packed_attention import BOUNDS, PACKED, Place, lay_end_to_end, lying_at
+from opd_lightning.backends.hf.weightless import is_weightless
 from opd_lightning.interfaces import MicroBatch
 from opd_lightning.interfaces.modes import evaluation_mode
 
@@ -91,7 +92,7 @@ def allow_packing(model: nn.Module, packing: bool | None, role: str) -> None:
     Raises:
         ValueError: It must and cannot.
     """
-    if packing is False:
+    if packing is False or is_weightless():  # without data nobody knows where a rollout ends
         return
     lm = causal_lm(model)
     reason = _reason_against(model)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 def without_data() -> Iterator[None]:
     """Within, tensors have shapes and no data."""
     before = nn.Module._apply
-    nn.Module._apply = _apply  # type: ignore[method-assign,assignment]
+    nn.Module._apply = _apply  # type: ignore[method-assign]
     try:
         with FakeTensorMode():
             yield
