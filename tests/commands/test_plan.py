@@ -49,7 +49,7 @@ def test_a_plan_needs_neither_weights_nor_tokenizer_nor_gpu(config, tmp_path, ca
     shown = capsys.readouterr().out
     assert all(len(line) <= 80 for line in shown.splitlines())
     assert "of 4 GB at the peak" in shown and "It does not fit" in shown
-    assert "model.max_tokens_per_micro_batch: " in shown and "teacher.offload: true" in shown
+    assert "student.lora: {r: 16}" in shown and "teacher.offload: true" in shown
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["trained_bytes"] > 4 * 151_936 * 1024
     assert not written["fits"] and written["layout"]["num_devices"] == 1
@@ -120,3 +120,15 @@ def test_shares_and_engines_of_a_device():
     found = Rehearsal([Phase("generate", copies, 1.0, 0, 0, 1)], trained_bytes=7, gathered_bytes=0)
     assert budget(case, found, Layout(False), 1.0).worst == Phase("search", {"EffOPD's copies": 14}, 0.0, 0, 0, 0)
     assert not Budget([phase("student", activations=int(0.96e9))], 1.0).fits
+
+
+@pytest.mark.slow
+def test_a_fit_says_it_before_it_starts_and_warns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("opd_lightning.commands.plan_line._LEAST_BYTES", 0)
+    monkeypatch.setattr("opd_lightning.commands.plan_line.memory_of", lambda device: 1e-3)
+    words = ["--config", "@quickstart", "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]
+    words += ["--data.prompts_per_step", "4", "--data.sampling.max_new_tokens", "8"]
+    with pytest.warns(UserWarning, match=r"^plan: a step is likely to need more memory than cpu has, .* of 0.00 GB"):
+        cli.main(["fit", *words, "--trainer.default_root_dir", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert "plan: about " in said and "MB of 0.001 GB at the peak, student (" in said

@@ -92,9 +92,8 @@ class _Stage:
             with counter.part("teacher weights"):
                 self._teacher.setup(case.student, self._model, CPU)
         with self._measured("optimizer") as found:
-            if self._knows_time:
-                nn.utils.clip_grad_norm_(self._trained, 1.0)
-                optimizer.step()
+            nn.utils.clip_grad_norm_(self._trained, 1.0)
+            optimizer.step()
         optimizer.zero_grad()
         if case.engine_rows:
             yield self._generation()
