@@ -34,6 +34,8 @@ class GroupReward(Advantage):
         ValueError: A factor is negative or not finite; in a run, responses have no marks or no group.
     """
 
+    compares_marks = True
+
     def __init__(self, reward: float = 1.0, distillation: float = 1.0, divide_by_deviation: bool = True) -> None:
         for name, factor in {"reward": reward, "distillation": distillation}.items():
             if not 0 <= factor < math.inf:
