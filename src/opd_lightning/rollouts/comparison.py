@@ -41,7 +41,7 @@ class Comparison:
         return [
             TrainedRollout(rollout, losses, dict(zip(self.facts, facts, strict=True)))
             for rollout, (losses, *facts) in zip(
-                self.micro_batch.rollouts, self.micro_batch.by_rollout(together), strict=True
+                self.micro_batch.rollouts, self.micro_batch.by_rollout(together, dim=-1), strict=True
             )
         ]
 
