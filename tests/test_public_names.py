@@ -39,7 +39,16 @@ Union UpdateRecorder VLLMColocatedEngine VLLMServerEngine VLLMServerTeacher Veto
 WholeCheckpoints export render_token_page
 """.split()  # noqa: SIM905
 # made by trainer and command; what two callbacks or two tasks share; a task of the zoo
-INTERNAL = {"KeptScores", "MadeUpTask", "NotationTask", "RunRecords", "TaskAround", "WeightSearch"}
+INTERNAL = {
+    "KeptScores",
+    "MadeUpTask",
+    "NotationTask",
+    "PlanLine",
+    "RunRecords",
+    "TaskAround",
+    "TeacherElsewhere",
+    "WeightSearch",
+}
 
 
 def test_the_names_are_these():
