@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from opd_lightning.planning import Budget, Case, Hardware, Layout, Remedy
 from opd_lightning.reports.contents import Report, Statement, Table, number
 
-_OFFSET = "An allocator keeps up to some 15 % more than is in use, and a process takes memory before it has a model."
+_OFFSET = "An allocator may keep a quarter more than is in use, and a process takes memory before it has a model."
 
 
 def make_report(
