@@ -167,7 +167,7 @@ class OPDModule(PairModule):
         if looks := weighting is not None and weighting.looks_first:
             seen = compare(micro_batches, teacher=teacher, facts_k=self.facts_k)
             rollouts, trained = look_first(weighting, seen, self.step_metrics)
-            micro_batches, teacher = self.make_micro_batches(rollouts), self.teacher  # kept scores are of whole ones
+            micro_batches, teacher = self.cut_step(rollouts), self.teacher  # kept scores are of whole ones
         divisor = known_divisor(normalizer, micro_batches)
         num_divided = self._sum_over_ranks(divisor) if divisor is not None else 1.0
         facts_k = 0 if looks else self.facts_k
