@@ -240,7 +240,7 @@ CASES = [
     bad("optimiser at the top", r"no option --optimizer. Did you mean --model.optimizer\?", {}, "--optimizer", "SGD"),
     bad(
         "unknown command",
-        r"no command fitt. Did you mean fit\? Expected one of fit, validate, test, predict, diagnose, plan, rollout, export",
+        r"no command fitt. Did you mean fit\? Expected one of fit, validate, test, predict, diagnose, plan, rollout",
         command="fitt",
     ),
     bad(

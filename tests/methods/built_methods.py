@@ -9,7 +9,7 @@ from pathlib import Path
 from zlib import crc32
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
 from opd_lightning.commands.cli import OPDCLI, main
@@ -71,8 +71,23 @@ class Built(OPDCLI):
         pass
 
 
+class Start(Callback):
+    """What the student was before the first step."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.weights = weights_of(pl_module)
+
+
+def weights_of(module):
+    return {name: tensor.detach().clone() for name, tensor in module.model.named_parameters() if tensor.requires_grad}
+
+
 class Method:
-    """A method's objects, built as the command builds them, as often as wanted from settings parsed once."""
+    """A method's objects, built as the command builds them, as often as wanted from settings parsed once.
+
+    Attributes:
+        start: The weights before the last run.
+    """
 
     def __init__(self, path):
         self.name = path.stem
@@ -92,6 +107,7 @@ class Method:
     def fit(self, folder, steps=1, ckpt_path=None, devices=1, **changes):
         """The student's weights after so many steps."""
         made = self.build({key.replace("__", "."): value for key, value in changes.items()})
+        start = Start()
         trainer = Trainer(
             accelerator="cpu",
             devices=devices,
@@ -105,10 +121,12 @@ class Method:
             enable_model_summary=False,
             default_root_dir=folder,
             callbacks=[
+                start,
                 *(made.trainer.callbacks or []),
                 ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1),
             ],
         )
         trainer.fit(made.model, made.data, ckpt_path=ckpt_path, weights_only=True)
         assert trainer.global_step == steps
-        return {name: tensor.clone() for name, tensor in made.model.model.named_parameters() if tensor.requires_grad}
+        self.start = start.weights
+        return weights_of(made.model)
