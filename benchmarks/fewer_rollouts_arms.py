@@ -77,7 +77,7 @@ PROBLEMS = {
         accuracy=BARS["far"].accuracy,
         num_held_out=NUM_HELD_OUT,
         no_use_above=0.05,
-        max_seconds=130,
+        max_seconds=300,
         max_tokens=2048,
     ),
 }

@@ -23,6 +23,7 @@ SMALL_ROUNDS = near(64, 3e-4, 4, 4)
 CHECKED = replace(SMALL_ROUNDS, max_kl=0.2, search=32)
 NEAR = [near(128, 3e-4, 8, 4), near(32, 5e-4), SMALL_ROUNDS]
 LONG_SMALL = long(64, 3e-4, 4, 4)
+LONG = long(128, 5e-4, 8, 4)
 GROUPS: dict[str, tuple[range, list[Arm]]] = {  # seeds, arms; most important first
     "near-screen": (
         SCREEN,
@@ -58,6 +59,24 @@ GROUPS: dict[str, tuple[range, list[Arm]]] = {  # seeds, arms; most important fi
     "checked": (range(30, 33), [CHECKED]),
     "near-plain-few": (range(30, 31), [near(8, 2e-4), near(256, 1e-3)]),
     "long-more": (range(30, 33), [LONG_SMALL, long(64, 1e-3, evaluate_every=5), replace(LONG_SMALL, horizon=32)]),
+    "long-screen": (
+        SCREEN,
+        [
+            long(64, 2e-3, evaluate_every=5, max_updates=40),
+            long(64, 5e-4, evaluate_every=5, max_updates=40),
+            long(128, 1e-3, evaluate_every=4, max_updates=24),
+            long(32, 2e-3, evaluate_every=5, max_updates=60),
+        ],
+    ),
+    "long-claim": (FRESH_FIVE, [LONG, long(64, 1e-3, evaluate_every=5)]),
+    "long-horizon": (range(30, 32), [replace(LONG, horizon=32)]),
+    "far-checked": (range(30, 32), [Arm(256, 2e-4, 8, 4, max_kl=0.2, search=64)]),
+    "near-lora": (range(30, 33), [near(128, 1e-3, 8, 4, lora=8), near(32, 2e-3, lora=8)]),
+    "near-average": (range(30, 33), [near(32, 1e-3, average=0.8), near(32, 1e-3, decay=40)]),
+    "far-average": (
+        range(30, 32),
+        [Arm(64, 5e-4, average=0.95, evaluate_every=8), Arm(256, 2e-4, 8, 4, average=0.97)],
+    ),
     "far": (
         FRESH_FIVE,
         [

@@ -7,7 +7,7 @@ generation is taken to be so many times slower that it fills that share of a ste
 seconds; everything else stays as measured.
 
 Hardware: any.
-Command:  python benchmarks/fewer_rollouts_report.py [near|far|long-near|long ...]
+Command:  python benchmarks/fewer_rollouts_report.py [near|far|long-near|long-divergence|long ...]
 """
 
 import math
@@ -27,7 +27,14 @@ from sandbox_runs import read_runs
 COSTS = ("rounds", "rollouts", "tokens", "updates", "seconds")
 SHARES = (0.5, 0.75, 0.9)  # of a plain step, that generation is supposed to take
 COMPARED = ("rounds", "rollouts", "tokens", "seconds", *(f"seconds at {share:.0%}" for share in SHARES))
-REPORTS = {"near": "near", "far": "far", "long-near": "long", "long": "long"}  # bar: problem of the runs
+REPORTS = {  # bar: problem of the runs
+    "near": "near",
+    "far": "far",
+    "long-near": "long",
+    "long-divergence": "long",  # that of the far bar, without its accuracy
+    "long": "long",
+}
+LONG_BARS = {"long-near": vars(BARS["near"]), "long-divergence": {"kl": BARS["far"].kl, "accuracy": 0.0}}
 PLAIN_KEYS = ("max_kl", "search", "blind", "horizon", "is_behind", "penalty", "lora")
 
 Finish = dict[str, float] | None  # costs at the first point at the bar, or never
@@ -58,7 +65,7 @@ class Table:
     """
 
     def __init__(self, name: str, runs: Sequence[Mapping[str, Any]]) -> None:
-        bar = vars(BARS["near"]) if name == "long-near" else runs[0]["settings"]["bar"]
+        bar = LONG_BARS.get(name, runs[0]["settings"]["bar"])
         self.prefix = f"{REPORTS[name]} "
         self.finishes: dict[str, dict[int, Finish]] = defaultdict(dict)
         for run in runs:
@@ -171,7 +178,11 @@ def main(names: Sequence[str]) -> None:
         ):
             if not chosen:
                 continue
-            table = Table(name, chosen)
+            try:
+                table = Table(name, chosen)
+            except ValueError as error:
+                print(f"\n### {name}: {title}\n\n{error}")
+                continue
             print(f"\n### {name}: {title}\n\n{table.costs()}\n")
             print(f"Generation takes {table.measured_share:.0%} of the reference's seconds as measured.")
             others = [arm for arm in table.finishes if arm not in table.plain and any(table.finishes[arm].values())]
