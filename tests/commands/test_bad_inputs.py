@@ -280,7 +280,7 @@ CASES = [
     ),
     bad(
         "unknown divergence",
-        r"divergence: there is no class ReversKL here; expected one of ForwardKL,",
+        r"divergence: there is no class ReversKL here; expected one of .*ForwardKL,.* Did you mean ReverseKL\?",
         objective(divergence="ReversKL"),
     ),
     bad(

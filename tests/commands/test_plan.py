@@ -64,7 +64,7 @@ def test_a_folder_without_tokenizer_needs_the_length_of_prompts(config, capsys):
 
 
 def test_a_model_that_is_not_here_is_one_line(config, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it reads the variable when it is imported
     words = ["--model.student.init_args.path", "nobody/nothing", "--hardware", "H100", "--prompt_tokens", "9"]
     with pytest.raises(SystemExit) as ended:
         cli.main(["plan", "--config", config, *words])

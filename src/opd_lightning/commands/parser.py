@@ -88,7 +88,7 @@ _UNKNOWN_SETTING = re.compile(r"(?:Subcommand|Group) '\w+' does not accept optio
 _UNKNOWN_ARGUMENT = re.compile(r"Problem with given class_path '([\w.]+)': Option '([\w.]+)' is not accepted")
 _UNKNOWN_CLASS = re.compile(r"(\w+): (?:(?!\w+: ).)*?Expected a dot import path string: (\w+)(?:; got \2)?")
 _FILLED_IN = ("params", "optimizer")  # arguments that the training gives, not the user
-_MANY = 10
+_MANY = 20
 
 
 class OneLineParser(LightningArgumentParser):
