@@ -149,6 +149,7 @@ def test_weights_that_a_server_has_are_not_sent_again(student, folder):
         engine.close()
 
 
+@pytest.mark.slow
 def test_a_restarted_server_is_given_the_weights_again(student, folder):
     fake = FakeVLLM(folder)
     model = student.load()
@@ -165,6 +166,7 @@ def test_a_restarted_server_is_given_the_weights_again(student, folder):
     engine.close()
 
 
+@pytest.mark.slow
 def test_another_run_on_the_same_server_is_noticed(student, folder):
     fake = FakeVLLM(folder)
     model = student.load()

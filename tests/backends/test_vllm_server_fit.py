@@ -59,6 +59,7 @@ def test_every_step_is_on_policy(folders, tmp_path):
     assert module.weight_version == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [False, True])
 def test_the_teacher_is_asked_as_rollouts_come_and_nothing_twice(folders, tmp_path, ahead):
     student, teacher = map(FakeVLLM, folders)
@@ -120,6 +121,7 @@ def test_an_objective_that_needs_unknown_log_probs_is_refused_before_anything_is
     assert run[0].student is None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:sampling.top_p=0.9")
 def test_without_them_other_objectives_train_and_what_is_unknown_is_not_logged(folders, tmp_path):
     logged = []

@@ -303,6 +303,7 @@ FEW = settings(
 )
 
 
+@pytest.mark.slow
 def test_a_teacher_gives_sound_scores_or_one_line(student, folder):
     with teacher_of(student, folder) as (teacher, fake, url):
 
@@ -323,6 +324,7 @@ def test_a_teacher_gives_sound_scores_or_one_line(student, folder):
         check()
 
 
+@pytest.mark.slow
 def test_an_engine_gives_sound_rollouts_or_one_line(student, folder):
     with engine_of(student, folder) as (engine, fake, url):
 

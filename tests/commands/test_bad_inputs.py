@@ -270,7 +270,7 @@ CASES = [
     ),
     bad(
         "unknown teacher",
-        r"model.teacher: there is no class HFTeachr here; expected one of .*HFTeacher",
+        r"model.teacher: there is no class HFTeachr here; expected .* Did you mean HFTeacher\?",
         {"model.teacher": of_class("HFTeachr")},
     ),
     bad(

@@ -118,6 +118,7 @@ def test_foreign_objects_cannot_be_asked_for(served, capfd):
     assert "weights_only: false would run what a checkpoint says" in line
 
 
+@pytest.mark.slow
 def test_the_password_of_an_address_is_used_and_never_shown(served, tmp_path, capfd, caplog):
     address = served[1].replace("http://", "http://me:hush@")
     run(tmp_path / "runs", "--trainer.max_steps", "2", "--ckpt_path", f"{address}/good.ckpt")

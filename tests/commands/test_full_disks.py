@@ -30,6 +30,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", place], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logger", [CSV, TENSORBOARD])
 def test_a_full_disk_under_a_logger_is_named_and_nothing_else_is_lost(logger, small_disk, tmp_path, capfd):
     """The checkpoints lie on another disk, and the rescue goes there."""

@@ -63,6 +63,7 @@ def test_words_of_a_tool_are_never_kept():
     assert kept(TIP(0.5), [response]) == [[3]]
 
 
+@pytest.mark.slow
 def test_drawn_tokens_follow_their_weights_and_the_seed():
     weights = torch.tensor([1.0, 2.0, 5.0])
     facts = {"student_entropy": weights, "reverse_kl": torch.ones(3)}

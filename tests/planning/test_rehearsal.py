@@ -46,6 +46,7 @@ def make_case(tiny_qwen3_folder, tiny_teacher_folder):
     return make
 
 
+@pytest.mark.slow
 def test_weights_gradients_and_moments_are_those_of_a_real_step(make_case, tiny_qwen3_folder, tiny_teacher_folder):
     found = rehearse(make_case(), HARDWARE["H100"])
     student = HFStudent(str(tiny_qwen3_folder)).load()

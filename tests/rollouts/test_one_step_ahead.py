@@ -221,6 +221,7 @@ class Break(Callback):
             raise RuntimeError("the teacher's server is gone")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_steps", [(2,), (2, 2), (2, 3)])
 def test_a_step_that_failed_is_rescued_with_its_rollouts(tmp_path, folders, at_steps):
     whole = make_run(folders)
@@ -237,6 +238,7 @@ def test_a_step_that_failed_is_rescued_with_its_rollouts(tmp_path, folders, at_s
     assert all(batch.staleness == 1 for batch in recorder.batches)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_that_stops_before_its_first_step_keeps_the_rollouts(tmp_path, folders):
     class BreakAtStart(Callback):
         def on_train_start(self, trainer, pl_module):
@@ -283,6 +285,7 @@ def test_rollouts_of_an_engine_that_lost_its_weights_are_generated_anew(tmp_path
     assert [batch.weight_version for batch in recorder.batches] == [0, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_step_that_was_generated_anew_is_rescued_with_its_rollouts(tmp_path, folders):
     def lossy():
         engine = CopyEngine()

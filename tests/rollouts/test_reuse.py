@@ -321,6 +321,7 @@ class Asked(HFTeacher):
         return scores
 
 
+@pytest.mark.slow
 def test_scores_are_kept_between_passes_and_are_those_of_asking_again(tmp_path, folders):
     kept, asked = (Asked(folders[1], keeps=keeps) for keeps in (True, False))
     options = {"max_tokens_per_micro_batch": 64, "source": Reuse(2, 2)}

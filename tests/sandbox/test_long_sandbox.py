@@ -51,6 +51,7 @@ def test_the_pair_shares_everything_but_weights_and_card():
     teacher.preflight(student)
 
 
+@pytest.mark.slow
 def test_the_student_stops_early_and_the_teacher_goes_on(models):
     task = LedgerTask(num_train=0, num_validation=0, num_test=16)
     accuracy = {

@@ -107,6 +107,7 @@ def test_chat_template_gives_each_role_one_token(tokenizer):
         tokenizer.apply_chat_template([{"role": "judge", "content": ""}], tokenize=False)
 
 
+@pytest.mark.slow
 def test_sampled_accuracy_of_student_and_teacher(models, tokenizer):
     problems = ArithmeticTask(num_train=0, num_test=128).problems("test")
     assert 0.25 < measure_accuracy(models["student"], tokenizer, problems, sampled=True) < 0.5

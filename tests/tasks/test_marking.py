@@ -157,6 +157,7 @@ def test_slow_answers_share_the_time_of_a_step():
     checker.close()
 
 
+@pytest.mark.slow
 def test_killed_process_is_replaced_and_its_answers_marked_again(checker):
     assert checker.equal("x+1", "1+x")
     os.kill(worker_pid(checker), signal.SIGKILL)

@@ -254,6 +254,7 @@ def test_task_is_built_from_flags(write):
     assert len(parser.instantiate(arguments).task.problems("train")) == 1
 
 
+@pytest.mark.slow
 @needs_gsm8k
 def test_gsm8k_references_mark_themselves_right_and_their_neighbours_wrong():
     task = MathTask(DataSource(str(GSM8K / "train.jsonl")), test=DataSource(str(GSM8K / "test.jsonl")))
