@@ -134,7 +134,7 @@ def extrapolate_scores(teacher: TeacherScores, reference: TeacherScores, respons
     return DenseScores((log_q + (scale - 1) * (log_q - reference.full())).log_softmax(-1), response_ids)
 
 
-class ExtrapolatedTeacher(Teacher):
+class ExOPDTeacher(Teacher):
     """The target of ExOPD: with the full-vocabulary reverse KL its gradient is that of the scaled reward.
 
     The advantage of arXiv 2602.12125, scale (log q - log p_ref) - (log p - log p_ref), is the log-ratio of

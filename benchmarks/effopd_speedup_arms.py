@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from effopd_baselines import AlphaOPD, ExtrapolatedTeacher
+from effopd_baselines import AlphaOPD, ExOPDTeacher
 from effopd_ideas import AccuracyOnLevels, AlwaysBack, GradientEffOPD, MomentsEffOPD
 
 from opd_lightning.backends.hf import HFTeacher
@@ -44,7 +44,7 @@ def make_teacher() -> Teacher:
 
 def extrapolated(scale: float) -> Callable[[], Teacher]:
     """The target of ExOPD, with the initial student as reference."""
-    return lambda: ExtrapolatedTeacher(make_teacher(), HFTeacher("sandbox:student", dtype="float32"), scale)
+    return lambda: ExOPDTeacher(make_teacher(), HFTeacher("sandbox:student", dtype="float32"), scale)
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def test_a_run_with_scale_one_equals_plain_opd(tmp_path, tiny_qwen3_folder, tiny
     for is_wrapped in (False, True):
         teacher = HFTeacher(str(tiny_teacher_folder), dtype="float32")
         if is_wrapped:
-            teacher = baselines.ExtrapolatedTeacher(teacher, HFTeacher(str(tiny_qwen3_folder), dtype="float32"), 1.0)
+            teacher = baselines.ExOPDTeacher(teacher, HFTeacher(str(tiny_qwen3_folder), dtype="float32"), 1.0)
         module = make_module(tiny_qwen3_folder, tiny_teacher_folder, teacher_object=teacher)
         make_trainer(tmp_path, 2).fit(module, make_data())
         weights.append(weights_of(module))

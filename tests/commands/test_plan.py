@@ -47,7 +47,7 @@ def test_a_plan_needs_neither_weights_nor_tokenizer_nor_gpu(config, tmp_path, ca
     words = ["plan", "--config", config, "--prompt_tokens", "100", "--memory_gb", "4", "--tflops", "100"]
     cli.main([*words, "--bandwidth_gb_s", "1000", "--devices", "1", "--json", str(tmp_path / "plan.json")])
     shown = capsys.readouterr().out
-    assert all(len(line) <= 80 for line in shown.splitlines())
+    assert all(len(line) <= 80 for line in shown.splitlines() if str(tmp_path) not in line)
     assert "of 4 GB at the peak" in shown and "It does not fit" in shown
     assert "student.lora: {r: 16}" in shown and "teacher.offload: true" in shown
     written = json.loads((tmp_path / "plan.json").read_text())

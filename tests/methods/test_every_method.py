@@ -74,7 +74,10 @@ def method(request, monkeypatch, tmp_path, tmp_path_factory, folders):
         for path in folders[name].iterdir():
             (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    return Method(request.param)
+    try:
+        return Method(request.param)
+    except SystemExit as ended:  # pytest would lose its way
+        raise AssertionError("the command did not accept the configuration") from ended
 
 
 def size(weights, others):
