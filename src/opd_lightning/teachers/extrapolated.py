@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from opd_lightning.interfaces import MicroBatch, Problem, Rollout, ScoreRequest, Student, Teacher, TeacherScores
+from opd_lightning.interfaces import MicroBatch, Rollout, ScoreRequest, Student, Teacher, TeacherScores
 from opd_lightning.objectives.logprobs import close_slots
 from opd_lightning.objectives.normalization import log1mexp
+from opd_lightning.teachers.several import SeveralTeachers
 
 
-class ExtrapolatedTeacher(Teacher):
+class ExtrapolatedTeacher(SeveralTeachers):
     """A teacher q and a reference r as one: log q + (scale - 1) (log q - log r) of every token.
 
     With scale 1 it is the teacher, with 0 the reference; above 1 it goes on in the direction from the reference to the
@@ -40,6 +40,8 @@ class ExtrapolatedTeacher(Teacher):
     Source: arXiv 2602.12125; the cap is our conjecture after arXiv 2605.08737, whose formula was not found.
     """
 
+    place = ""
+
     def __init__(
         self,
         teacher: Teacher,
@@ -56,8 +58,7 @@ class ExtrapolatedTeacher(Teacher):
             raise ValueError(
                 "teacher.tail_ratio: the cap needs whole distributions. Set teacher.normalized: true, or leave it out."
             )
-        self.teacher = teacher
-        self.reference = reference
+        super().__init__({"teacher": teacher, "reference": reference})
         self.scale = scale
         self.normalized = normalized
         self.tail_ratio = tail_ratio
@@ -69,72 +70,25 @@ class ExtrapolatedTeacher(Teacher):
             return ScoreRequest(top_k=sys.maxsize, arbitrary_ids=True, full_vocabulary=True)
         return ScoreRequest()
 
-    @property
     @override
-    def context_length(self) -> int | None:
-        lengths = [each.context_length for each in self._both]
-        return min((length for length in lengths if length is not None), default=None)
+    def check(self, request: ScoreRequest) -> None:
+        Teacher.check(self, request)  # of the two something else is asked
 
     @override
     def preflight(self, student: Student) -> None:
         """Check both against the student, and that they give what is needed of them."""
-        for name, each in (("teacher", self.teacher), ("reference", self.reference)):
+        for name, each in self.teachers.items():
             if self.normalized and not each.offer.full_vocabulary:
                 raise ValueError(
-                    f"teacher.{name}: {type(each).__name__} gives {each.offer}, and a normalised extrapolation needs"
-                    " the full vocabulary. Set teacher.normalized: false, with SampledTokenObjective."
+                    f"model.teacher.{name}: {type(each).__name__} gives {each.offer}, and a normalised extrapolation"
+                    " needs the full vocabulary. Set teacher.normalized: false, with SampledTokenObjective."
                 )
-            each.preflight(student)
-
-    @property
-    @override
-    def changes(self) -> bool:  # type: ignore[override]
-        return any(each.changes for each in self._both)
-
-    @override
-    def check_problems(self, problems: Sequence[Problem]) -> None:
-        for each in self._both:
-            each.check_problems(problems)
-
-    @override
-    def page(self) -> None:
-        for each in self._both:
-            each.page()
-
-    @override
-    def shape(self, groups: Sequence[Sequence[Rollout]]) -> Sequence[Sequence[Rollout]]:
-        for each in self._both:
-            groups = each.shape(groups)
-        return groups
-
-    @override
-    def follow(self) -> None:
-        for each in self._both:
-            each.follow()
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        states = {"teacher": self.teacher.state_dict(), "reference": self.reference.state_dict()}
-        return states if any(states.values()) else {}
-
-    @override
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.teacher.load_state_dict(state.get("teacher", {}))
-        self.reference.load_state_dict(state.get("reference", {}))
-
-    @override
-    def setup(self, student: Student, model: nn.Module, device: torch.device) -> None:
-        for each in self._both:
-            each.setup(student, model, device)
-
-    @override
-    def score(self, batch: MicroBatch, request: ScoreRequest) -> TeacherScores:
-        return next(self.score_all([batch], request))
+        super().preflight(student)
 
     @override
     def score_all(self, batches: Sequence[MicroBatch], request: ScoreRequest) -> Iterator[TeacherScores]:
         asked = self._asked(request)
-        pairs = zip(*(each.score_all(batches, asked) for each in self._both), strict=True)
+        pairs = zip(*(each.score_all(batches, asked) for each in self.teachers.values()), strict=True)
         for teacher, reference in pairs:
             if self.normalized:
                 yield _Extrapolated(teacher, reference, self.scale, self.tail_ratio)
@@ -144,17 +98,7 @@ class ExtrapolatedTeacher(Teacher):
 
     @override
     def prefetch(self, rollout: Rollout, request: ScoreRequest, step: int) -> None:
-        for each in self._both:
-            each.prefetch(rollout, self._asked(request), step)
-
-    @override
-    def close(self) -> None:
-        for each in self._both:
-            each.close()
-
-    @property
-    def _both(self) -> tuple[Teacher, Teacher]:
-        return self.teacher, self.reference
+        super().prefetch(rollout, self._asked(request), step)
 
     def _asked(self, request: ScoreRequest) -> ScoreRequest:
         return ScoreRequest(full_vocabulary=self.normalized, temperature=request.temperature)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from torch import nn
 from typing_extensions import override
 
-from opd_lightning.interfaces import MicroBatch, Problem, Rollout, ScoreRequest, Teacher, TeacherScores
+from opd_lightning.interfaces import MicroBatch, Problem, Rollout, ScoreRequest, Student, Teacher, TeacherScores
 from opd_lightning.interfaces.columns import MISSING, look_up
 from opd_lightning.rollouts.batching import collate
 from opd_lightning.teachers.joined_scores import JoinedScores
@@ -40,12 +41,18 @@ class Routed(SeveralTeachers):
         self.column = column
         self.routes = None if routes is None else {str(value): name for value, name in routes.items()}
         self.default = default
+        self._pad_id = 0
         named = {f"routes.{value}": name for value, name in (self.routes or {}).items()}
         for setting, name in (named | ({} if default is None else {"default": default})).items():
             if name not in teachers:
                 raise ValueError(
                     f"model.teacher.{setting}: expected the name of a teacher ({', '.join(teachers)}), got {name!r}."
                 )
+
+    @override
+    def setup(self, student: Student, model: nn.Module, device: torch.device) -> None:
+        super().setup(student, model, device)
+        self._pad_id = student.tokenizer.pad_id
 
     def route(self, problem: Problem) -> str:
         """Name of the teacher of a problem.

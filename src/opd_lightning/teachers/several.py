@@ -26,16 +26,20 @@ class SeveralTeachers(Teacher):
         teachers: By name.
         paged: Whether they take turns on the device.
 
+    Attributes:
+        place: Between `model.teacher.` and a teacher's name in the setting that gives it.
+
     Raises:
         ValueError: There is none.
     """
+
+    place = "teachers."
 
     def __init__(self, teachers: dict[str, Teacher], paged: bool = False) -> None:
         if not teachers:
             raise ValueError("model.teacher.teachers: expected at least one teacher by name, got none.")
         self.teachers = teachers
         self.paged = paged
-        self._pad_id = 0
 
     @property
     @override
@@ -64,14 +68,14 @@ class SeveralTeachers(Teacher):
     def check(self, request: ScoreRequest) -> None:
         super().check(request)
         for name, teacher in self.teachers.items():
-            with _named(name):
+            with self._named(name):
                 teacher.check(request)
 
     @override
     def preflight(self, student: Student) -> None:
         """Check each of them against the student, and whether they can take turns."""
         for name, teacher in self.teachers.items():
-            with _named(name):
+            with self._named(name):
                 if self.paged:
                     teacher.page()
                 teacher.preflight(student)
@@ -79,7 +83,7 @@ class SeveralTeachers(Teacher):
     @override
     def check_problems(self, problems: Sequence[Problem]) -> None:
         for name, teacher in self.teachers.items():
-            with _named(name):
+            with self._named(name):
                 teacher.check_problems(problems)
 
     @override
@@ -88,9 +92,8 @@ class SeveralTeachers(Teacher):
 
     @override
     def setup(self, student: Student, model: nn.Module, device: torch.device) -> None:
-        self._pad_id = student.tokenizer.pad_id
         for name, teacher in self.teachers.items():
-            with _named(name):
+            with self._named(name):
                 if self.paged:
                     teacher.page()
                 teacher.setup(student, model, device)
@@ -132,7 +135,7 @@ class SeveralTeachers(Teacher):
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, teacher in self.teachers.items():
-            with _named(name):
+            with self._named(name):
                 teacher.load_state_dict(state.get(name, {}))
 
     @override
@@ -140,11 +143,10 @@ class SeveralTeachers(Teacher):
         for teacher in self.teachers.values():
             teacher.close()
 
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Say of an error which teacher it is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"model.teacher.teachers.{name}: {error}") from error
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """Say of an error which teacher it is about."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"model.teacher.{self.place}{name}: {error}") from error
