@@ -1,22 +1,21 @@
-"""The baselines that arXiv 2605.11739 compares EffOPD with, for effopd_speedup.py: AlphaOPD and ExOPD.
+"""The baseline that arXiv 2605.11739 compares EffOPD with and that is not shipped, for effopd_speedup.py: AlphaOPD.
 
 AlphaOPD (arXiv 2510.00553 applied to distillation) predicts the final weights from early ones: in every attention and
 MLP matrix the leading singular direction of the change so far is followed, as a linear function of a score, to the
-score wanted at the end. ExOPD (arXiv 2602.12125) distils from a teacher moved away from the initial student.
+score wanted at the end. The other one, ExOPD, is `ExtrapolatedTeacher`.
 """
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from opd_lightning.extrapolation import SearchReport, Trial, undisturbed
-from opd_lightning.interfaces import MicroBatch, Score, ScoreRequest, Student, Teacher, TeacherScores
-from opd_lightning.objectives import DenseScores
+from opd_lightning.interfaces import Score
 
 EARLY_STEPS = tuple(range(2, 17, 2))
 _MATRICES = re.compile(r"(self_attn|mlp)\..*weight$")
@@ -124,55 +123,3 @@ class AlphaOPD(Callback):
             weight.copy_(self.start[name] + predicted[name])
         norms = [torch.stack([change.norm() for change in of.values()]).norm() for of in (predicted, self.changes[-1])]
         return float(norms[0] / norms[1])
-
-
-def extrapolate_scores(teacher: TeacherScores, reference: TeacherScores, response_ids: Tensor, scale: float) -> Any:
-    """Scores of the normalised q^scale p_ref^(1 - scale), from the whole vocabularies of both."""
-    if scale == 1:  # normalising once more would round
-        return teacher
-    log_q = teacher.full()
-    return DenseScores((log_q + (scale - 1) * (log_q - reference.full())).log_softmax(-1), response_ids)
-
-
-class ExOPDTeacher(Teacher):
-    """The target of ExOPD: with the full-vocabulary reverse KL its gradient is that of the scaled reward.
-
-    The advantage of arXiv 2602.12125, scale (log q - log p_ref) - (log p - log p_ref), is the log-ratio of
-    q^scale p_ref^(1 - scale) and p, up to a constant in each state, which no expectation over p feels.
-
-    Args:
-        teacher: q.
-        reference: p_ref, a frozen copy of the initial student.
-        scale: lambda; 1 is plain OPD.
-    """
-
-    def __init__(self, teacher: Teacher, reference: Teacher, scale: float) -> None:
-        self.teacher, self.reference, self.scale = teacher, reference, scale
-
-    @property
-    def offer(self) -> ScoreRequest:
-        return self.teacher.offer
-
-    @property
-    def context_length(self) -> int | None:
-        return self.teacher.context_length
-
-    def preflight(self, student: Student) -> None:
-        for part in (self.teacher, self.reference):
-            part.preflight(student)
-
-    def setup(self, student: Student, model: nn.Module, device: torch.device) -> None:
-        for part in (self.teacher, self.reference):
-            part.setup(student, model, device)
-
-    def score(self, batch: MicroBatch, request: ScoreRequest) -> TeacherScores:
-        return next(iter(self.score_all([batch], request)))
-
-    def score_all(self, batches: Sequence[MicroBatch], request: ScoreRequest) -> Iterator[TeacherScores]:
-        parts = (part.score_all(batches, request) for part in (self.teacher, self.reference))
-        for batch, teacher, reference in zip(batches, *parts, strict=True):
-            yield extrapolate_scores(teacher, reference, batch.tokens.ids, self.scale)
-
-    def close(self) -> None:
-        for part in (self.teacher, self.reference):
-            part.close()

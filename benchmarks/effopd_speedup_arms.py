@@ -4,13 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from effopd_baselines import AlphaOPD, ExOPDTeacher
+from effopd_baselines import AlphaOPD
 from effopd_ideas import AccuracyOnLevels, AlwaysBack, GradientEffOPD, MomentsEffOPD
 
 from opd_lightning.backends.hf import HFTeacher
 from opd_lightning.callbacks.effopd import EffOPD
 from opd_lightning.callbacks.effopd_scores import TaskAccuracy, TeacherKL, TeacherKLOnFixedRollouts
 from opd_lightning.interfaces import Teacher
+from opd_lightning.teachers import ExtrapolatedTeacher
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,13 @@ def make_teacher() -> Teacher:
 
 def extrapolated(scale: float) -> Callable[[], Teacher]:
     """The target of ExOPD, with the initial student as reference."""
-    return lambda: ExOPDTeacher(make_teacher(), HFTeacher("sandbox:student", dtype="float32"), scale)
+
+    def make() -> Teacher:
+        return ExtrapolatedTeacher(
+            make_teacher(), HFTeacher("sandbox:student", dtype="float32"), scale, normalized=True
+        )
+
+    return make
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from objective_cases import make_case
 from scoring import make_batches
 
 from opd_lightning.methods import Judge, RubricObjective
-from opd_lightning.methods.ropd import group_advantages, rubric_score
+from opd_lightning.methods.ropd import rubric_score
 from opd_lightning.objectives import Clipped
 from opd_lightning.rollouts.shaping import shape_groups
 
@@ -29,14 +29,12 @@ def test_a_score_is_the_share_of_the_weight_that_is_met():
     assert rubric_score([7 * weight for weight in weights], [1, 0, 1]) == pytest.approx(0.7)
 
 
-def test_advantages_of_a_group_sum_to_0_and_equal_marks_have_none():
-    advantages = group_advantages([0.1, 0.7, 1.0, 0.0])
-    assert sum(advantages) == pytest.approx(0, abs=1e-15)
-    assert advantages == pytest.approx([-0.35, 0.25, 0.55, -0.45])  # not divided by their deviation
-    assert group_advantages([0.1, 0.1, 0.1]) == [0, 0, 0]
-    for mark in (1.1, -0.1, float("nan")):
-        with pytest.raises(ValueError, match=r"objective.judge: expected marks from 0 to 1"):
-            group_advantages([0.5, mark])
+@pytest.mark.parametrize("mark", [1.1, -0.1, float("nan")])
+def test_marks_are_from_0_to_1(mark):
+    _, (rollouts,) = make_batches()
+    rollouts = [replace(rollout, seed=i) for i, rollout in enumerate(rollouts[:2])]
+    with pytest.raises(ValueError, match=r"objective.judge: expected marks from 0 to 1"):
+        shape_groups(RubricObjective(Table(0.5, mark)), rollouts, 2)
 
 
 def test_every_token_of_a_rollout_has_the_advantage_of_the_rollout():
@@ -44,7 +42,7 @@ def test_every_token_of_a_rollout_has_the_advantage_of_the_rollout():
     rollouts = [replace(rollout, seed=i) for i, rollout in enumerate([*rollouts, *rollouts[:1]])]
     shaped = shape_groups(RubricObjective(Table(1.0, 0.5)), rollouts, 2)
     for rollout, advantage in zip(shaped, [0.25, -0.25, 0.25, -0.25], strict=True):
-        assert rollout.extras["advantage"].tolist() == [advantage] * len(rollout.response_ids)
+        assert rollout.extras["group_advantage"].tolist() == [advantage] * len(rollout.response_ids)
     with pytest.raises(ValueError, match=r"Set data.rollouts_per_prompt to 2 or more"):
         shape_groups(RubricObjective(Table(1.0)), rollouts, 1)
 
@@ -56,7 +54,7 @@ def test_the_gradient_is_that_of_the_advantage_times_the_log_probability(importa
     advantages = torch.tensor([0.5, -0.5, 0.25, 0.0], dtype=torch.float64)
     objective = RubricObjective(Table(), importance=importance)
     assert objective.request() is None and objective.needs_rollout_log_probs == (importance is not None)
-    tokens = replace(case.tokens, rollout_log_probs=drawn, extras={"advantage": advantages})
+    tokens = replace(case.tokens, rollout_log_probs=drawn, extras={"group_advantage": advantages})
     logits = case.logits.clone().requires_grad_()
     objective.token_losses(logits, None, tokens).sum().backward()
     one_hot = torch.nn.functional.one_hot(case.response_ids, case.p.shape[-1])

@@ -64,9 +64,9 @@ def test_the_parts_add_up_and_only_the_teachers_is_weighted_by_turns():
 
 
 def test_without_a_group_or_marks_it_says_what_to_set():
-    with pytest.raises(ValueError, match=r"objective\.advantage: GroupReward .* Set data\.rollouts_per_prompt to 2"):
+    with pytest.raises(ValueError, match=r"data\.rollouts_per_prompt: .*GroupReward compares .* Set it to 2 or more"):
         GroupReward().shape([group(1.0)])
-    with pytest.raises(ValueError, match=r"GroupReward needs marks, and responses to 'a' have none"):
+    with pytest.raises(ValueError, match=r"GroupReward needs marked answers, but those to problem 'a' have no mark"):
         GroupReward().shape([group(1.0, float("nan"))])
     with pytest.raises(ValueError, match=r"advantage\.reward: expected a finite number of at least 0, got -1"):
         GroupReward(-1.0)

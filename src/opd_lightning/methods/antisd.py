@@ -10,8 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from opd_lightning.interfaces import Advantage, ResponseTokens, Rollout, TeacherScores
-from opd_lightning.methods.marks import group_advantages, marks_of
-from opd_lightning.rollouts.shaping import attach
+from opd_lightning.objectives.marks import GROUP_ADVANTAGE, marks_of, with_group_advantages
 
 
 class AntiSelfDistillation(Advantage):
@@ -43,22 +42,14 @@ class AntiSelfDistillation(Advantage):
 
     @override
     def shape(self, groups: Sequence[Sequence[Rollout]]) -> Sequence[Sequence[Rollout]]:
-        shaped = []
-        for group in groups:
-            advantages = group_advantages(marks_of(group, "objective.advantage: AntiSelfDistillation"))
-            shaped.append(
-                [
-                    attach(rollout, group_advantage=torch.full((len(rollout.response_ids),), float(advantage)))
-                    for rollout, advantage in zip(group, advantages, strict=True)
-                ]
-            )
-        return shaped
+        owner = "objective.advantage: AntiSelfDistillation"
+        return [with_group_advantages(group, marks_of(group, owner)) for group in groups]
 
     @override
     def __call__(
         self, rewards: Tensor, student_logits: Tensor, teacher: TeacherScores, tokens: ResponseTokens
     ) -> Tensor:
-        return tokens.extras["group_advantage"].to(rewards) - self.weight * self.gate * information_penalty(rewards)
+        return tokens.extras[GROUP_ADVANTAGE].to(rewards) - self.weight * self.gate * information_penalty(rewards)
 
 
 def information_penalty(log_ratios: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.objectives import Importance, ScoreObjective, StudentScores, Truncated
 from opd_lightning.objectives.arguments import check_factor, check_temperatures, check_whole_distribution
 from opd_lightning.objectives.logprobs import close_slots
+from opd_lightning.objectives.marks import GROUP_ADVANTAGE, with_group_advantages
 from opd_lightning.objectives.sampled_token import push
 
 _TINY = 1e-8
@@ -90,14 +90,14 @@ class RubricObjective(ScoreObjective):
             )
         marks = self.judge.scores(groups)
         return [
-            [_with_advantage(rollout, value) for rollout, value in zip(group, group_advantages(marked), strict=True)]
+            with_group_advantages(group, _checked(marked), scaled=False)
             for group, marked in zip(groups, marks, strict=True)
         ]
 
     @override
     def losses_from(self, student: StudentScores, teacher: TeacherScores | None, tokens: ResponseTokens) -> Tensor:
         log_probs = close_slots(student.at(tokens.ids[:, None]).squeeze(-1))
-        return push(tokens.extras["advantage"].to(log_probs), log_probs, tokens, self.importance)
+        return push(tokens.extras[GROUP_ADVANTAGE].to(log_probs), log_probs, tokens, self.importance)
 
 
 def rubric_score(weights: Sequence[float], marks: Sequence[int]) -> float:
@@ -111,20 +111,7 @@ def rubric_score(weights: Sequence[float], marks: Sequence[int]) -> float:
     return met / (math.fsum(weights) + _TINY)
 
 
-def group_advantages(marks: Sequence[float]) -> list[float]:
-    """Marks less their mean: they sum to 0, and equal marks are exactly 0.
-
-    Raises:
-        ValueError: A mark is outside [0, 1].
-    """
+def _checked(marks: Sequence[float]) -> Tensor:
     if outside := [mark for mark in marks if not 0 <= mark <= 1]:
         raise ValueError(f"objective.judge: expected marks from 0 to 1, got {outside[0]}.")
-    if len(set(marks)) == 1:
-        return [0.0] * len(marks)
-    mean = math.fsum(marks) / len(marks)
-    return [mark - mean for mark in marks]
-
-
-def _with_advantage(rollout: Rollout, advantage: float) -> Rollout:
-    values = torch.full((len(rollout.response_ids),), advantage)
-    return replace(rollout, extras={**rollout.extras, "advantage": values})
+    return torch.tensor(marks, dtype=torch.float64)

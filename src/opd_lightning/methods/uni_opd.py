@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -11,8 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from opd_lightning.interfaces import Advantage, ResponseTokens, Rollout, TeacherScores
-from opd_lightning.methods.marks import marks_of
 from opd_lightning.objectives.arguments import check_one_of
+from opd_lightning.objectives.marks import marks_of
 from opd_lightning.rollouts.shaping import attach
 
 Statistic = Literal["mean", "minmax"]
@@ -70,15 +71,14 @@ class _ByGroup(Advantage):
 
     needs_log_ratios = True
     compares_marks = True
+    neutral = 0.0  # the number where all answers are of one kind
 
     def __init__(self, margin: Margin) -> None:
         self.margin = margin
 
+    @abstractmethod
     def numbers(self, returns: Tensor, is_right: Tensor) -> Tensor:
         """One number [n] per answer of a group with right and wrong ones."""
-        raise NotImplementedError
-
-    neutral: float = 0.0  # the number where all answers are of one kind
 
     @override
     def shape(self, groups: Sequence[Sequence[Rollout]]) -> Sequence[Sequence[Rollout]]:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from opd_lightning.interfaces import Advantage, ResponseTokens, Rollout, TeacherScores
+from opd_lightning.objectives.marks import GROUP_ADVANTAGE, marks_of, with_group_advantages
 
-GROUP_ADVANTAGE = "group_advantage"
 STEP_WEIGHT = "step_weight"
-_LEAST_DEVIATION = 1e-6
 
 
 class GroupReward(Advantage):
@@ -44,7 +41,8 @@ class GroupReward(Advantage):
 
     @override
     def shape(self, groups: Sequence[Sequence[Rollout]]) -> Sequence[Sequence[Rollout]]:
-        return [self._compared(group) for group in groups]
+        owner, scaled = "objective.advantage: GroupReward", self.divide_by_deviation
+        return [with_group_advantages(group, marks_of(group, owner), scaled) for group in groups]
 
     @override
     def __call__(
@@ -56,25 +54,3 @@ class GroupReward(Advantage):
         if GROUP_ADVANTAGE not in tokens.extras:  # who looks on from outside of a step knows no groups
             return advantages
         return advantages + self.reward * tokens.extras[GROUP_ADVANTAGE].to(rewards)
-
-    def _compared(self, group: Sequence[Rollout]) -> list[Rollout]:
-        if len(group) < 2:
-            raise ValueError(
-                "objective.advantage: GroupReward compares the responses to a prompt with each other, and there is one."
-                " Set data.rollouts_per_prompt to 2 or more."
-            )
-        marks = torch.tensor([rollout.reward for rollout in group], dtype=torch.float64)
-        if bool(marks.isnan().any()):
-            raise ValueError(
-                f"objective.advantage: GroupReward needs marks, and responses to {group[0].problem.uid!r} have none."
-                " Use a task that marks all problems, and data.horizon: null."
-            )
-        advantages = marks - marks.mean()
-        if self.divide_by_deviation:
-            advantages = advantages / marks.std().clamp(min=_LEAST_DEVIATION)
-        return [
-            replace(
-                rollout, extras={**rollout.extras, GROUP_ADVANTAGE: torch.full((len(rollout.response_ids),), value)}
-            )
-            for rollout, value in zip(group, advantages.tolist(), strict=True)
-        ]
