@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     from opd_lightning.methods import AboveFloorThenUncertain as AboveFloorThenUncertain
     from opd_lightning.methods import AgreementWeight as AgreementWeight
     from opd_lightning.methods import AntiSelfDistillation as AntiSelfDistillation
+    from opd_lightning.methods import BestOfTeacher as BestOfTeacher
     from opd_lightning.methods import ClippedForwardKL as ClippedForwardKL
     from opd_lightning.methods import DebiasedTeacher as DebiasedTeacher
     from opd_lightning.methods import DemonstratedOnly as DemonstratedOnly
@@ -104,6 +105,7 @@ if TYPE_CHECKING:
     from opd_lightning.methods import SDPOObjective as SDPOObjective
     from opd_lightning.methods import SimCT as SimCT
     from opd_lightning.methods import StepWeights as StepWeights
+    from opd_lightning.methods import TwoContexts as TwoContexts
     from opd_lightning.methods import Uncorrected as Uncorrected
     from opd_lightning.methods import Veto as Veto
     from opd_lightning.objectives import NLL as NLL
@@ -186,6 +188,7 @@ _HOMES = {
     "AntiSelfDistillation": "methods",
     "ArithmeticTask": "tasks",
     "BaseModelTeacher": "teachers",
+    "BestOfTeacher": "methods",
     "Calculator": "sandbox.calculator",
     "CandidateScore": "objectives",
     "CleanedTask": "tasks",
@@ -330,6 +333,7 @@ _HOMES = {
     "ToolUse": "rollouts.tool_use",
     "TrainedRollout": "interfaces",
     "Truncated": "objectives",
+    "TwoContexts": "methods",
     "Uncorrected": "methods",
     "Union": "objectives",
     "UpdateRecorder": "callbacks.update_recorder",

@@ -34,6 +34,10 @@ BEFORE = {  # commands that make the files a method reads
         f"{SCORE} --output scored.jsonl",
         f"{SCORE} --output equal.jsonl --model.teacher.path sandbox:student",
     ],
+    "brts": [
+        "rollout --config @quickstart --output runs/brts/candidates.jsonl --num_problems 40 --num_samples 4"
+        " --reject.duplicates false"
+    ],
     "gkd": ["rollout --config @quickstart --output runs/cold_start/answers.jsonl --num_problems 40"],
 }
 SERVED = {"ropd": "model.objective.judge.connection.urls"}  # which setting gets the address of a chat server

@@ -6,6 +6,7 @@ tests/methods/test_<name>.py; tests/methods/test_every_method.py holds all of th
 
 from opd_lightning.methods.antisd import AntiSelfDistillation
 from opd_lightning.methods.aopd import ForwardKLWhereNegative
+from opd_lightning.methods.brts import BestOfTeacher
 from opd_lightning.methods.eopd import EntropyAware
 from opd_lightning.methods.iw_opd import RemainingSignal
 from opd_lightning.methods.lightning_opd import DebiasedTeacher, Uncorrected
@@ -20,6 +21,7 @@ from opd_lightning.methods.simct import SimCT
 from opd_lightning.methods.sod import StepWeights
 from opd_lightning.methods.tip import TIP
 from opd_lightning.methods.tropd import AgreementWeight
+from opd_lightning.methods.two_contexts import TwoContexts
 from opd_lightning.methods.uni_opd import Margin, MarginMask, MarginShift
 from opd_lightning.methods.veto import Veto
 from opd_lightning.methods.vopd import KLBaseline
@@ -29,6 +31,7 @@ __all__ = [
     "AboveFloorThenUncertain",
     "AgreementWeight",
     "AntiSelfDistillation",
+    "BestOfTeacher",
     "ClippedForwardKL",
     "DebiasedTeacher",
     "DemonstratedOnly",
@@ -51,6 +54,7 @@ __all__ = [
     "SDPOObjective",
     "SimCT",
     "StepWeights",
+    "TwoContexts",
     "Uncorrected",
     "Veto",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,7 @@ class StoredAnswer:
         prompt_hash: Hash of the prompt's token ids; None where it does not matter.
         log_probs: float32 [T], or None.
         student_wrote: bool [T]; None when all tokens are the model's own.
+        reward: The mark that the file gives it; NaN where it gives none.
     """
 
     response_ids: Tensor  # int32 [T]
@@ -39,6 +41,7 @@ class StoredAnswer:
     prompt_hash: int | None
     log_probs: Tensor | None
     student_wrote: Tensor | None
+    reward: float = math.nan
 
     def first(self, num_tokens: int) -> StoredAnswer:
         """Its first so many tokens: under a horizon no more are trained on."""
@@ -84,6 +87,7 @@ def read_answer(row: Row, where: str, tokenizer: Tokenizer, stop_ids: Sequence[i
         prompt_hash=hash(tuple(row["prompt_ids"])),
         log_probs=None if log_probs is None else torch.tensor(log_probs, dtype=torch.float32),
         student_wrote=None if wrote is None else torch.tensor(wrote, dtype=torch.bool),
+        reward=_mark(row),
     )
 
 
@@ -126,4 +130,10 @@ def encode_answer(
         prompt_hash=None,
         log_probs=None,
         student_wrote=None,
+        reward=_mark(row),
     )
+
+
+def _mark(row: Row) -> float:
+    reward = row.get("reward")
+    return float(reward) if isinstance(reward, int | float) else math.nan

@@ -120,6 +120,17 @@ class Stored(RolloutSource):
         ]
         return RolloutBatch(rollouts, student.weight_version, step.step, sampling, staleness=None)
 
+    def has_answers(self, problem: Problem) -> bool:
+        """Whether there are usable answers to a problem; known after `admit`."""
+        return problem.uid in self._answers
+
+    def answers(self, prompt: Prompt, sampling: Sampling, tokenizer: Tokenizer) -> list[Rollout]:
+        """One answer for each seed of a prompt, with the mark that the file gives it (NaN where it gives none)."""
+        return [
+            self._rollout(prompt, seed, answer.first(sampling.max_new_tokens), tokenizer).graded(answer.reward)
+            for seed, answer in zip(prompt.seeds, self._choose(prompt), strict=True)
+        ]
+
     @override
     def state_dict(self) -> dict[str, Any]:
         """Nothing moves; a resumed run must only read the same file in the same way."""
