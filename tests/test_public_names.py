@@ -19,7 +19,7 @@ import reference  # noqa: E402
 
 NAMES = """
 AboveFloorThenUncertain AdaptiveHorizon Advantage AgreementWeight AnswersWriter AntiSelfDistillation ArithmeticTask
-BaseModelTeacher BestOfTeacher Calculator CandidateScore CleanedTask Clipped ClippedForwardKL Connection
+BaseModelTeacher BestOfTeacher Blend Calculator CandidateScore CleanedTask Clipped ClippedForwardKL Connection
 ConstantHorizon CrossTokenizerTeacher DataSource DebiasedTeacher DemonstratedOnly DifficultyPool Direct Divergence
 DivergenceObjective DriftWeights EffOPD EffOPDOptimizer EntropyAware EntropyGate EntropyGuard EntropyWeights Estimator
 ExtrapolatedTeacher FSDP2Strategy FileTransfer Filtered Floor ForwardKL ForwardKLWhereNegative FullVocabulary
@@ -34,9 +34,9 @@ RolloutBatch RolloutEngine RolloutSource RoundPart Routed RubricJudge RubricObje
 SampledTokenObjective Sampling Score ScoreObjective ScoreRequest ScoredTask Shuffled SimCT SourceMetrics
 StartValidation StepFacts StepProgressBar StepPrompts StepWeights Stored StoredTeacher Student StudentScores
 StudentSummary StudentTopK Support SymmetricDifference TIP Task TaskAccuracy Teacher TeacherKL
-TeacherKLOnFixedRollouts TeacherKLOnNewRollouts TeacherScores TeacherTopK TokenRecorder TokenWeighting Tokenizer Tool
-ToolUse TrainedRollout Truncated TwoContexts Uncorrected Union UpdateRecorder VLLMColocatedEngine VLLMServerEngine
-VLLMServerTeacher Veto WarmupDecay Weighted WeightsLost WholeCheckpoints export render_token_page
+TeacherKLOnFixedRollouts TeacherKLOnNewRollouts TeacherMixed TeacherScores TeacherTopK TokenRecorder TokenWeighting
+Tokenizer Tool ToolUse TrainedRollout Truncated TwoContexts Uncorrected Union UpdateRecorder VLLMColocatedEngine
+VLLMServerEngine VLLMServerTeacher Veto WarmupDecay Weighted WeightsLost WholeCheckpoints export render_token_page
 """.split()  # noqa: SIM905
 # made by trainer and command; what two callbacks or two tasks share; a task of the zoo
 INTERNAL = {

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from opd_lightning.extrapolation.optimizer import EffOPDOptimizer as EffOPDOptimizer
     from opd_lightning.extrapolation.rate_search import RateSearch as RateSearch
     from opd_lightning.interfaces import Advantage as Advantage
+    from opd_lightning.interfaces import Blend as Blend
     from opd_lightning.interfaces import LinearHead as LinearHead
     from opd_lightning.interfaces import LiveStudent as LiveStudent
     from opd_lightning.interfaces import MicroBatch as MicroBatch
@@ -146,6 +147,7 @@ if TYPE_CHECKING:
     from opd_lightning.rollouts.plain_engine import PlainEngine as PlainEngine
     from opd_lightning.rollouts.reuse import Reuse as Reuse
     from opd_lightning.rollouts.stored import Stored as Stored
+    from opd_lightning.rollouts.teacher_mixed import TeacherMixed as TeacherMixed
     from opd_lightning.rollouts.tool_use import Tool as Tool
     from opd_lightning.rollouts.tool_use import ToolUse as ToolUse
     from opd_lightning.sandbox.calculator import Calculator as Calculator
@@ -189,6 +191,7 @@ _HOMES = {
     "ArithmeticTask": "tasks",
     "BaseModelTeacher": "teachers",
     "BestOfTeacher": "methods",
+    "Blend": "interfaces",
     "Calculator": "sandbox.calculator",
     "CandidateScore": "objectives",
     "CleanedTask": "tasks",
@@ -324,6 +327,7 @@ _HOMES = {
     "TeacherKL": "callbacks.effopd_scores",
     "TeacherKLOnFixedRollouts": "callbacks.effopd_scores",
     "TeacherKLOnNewRollouts": "callbacks.effopd_scores",
+    "TeacherMixed": "rollouts.teacher_mixed",
     "TeacherScores": "interfaces",
     "TeacherTopK": "objectives",
     "TokenRecorder": "callbacks.token_recorder",

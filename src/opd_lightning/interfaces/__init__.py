@@ -5,6 +5,7 @@ N response tokens of a micro-batch laid end to end, K compared tokens, V vocabul
 """
 
 from opd_lightning.interfaces.generation import (
+    Blend,
     LiveStudent,
     RolloutEngine,
     RolloutSource,
@@ -33,6 +34,7 @@ from opd_lightning.interfaces.words import (
 
 __all__ = [
     "Advantage",
+    "Blend",
     "LinearHead",
     "Listener",
     "LiveStudent",

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from opd_lightning.interfaces.models import Student, Tokenizer
+from opd_lightning.interfaces.models import Student, Teacher, Tokenizer
 from opd_lightning.interfaces.words import (
     Listener,
     Problem,
@@ -28,6 +28,7 @@ class LiveStudent(Protocol):
     """The student in training, as engines and rollout sources see it."""
 
     spec: Student
+    teacher: Teacher | None
     weight_version: int
 
     @property
@@ -45,11 +46,27 @@ class WeightsLost(ConnectionError):
     """An engine no longer has the weights it was given, and cannot be given them again from where it is asked."""
 
 
+@dataclass(frozen=True)
+class Blend:
+    """Another model that has a say in every token that is drawn.
+
+    Attributes:
+        student: How to run it.
+        model: Loaded, on the student's device.
+        share: Its share of the distribution that is drawn from, in (0, 1]; the rest is the student's.
+    """
+
+    student: Student
+    model: nn.Module
+    share: float
+
+
 class RolloutEngine(ABC):
     """Generates responses with the student's current weights."""
 
     weight_version: int = -1  # version of the weights last synced; -1 before the first sync
     generates_apart: bool = False  # whether `generate` may run in a thread while the student's weights change
+    blends: bool = False  # whether it can draw from two models at once (`blended`)
 
     def preflight(self, student: Student) -> None:  # noqa: B027 - not every engine has something to check
         """Check what can be known before any weight is loaded; `context_length` is known afterwards.
@@ -89,6 +106,13 @@ class RolloutEngine(ABC):
         Leaves the global random state and the model's mode unchanged. Tells `on_rollout` of each rollout as it is
         finished, from any thread, if it can.
         """
+
+    def blended(self, blend: Blend) -> AbstractContextManager[None]:
+        """Inside, each token is drawn from the tempered distributions of both models, mixed by their shares.
+
+        Log-probabilities of rollouts are those of the mixture; the extra `student_log_prob` has the student's own.
+        """
+        raise AssertionError("asked only where `blends`")
 
     def close(self) -> None:  # noqa: B027 - most have nothing to release
         """Release what `setup` took."""

@@ -12,7 +12,7 @@ from typing import Any
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from opd_lightning.interfaces import PromptBatch, Rollout, Student
+from opd_lightning.interfaces import PromptBatch, Rollout, Student, Teacher
 from opd_lightning.rollouts.answering import Answers, render_prompts
 from opd_lightning.training.datamodule import OPDDataModule
 from opd_lightning.training.fsdp2 import FSDP2Strategy
@@ -34,6 +34,8 @@ class StudentModule(LightningModule):
         student: The loaded model; None before `configure_model`.
         weight_version: Counts the changes of the student's weights; rollouts carry the version that made them.
     """
+
+    teacher: Teacher | None = None
 
     def __init__(self, student: Student) -> None:
         super().__init__()

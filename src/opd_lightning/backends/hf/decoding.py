@@ -7,15 +7,17 @@ on its neighbours beyond the rounding of batched matrix products.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from opd_lightning.backends.hf.anatomy import body_states, decoder_config
 from opd_lightning.backends.hf.cache import RoomyCache
-from opd_lightning.interfaces import Sampling, Student
+from opd_lightning.interfaces import Blend, Sampling, Student
 from opd_lightning.randomness import hashed_uniforms
 from opd_lightning.rollouts.sampling import draw_tokens
 
@@ -32,12 +34,14 @@ class Responses:
         log_probs: float32 [R, max_new_tokens], nats.
         lengths: int64 [R], the closing token included.
         finished: bool [R], whether a stop id closed the response.
+        own_log_probs: float32 [R, max_new_tokens]: the student's own, where another model had a say; 0 elsewhere.
     """
 
     token_ids: Tensor
     log_probs: Tensor
     lengths: Tensor
     finished: Tensor
+    own_log_probs: Tensor
 
     @classmethod
     def empty(cls, num_rows: int, max_new_tokens: int, device: torch.device) -> Responses:
@@ -47,6 +51,7 @@ class Responses:
             log_probs=torch.zeros(num_rows, max_new_tokens, device=device),
             lengths=torch.zeros(num_rows, dtype=torch.int64, device=device),
             finished=torch.zeros(num_rows, dtype=torch.bool, device=device),
+            own_log_probs=torch.zeros(num_rows, max_new_tokens, device=device),
         )
 
     def record(
@@ -68,7 +73,7 @@ class Responses:
 
     def cpu(self) -> Responses:
         """Return a copy on the CPU."""
-        return Responses(self.token_ids.cpu(), self.log_probs.cpu(), self.lengths.cpu(), self.finished.cpu())
+        return Responses(*(values.cpu() for values in vars(self).values()))
 
 
 class NonFiniteLogits(FloatingPointError):
@@ -93,7 +98,15 @@ class _LiveRows:
         hidden: [B, H], final hidden states that predict the next token.
     """
 
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int, room: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        pad_id: int,
+        room: int,
+        own_precision: bool = False,
+    ) -> None:
+        self._own_precision = own_precision  # whatever autocast is in force
         device = next(model.parameters()).device
         width = max(len(prompt) for prompt in prompts)
         padded = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
@@ -104,7 +117,8 @@ class _LiveRows:
         self.mask = torch.tensor(masks, device=device) if has_padding else None
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.rows = torch.arange(len(prompts), device=device)
-        self.cache = RoomyCache(decoder_config(model), device.type, most=width + room)
+        with self._precision():
+            self.cache = RoomyCache(decoder_config(model), device.type, most=width + room)
         positions = torch.arange(width, device=device) - (width - self.lengths[:, None])
         self.hidden = self._run(torch.tensor(padded, device=device), positions.clamp_(min=0))
 
@@ -123,7 +137,35 @@ class _LiveRows:
     def _run(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         self.num_seen += input_ids.shape[1]
         mask = None if self.mask is None else self.mask[:, : self.num_seen]
-        return body_states(self.model, input_ids, mask, position_ids, self.cache)[:, -1]
+        with self._precision():
+            return body_states(self.model, input_ids, mask, position_ids, self.cache)[:, -1]
+
+    def _precision(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.rows.device.type, enabled=False) if self._own_precision else nullcontext()
+
+
+class _OtherRows(_LiveRows):
+    """The same rows as another model reads them, whose say changes what is drawn."""
+
+    def __init__(self, blend: Blend, prompts: Sequence[Sequence[int]], pad_id: int, room: int) -> None:
+        super().__init__(blend.model, prompts, pad_id, room, own_precision=True)
+        self.blend, self.head = blend, blend.student.head(blend.model)
+
+    def draw(self, logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B], their log-probabilities in the mixture, and those under the student alone."""
+        own = (logits.float() / sampling.temperature).log_softmax(-1)
+        with self._precision():
+            other = (self.head(self.hidden).float() / sampling.temperature).log_softmax(-1)
+        mixture = mix(own, other, self.blend.share)
+        token_ids, log_probs = draw_tokens(mixture, uniforms, replace(sampling, temperature=1.0))
+        return token_ids, log_probs, own.gather(-1, token_ids[:, None]).squeeze(-1)
+
+
+def mix(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """log((1 - share) p + share q), exactly log q for a share of 1."""
+    if share == 1:
+        return log_q
+    return torch.logaddexp(log_p + math.log1p(-share), log_q + math.log(share))
 
 
 def decode(
@@ -134,6 +176,7 @@ def decode(
     seeds: Sequence[int],
     sampling: Sampling,
     stop_ids: Sequence[int],
+    blend: Blend | None = None,
 ) -> Responses:
     """Sample one response per row.
 
@@ -145,15 +188,20 @@ def decode(
         seeds: Seed of each row.
         sampling: Temperature, cuts and length.
         stop_ids: Ids that close a response.
+        blend: Another model that has a say in every token; None for none.
 
     Raises:
         NonFiniteLogits: The weights or the arithmetic are broken.
     """
     head = student.head(model)
-    live = _LiveRows(model, prompts, student.tokenizer.pad_id, sampling.max_new_tokens)
+    pad_id, room = student.tokenizer.pad_id, sampling.max_new_tokens
+    live = _LiveRows(model, prompts, pad_id, room)
+    other = None if blend is None else _OtherRows(blend, prompts, pad_id, room)
+    readers = [live] if other is None else [live, other]
     device, num_rows = live.hidden.device, len(prompt_of_row)
-    live.select(torch.tensor(prompt_of_row, device=device))
-    live.rows = torch.arange(num_rows, device=device)
+    for each in readers:
+        each.select(torch.tensor(prompt_of_row, device=device))
+        each.rows = torch.arange(num_rows, device=device)
     all_seeds, stops = torch.tensor(seeds, device=device), torch.tensor(stop_ids, device=device)
     responses = Responses.empty(num_rows, sampling.max_new_tokens, device)
     for position in range(sampling.max_new_tokens):
@@ -162,13 +210,19 @@ def decode(
             block = torch.arange(position, position + _UNIFORMS_AT_ONCE, device=device)
             uniforms = hashed_uniforms(all_seeds[:, None], block)
         logits = head(live.hidden)
-        token_ids, log_probs = draw_tokens(logits, uniforms[live.rows, offset], sampling)
+        if other is None:
+            token_ids, log_probs = draw_tokens(logits, uniforms[live.rows, offset], sampling)
+        else:
+            drawn = other.draw(logits, uniforms[live.rows, offset], sampling)
+            token_ids, log_probs, responses.own_log_probs[live.rows, position] = drawn
         is_open, num_open = responses.record(live.rows, position, token_ids, log_probs, stops)
         if num_open == 0 or position == sampling.max_new_tokens - 1:
             break
         if num_open <= _CROWDED * len(token_ids):
             kept = is_open.nonzero().squeeze(-1)
-            live.select(kept)
+            for each in readers:
+                each.select(kept)
             token_ids = token_ids[kept]
-        live.append(token_ids)
+        for each in readers:
+            each.append(token_ids)
     return responses

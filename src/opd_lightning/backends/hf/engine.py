@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from opd_lightning.backends.hf.anatomy import causal_lm
 from opd_lightning.backends.hf.decoding import NonFiniteLogits, Responses, decode
-from opd_lightning.interfaces import Listener, Problem, Prompt, Rollout, RolloutEngine, Sampling, Student
+from opd_lightning.interfaces import Blend, Listener, Problem, Prompt, Rollout, RolloutEngine, Sampling, Student
 from opd_lightning.interfaces.modes import evaluation_mode
 from opd_lightning.rollouts.answering import closed_text, resolve_stop_ids
 from opd_lightning.rollouts.prompt_limits import check_room
@@ -38,6 +38,8 @@ class HFEngine(RolloutEngine):
         ValueError: `max_batch_size` is less than 1.
     """
 
+    blends = True
+
     def __init__(self, max_batch_size: int = 256) -> None:
         if max_batch_size < 1:
             raise ValueError(f"engine.max_batch_size: expected an integer of at least 1, got {max_batch_size}.")
@@ -46,6 +48,7 @@ class HFEngine(RolloutEngine):
         self._model: nn.Module | None = None
         self._device = torch.device("cpu")
         self._whole = WholeCopy()
+        self._blend: Blend | None = None
 
     def setup(self, student: Student, device: torch.device) -> None:
         """Remember how to run the student; it stays on its own device."""
@@ -89,6 +92,15 @@ class HFEngine(RolloutEngine):
                 rollouts.update(zip(chunk, chunk_rollouts, strict=True))
         return [rollouts[k] for k in range(len(requests))]
 
+    @contextmanager
+    def blended(self, blend: Blend) -> Iterator[None]:
+        """Inside, each token is drawn from the mixture of both models."""
+        self._blend = blend
+        try:
+            yield
+        finally:
+            self._blend = None
+
     def close(self) -> None:
         """Let go of the module."""
         self._model = None
@@ -105,7 +117,8 @@ class HFEngine(RolloutEngine):
         token_ids = [prompts[i].token_ids for i in row_of_prompt]
         seeds = [seed for _, seed in requests]
         try:
-            responses = decode(self._student, self._model, token_ids, prompt_of_row, seeds, sampling, stop_ids).cpu()
+            asked = token_ids, prompt_of_row, seeds, sampling, stop_ids
+            responses = decode(self._student, self._model, *asked, blend=self._blend).cpu()
         except NonFiniteLogits as error:
             uid = prompts[requests[error.row][0]].problem.uid
             raise not_finite(error.position, uid) from error
@@ -119,6 +132,7 @@ class HFEngine(RolloutEngine):
         assert self._student is not None
         length = int(responses.lengths[row])
         response_ids = responses.token_ids[row, :length].clone()  # not a view that keeps the whole batch alive
+        extras = {} if self._blend is None else {"student_log_prob": responses.own_log_probs[row, :length].clone()}
         return Rollout(
             problem=problem,
             prompt_ids=prompt_ids,
@@ -127,6 +141,7 @@ class HFEngine(RolloutEngine):
             finished=bool(responses.finished[row]),
             seed=seed,
             text=closed_text(self._student.tokenizer, response_ids.tolist(), bool(responses.finished[row])),
+            extras=extras,
         )
 
 
