@@ -19,24 +19,25 @@ import reference  # noqa: E402
 
 NAMES = """
 AboveFloorThenUncertain AdaptiveHorizon Advantage AgreementWeight AnswersWriter AntiSelfDistillation ArithmeticTask
-BaseModelTeacher BestOfTeacher Blend Calculator CandidateScore CleanedTask Clipped ClippedForwardKL Connection
-ConstantHorizon CrossTokenizerTeacher DataSource DebiasedTeacher DemonstratedOnly DifficultyPool Direct Divergence
-DivergenceObjective DriftWeights EffOPD EffOPDOptimizer EntropyAware EntropyGate EntropyGuard EntropyWeights Estimator
-ExtrapolatedTeacher FSDP2Strategy FileTransfer Filtered Floor ForwardKL ForwardKLWhereNegative FullVocabulary
-GroupReward GrowingHorizon HFEngine HFStudent HFTeacher HeldOutGuard HeldOutLoss HeldOutMarks Horizon Importance
-InOrder Intersection JensenShannon Judge KLBaseline LateEntropyGuard LearningRateLineSearch LedgerTask LengthGuard
-LinearHead LiveReport LiveStudent LongReturn LoraSettings Margin MarginMask MarginShift Masked MathTask
-MeanOverTeachers MicroBatch MismatchAlarm MixedData MixedTask Mixture MixtureTeacher MovingAverageTeacher NCCLTransfer
-NLL OPDDataModule OPDModule Objective OnPolicy OneStepAhead OverlapGuard PeerTeacher PlainEngine PositionWeights
-PrintSamples PrivilegedTeacher Problem ProjectedGradients Prompt PromptBatch PromptOutcome PromptSelector PromptTask
-PruningHorizon RateSearch RemainingSignal RescueCheckpoint ResponseTokens Reuse ReverseKL RewardFloor Rollout
-RolloutBatch RolloutEngine RolloutSource RoundPart Routed RubricJudge RubricObjective SDPOObjective SampledToken
-SampledTokenObjective Sampling Score ScoreObjective ScoreRequest ScoredTask Shuffled SimCT SourceMetrics
-StartValidation StepFacts StepProgressBar StepPrompts StepWeights Stored StoredTeacher Student StudentScores
-StudentSummary StudentTopK Support SymmetricDifference TIP Task TaskAccuracy Teacher TeacherKL
-TeacherKLOnFixedRollouts TeacherKLOnNewRollouts TeacherMixed TeacherScores TeacherTopK TokenRecorder TokenWeighting
-Tokenizer Tool ToolUse TrainedRollout Truncated TwoContexts Uncorrected Union UpdateRecorder VLLMColocatedEngine
-VLLMServerEngine VLLMServerTeacher Veto WarmupDecay Weighted WeightsLost WholeCheckpoints export render_token_page
+BalancedMarks BaseModelTeacher BestOfTeacher Blend Calculator CandidateScore CleanedTask Clipped ClippedForwardKL
+Connection ConstantHorizon CrossTokenizerTeacher DataSource DebiasedTeacher DemonstratedOnly DifficultyPool Direct
+Divergence DivergenceObjective DriftWeights EffOPD EffOPDOptimizer EntropyAware EntropyGate EntropyGuard
+EntropyWeights Estimator ExtrapolatedTeacher FSDP2Strategy FileTransfer Filtered Floor ForwardKL
+ForwardKLWhereNegative FullVocabulary GroupReward GrowingHorizon HFEngine HFStudent HFTeacher HeldOutGuard HeldOutLoss
+HeldOutMarks Horizon Importance InOrder Intersection JensenShannon Judge KLBaseline LateEntropyGuard
+LearningRateLineSearch LedgerTask LengthGuard LinearHead LiveReport LiveStudent LongReturn LoraSettings Margin
+MarginMask MarginShift Masked MathTask MeanOverTeachers MicroBatch MismatchAlarm MixedData MixedTask Mixture
+MixtureTeacher MovingAverageTeacher NCCLTransfer NLL OPDDataModule OPDModule Objective OnPolicy OneStepAhead
+OverlapGuard PeerTeacher PlainEngine PositionWeights PrintSamples PrivilegedTeacher Problem ProjectedGradients Prompt
+PromptBatch PromptOutcome PromptSelector PromptTask PruningHorizon RateSearch RemainingSignal RescueCheckpoint
+ResponseTokens Reuse ReverseKL RewardFloor Rollout RolloutBatch RolloutEngine RolloutSource RoundPart Routed
+RubricJudge RubricObjective SDPOObjective SampledToken SampledTokenObjective Sampling Score ScoreObjective
+ScoreRequest ScoredTask Shuffled SimCT SourceMetrics StartValidation StepFacts StepProgressBar StepPrompts StepWeights
+Stored StoredTeacher Student StudentScores StudentSummary StudentTopK Support SymmetricDifference TIP Task
+TaskAccuracy Teacher TeacherKL TeacherKLOnFixedRollouts TeacherKLOnNewRollouts TeacherMixed TeacherScores TeacherTopK
+TokenRecorder TokenWeighting Tokenizer Tool ToolUse TrainedRollout Truncated TwoContexts Uncorrected Union
+UpdateRecorder UpsampledByPasses VLLMColocatedEngine VLLMServerEngine VLLMServerTeacher Veto WarmupDecay Weighted
+WeightsLost WholeCheckpoints export render_token_page
 """.split()  # noqa: SIM905
 # made by trainer and command; what two callbacks or two tasks share; a task of the zoo
 INTERNAL = {

@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from opd_lightning.methods import AboveFloorThenUncertain as AboveFloorThenUncertain
     from opd_lightning.methods import AgreementWeight as AgreementWeight
     from opd_lightning.methods import AntiSelfDistillation as AntiSelfDistillation
+    from opd_lightning.methods import BalancedMarks as BalancedMarks
     from opd_lightning.methods import BestOfTeacher as BestOfTeacher
     from opd_lightning.methods import ClippedForwardKL as ClippedForwardKL
     from opd_lightning.methods import DebiasedTeacher as DebiasedTeacher
@@ -108,6 +109,7 @@ if TYPE_CHECKING:
     from opd_lightning.methods import StepWeights as StepWeights
     from opd_lightning.methods import TwoContexts as TwoContexts
     from opd_lightning.methods import Uncorrected as Uncorrected
+    from opd_lightning.methods import UpsampledByPasses as UpsampledByPasses
     from opd_lightning.methods import Veto as Veto
     from opd_lightning.objectives import NLL as NLL
     from opd_lightning.objectives import CandidateScore as CandidateScore
@@ -189,6 +191,7 @@ _HOMES = {
     "AnswersWriter": "callbacks.answers",
     "AntiSelfDistillation": "methods",
     "ArithmeticTask": "tasks",
+    "BalancedMarks": "methods",
     "BaseModelTeacher": "teachers",
     "BestOfTeacher": "methods",
     "Blend": "interfaces",
@@ -341,6 +344,7 @@ _HOMES = {
     "Uncorrected": "methods",
     "Union": "objectives",
     "UpdateRecorder": "callbacks.update_recorder",
+    "UpsampledByPasses": "methods",
     "VLLMColocatedEngine": "backends.vllm.colocated",
     "VLLMServerEngine": "backends.vllm.server",
     "VLLMServerTeacher": "backends.vllm.server",

@@ -27,6 +27,7 @@ LARGER = {  # where nothing happens at the tiny sizes: some answers must be righ
     "antisd": {"data.sampling.max_new_tokens": 40},
     "sdpo": {"data.sampling.max_new_tokens": 40, "data.rollouts_per_prompt": 4},
     "uni_opd": {"data.sampling.max_new_tokens": 40},
+    "uni_opd_data": {"data.sampling.max_new_tokens": 40},
 }
 SCORE = "rollout --config @quickstart --role student --score true --num_problems 40"
 BEFORE = {  # commands that make the files a method reads
@@ -37,6 +38,10 @@ BEFORE = {  # commands that make the files a method reads
     "brts": [
         "rollout --config @quickstart --output runs/brts/candidates.jsonl --num_problems 40 --num_samples 4"
         " --reject.duplicates false"
+    ],
+    "uni_opd_data": [
+        "rollout --config @quickstart --role student --output runs/uni_opd/passes.jsonl --num_problems 40"
+        " --num_samples 8 --num_attempts 1 --reject.duplicates false"
     ],
     "gkd": ["rollout --config @quickstart --output runs/cold_start/answers.jsonl --num_problems 40"],
 }

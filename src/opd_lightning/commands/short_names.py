@@ -28,6 +28,7 @@ ROOMS = (  # `HFStudent` works in YAML for the whole path, but only once its roo
     "rollouts.plain_engine",
     "rollouts.reuse",
     "rollouts.stored",
+    "rollouts.teacher_mixed",
     "rollouts.tool_use",
     "sandbox.calculator",
     "training.schedules",

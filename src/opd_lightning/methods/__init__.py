@@ -23,6 +23,7 @@ from opd_lightning.methods.tip import TIP
 from opd_lightning.methods.tropd import AgreementWeight
 from opd_lightning.methods.two_contexts import TwoContexts
 from opd_lightning.methods.uni_opd import Margin, MarginMask, MarginShift
+from opd_lightning.methods.uni_opd_data import BalancedMarks, UpsampledByPasses
 from opd_lightning.methods.veto import Veto
 from opd_lightning.methods.vopd import KLBaseline
 
@@ -31,6 +32,7 @@ __all__ = [
     "AboveFloorThenUncertain",
     "AgreementWeight",
     "AntiSelfDistillation",
+    "BalancedMarks",
     "BestOfTeacher",
     "ClippedForwardKL",
     "DebiasedTeacher",
@@ -56,5 +58,6 @@ __all__ = [
     "StepWeights",
     "TwoContexts",
     "Uncorrected",
+    "UpsampledByPasses",
     "Veto",
 ]

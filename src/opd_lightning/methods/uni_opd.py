@@ -58,6 +58,7 @@ class Margin:
     def of_group(self, group: Sequence[Rollout], owner: str) -> tuple[Tensor, Tensor]:
         """Returns [n] in float64, and which answers are right."""
         is_right = marks_of(group, owner) >= self.right_from
+        # NaN where nothing of an answer is trained on (`BalancedMarks`)
         returns = [rollout.extras["log_ratio"][rollout.trained_positions].double().mean() for rollout in group]
         return torch.stack(returns), is_right
 
@@ -86,8 +87,9 @@ class _ByGroup(Advantage):
         for group in groups:
             returns, is_right = self.margin.of_group(group, f"objective.advantage: {type(self).__name__}")
             numbers = torch.full_like(returns, self.neutral)
-            if is_right.any() and not is_right.all():
-                numbers = self.numbers(returns, is_right)
+            counts = ~returns.isnan()
+            if is_right[counts].any() and not is_right[counts].all():
+                numbers[counts] = self.numbers(returns[counts], is_right[counts]).to(numbers)
             shaped.append(
                 [
                     attach(rollout, margin=torch.full((len(rollout.response_ids),), float(number)))
