@@ -53,4 +53,4 @@ def test_with_its_weights_the_expected_gradient_of_one_token_is_that_of_the_reve
 
 
 def test_the_configuration_has_the_share_of_the_paper():
-    assert CONFIG["data"]["source"]["init_args"] == {"share": 0.2}
+    assert CONFIG["data"]["source"]["init_args"] == {"teacher_share": 0.2}

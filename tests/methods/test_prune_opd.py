@@ -33,6 +33,17 @@ def test_without_a_bad_token_all_count_alike_and_after_a_hundred_the_trust_is_go
     assert weigh(DriftWeights(drop=0.0), response(0.0, 0.0)) == [[1.5, 1.5]]
 
 
+def test_by_the_other_sign_a_bad_token_is_one_outside_of_the_teachers_nucleus():
+    weighting = DriftWeights(sign="nucleus", drop=0.25)
+    assert weighting.reads == ("teacher_mass_above",) and DriftWeights().reads == ("overlap_ratio",)
+    above = trained({"teacher_mass_above": [0.0, 0.94, 0.95, 0.1, 1.0]})
+    assert weigh(weighting, above) == [[1.5, 1.5, 1.25, 1.25, 1.0]]
+    assert weigh(DriftWeights(sign="nucleus", nucleus=0.1, drop=0.25), above) == [[1.5, 1.25, 1.0, 0.75, 0.5]]
+    each = horizon(sign="nucleus", patience=1)
+    each.observe(step(trained({"teacher_mass_above": [0.0] * 4 + [1.0] * 16}), number=0))
+    assert each.num_tokens(1) == 10
+
+
 def horizon(**settings):
     return PruningHorizon(**({"start": 20, "least": 5, "most": 30, "change": 10, "margin": 2, "drop": 0.5} | settings))
 

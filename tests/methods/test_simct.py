@@ -79,9 +79,9 @@ class Example:
         head = LinearHead(torch.eye(self.other, dtype=torch.float64), None, self.other)
         return JointScores(self.ids, HiddenScores(self.hidden, self.teacher_ids, head), self.units, self.shared)
 
-    def losses(self, averaged, logits):
+    def losses(self, averaged, logits, **settings):
         tokens = make_tokens(self.ids, torch.zeros(6))
-        return SimCT(averaged).token_losses(logits, self.scores(), tokens)
+        return SimCT(averaged, **settings).token_losses(logits, self.scores(), tokens)
 
     def obvious(self, averaged, logits):
         """The formula, unit by unit, everything differentiated."""
@@ -113,6 +113,26 @@ def test_losses_and_gradient_are_those_of_the_formula(seed, averaged):
     expected = gradient(lambda logits: example.obvious(averaged, logits), example.logits)
     assert expected[2].abs().sum() > 0  # a further token of a unit
     torch.testing.assert_close(gradient(lambda logits: example.losses(averaged, logits), example.logits), expected)
+
+
+@pytest.mark.parametrize("averaged", FORMS)
+def test_units_that_the_teacher_gives_little_mass_are_left_out(averaged):
+    example = Example()
+    q = example.hidden.log_softmax(-1)
+    shared = q[:, example.shared.teacher_ids].exp().sum(-1)
+    ids = example.teacher_ids
+    of_unit = torch.stack([q[1:4].gather(-1, ids[1:4, None]).mean().exp(), q[4, ids[4]].exp()])
+    masses = torch.stack([shared[0], shared[1] + of_unit[0], shared[4] + of_unit[1]])
+    least = float(masses.sort().values[:2].mean())  # one of the three goes
+    kept = masses >= least
+    found = example.losses(averaged, example.logits, least_teacher_mass=least)
+    torch.testing.assert_close(found[[0, 1, 3]], example.obvious(averaged, example.logits) * kept)
+    expected = gradient(lambda logits: example.obvious(averaged, logits) * kept, example.logits)
+    got = gradient(lambda logits: example.losses(averaged, logits, least_teacher_mass=least), example.logits)
+    torch.testing.assert_close(got, expected)
+    assert int(kept.sum()) == 2 and torch.equal(
+        example.losses(averaged, example.logits, least_teacher_mass=1e-9), example.losses(averaged, example.logits)
+    )
 
 
 @pytest.mark.parametrize("averaged", FORMS)
@@ -170,6 +190,8 @@ def test_chunks_end_between_units(size):
 def test_settings_are_checked():
     with pytest.raises(ValueError, match=r"objective.averaged: expected one of log_probs, logits, got 'mean'"):
         SimCT("mean")
+    with pytest.raises(ValueError, match=r"objective.least_teacher_mass: expected a mass in \[0, 1\)"):
+        SimCT(least_teacher_mass=1.0)
 
 
 # ------------------------------------------------------------------------------------------------------ real tokenizers

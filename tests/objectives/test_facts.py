@@ -14,6 +14,7 @@ FULL = ScoreRequest(full_vocabulary=True)
 STUDENT = {"student_entropy", "student_top_mass", "rollout_mismatch", "rollout_kl"}
 ALWAYS = STUDENT | {"sampled_log_ratio"}
 OVERLAP = {"overlap_ratio", "overlap_mass_student", "overlap_mass_teacher", "overlap_advantage", "overlap_reverse_kl"}
+OVERLAP |= {"teacher_mass_above"}
 VOCABULARY = {"reverse_kl", "forward_kl", "teacher_entropy", "entropy_gap"}
 
 
@@ -48,6 +49,7 @@ def expected_facts(case, k):
             "overlap_ratio": torch.tensor(len(overlap) / len(s)),
             "overlap_mass_student": p[overlap].sum(),
             "overlap_mass_teacher": q[overlap].sum(),
+            "teacher_mass_above": q[q > q[y]].sum() if int(y) in t else torch.tensor(1.0),
             "overlap_advantage": torch.tensor(math.nan),
             "overlap_reverse_kl": torch.tensor(math.nan),
         }
@@ -228,3 +230,20 @@ def test_overlap_facts_of_a_worked_example():
         },
         rel=1e-5,
     )
+
+
+def test_tokens_outside_of_the_teachers_nucleus_are_those_with_as_much_mass_above():
+    case = make_case(n=40, vocabulary=9)
+    above = facts_of(case, k=9)["teacher_mass_above"]
+    for row, (q, y) in enumerate(zip(case.q, case.response_ids.tolist(), strict=True)):
+        for mass in (0.3, 0.6, 0.95):
+            nucleus, total = set(), 0.0
+            for token in q.argsort(descending=True).tolist():
+                if total >= mass:
+                    break
+                nucleus.add(token)
+                total += float(q[token])
+            assert (y in nucleus) == bool(above[row] < mass)
+    short = facts_of(case, k=2)["teacher_mass_above"]
+    in_list = (case.q.topk(2).indices == case.response_ids[:, None]).any(-1)
+    assert (short[in_list] < 0.95).all() and (short[~in_list] == 1).all()

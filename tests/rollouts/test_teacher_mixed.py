@@ -90,7 +90,7 @@ def test_outside_of_training_the_student_answers_alone(live):
 
 
 def test_mistakes(live):
-    with pytest.raises(ValueError, match=r"source\.share: expected a number in \[0, 1\], got 2\.0"):
+    with pytest.raises(ValueError, match=r"source\.teacher_share: expected a number in \[0, 1\], got 2\.0"):
         TeacherMixed(2.0)
     with pytest.raises(ValueError, match=r"data\.engine: TeacherMixed .* and PlainEngine draws.* Use HFEngine"):
         TeacherMixed().setup(PlainEngine())

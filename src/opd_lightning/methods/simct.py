@@ -34,6 +34,9 @@ class SimCT(Objective):
         allow_biased_sampling: Accept rollouts that are not drawn from the student's whole distribution at
             `student_temperature` (the paper samples at top-p 0.95).
         chunk_tokens: Response tokens whose logits exist at once.
+        least_teacher_mass: A unit has no loss where the teacher gives the shared tokens and the unit together less
+            than this: put through a softmax, little would look like all. The unit counts with the mean of its tokens'
+            log-probabilities. 0 leaves none out; 0.5 is the default of later code.
 
     Raises:
         ValueError: A setting is none of these.
@@ -50,7 +53,13 @@ class SimCT(Objective):
         teacher_temperature: float = 1.0,
         allow_biased_sampling: bool = False,
         chunk_tokens: int = 512,
+        least_teacher_mass: float = 0.0,
     ) -> None:
+        if not 0 <= least_teacher_mass < 1:
+            raise ValueError(
+                "objective.least_teacher_mass: expected a mass in [0, 1) (0 leaves no unit out), got"
+                f" {least_teacher_mass}."
+            )
         if averaged not in get_args(Averaged):
             raise ValueError(f"objective.averaged: expected one of {', '.join(get_args(Averaged))}, got {averaged!r}.")
         check_temperatures(student_temperature=student_temperature, teacher_temperature=teacher_temperature)
@@ -60,6 +69,7 @@ class SimCT(Objective):
         self.teacher_temperature = teacher_temperature
         self.allow_biased_sampling = allow_biased_sampling
         self.chunk_tokens = chunk_tokens
+        self.least_teacher_mass = least_teacher_mass
 
     @override
     def request(self) -> ScoreRequest:
@@ -89,11 +99,24 @@ class SimCT(Objective):
             theirs = teacher.at_units(self.averaged).to(log_p)
             log_q = _normalized(theirs[:, :-1], theirs[:, -1], is_shared)
         values = (log_p.exp() * (log_p - log_q)).sum(-1)
+        if self.least_teacher_mass:
+            log_p, log_q, values = self._without_the_unknown(teacher, is_shared, log_p, log_q, values)
         with torch.no_grad():  # the gradient in the unit's score, which its other tokens have a part in
             pull = log_p[:, -1].exp() * (log_p[:, -1] - log_q[:, -1] - values) / lengths
             owner = (units.num_tokens > 0).long().cumsum(0) - 1
             pulls = torch.where(units.joined, pull[owner.clamp(min=0)] if len(pull) else 0.0, 0.0)
         return pulls * (written - fixed) + torch.zeros_like(fixed).scatter(0, starts, values)
+
+    def _without_the_unknown(
+        self, teacher: JointScores, is_shared: Tensor, log_p: Tensor, log_q: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, with equal models and no loss at units of which the teacher's candidates hold too little mass."""
+        with torch.no_grad():
+            masses = teacher.at_units("log_probs").exp()
+            mass = masses[:, :-1].sum(-1) + torch.where(is_shared, 0.0, masses[:, -1])
+            is_known = mass >= self.least_teacher_mass
+            log_q = torch.where(is_known[:, None], log_q, log_p)
+        return log_p, log_q, torch.where(is_known, values, 0.0)
 
 
 def _normalized(shared: Tensor, own: Tensor, is_shared: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ OVERLAP_FACTS = (
     "overlap_mass_teacher",
     "overlap_advantage",
     "overlap_reverse_kl",
+    "teacher_mass_above",
 )
 VOCABULARY_FACTS = ("reverse_kl", "forward_kl", "teacher_entropy", "entropy_gap")
 
@@ -115,6 +116,7 @@ def facts_from_few(few: Mapping[str, Tensor], tokens: ResponseTokens) -> dict[st
     if "teacher_top_ids" in few:
         listed = few.pop("teacher_top_ids"), few.pop("teacher_top_log_probs")
         facts |= overlap_facts(top_ids, top_log_probs, *listed)
+        facts["teacher_mass_above"] = mass_above(tokens.ids, *listed)
     return {name: values.float() for name, values in (facts | few).items()}
 
 
@@ -167,3 +169,16 @@ def overlap_facts(
         "overlap_advantage": -divergence / size.clamp(min=1),
         "overlap_reverse_kl": divergence,
     }
+
+
+def mass_above(token_ids: Tensor, listed_ids: Tensor, listed_log_probs: Tensor) -> Tensor:
+    """Mass [n] on the listed tokens that come before each token in its list; 1 where it is not listed.
+
+    Args:
+        token_ids: int64 [n].
+        listed_ids: int64 [n, k], likeliest first.
+        listed_log_probs: [n, k] of `listed_ids`.
+    """
+    masses, is_it = listed_log_probs.exp(), listed_ids == token_ids[:, None]
+    before = ((masses.cumsum(-1) - masses) * is_it).sum(-1)
+    return torch.where(is_it.any(-1), before, 1.0)

@@ -27,7 +27,7 @@ class TeacherMixed(OnPolicy):
     by token beside the student's, so both models generate.
 
     Args:
-        share: Of the teacher, in [0, 1]; 0 is `OnPolicy`.
+        teacher_share: Of the teacher, in [0, 1]; 0 is `OnPolicy`.
 
     Raises:
         ValueError: It is outside; from `setup`, the engine draws from one model; from `rollouts`, the teacher only
@@ -36,20 +36,20 @@ class TeacherMixed(OnPolicy):
     Source: arXiv 2306.08543, section 2.2 (alpha = 0.2).
     """
 
-    def __init__(self, share: float = 0.2) -> None:
-        if not 0 <= share <= 1:
-            raise ValueError(f"source.share: expected a number in [0, 1], got {share}.")
-        self.share = share
+    def __init__(self, teacher_share: float = 0.2) -> None:
+        if not 0 <= teacher_share <= 1:
+            raise ValueError(f"source.teacher_share: expected a number in [0, 1], got {teacher_share}.")
+        self.teacher_share = teacher_share
         self._blend: Blend | None = None
 
     @property
     @override
     def staleness(self) -> int | None:
-        return None if self.share else 0
+        return None if self.teacher_share else 0
 
     @override
     def setup(self, engine: RolloutEngine) -> None:
-        if self.share and not engine.blends:
+        if self.teacher_share and not engine.blends:
             raise ValueError(
                 f"data.engine: TeacherMixed draws each token from two models at once, and {type(engine).__name__} draws"
                 " from one. Use HFEngine."
@@ -60,7 +60,7 @@ class TeacherMixed(OnPolicy):
     def admit(
         self, problems: Sequence[Problem], tokenizer: Tokenizer, sampling: Sampling, num_rollouts: int
     ) -> list[Problem]:
-        if self.share and sampling.temperature == 0:
+        if self.teacher_share and sampling.temperature == 0:
             raise ValueError(
                 "data.sampling.temperature: TeacherMixed draws from a mixture of two distributions, expected a number"
                 " above 0, got 0. Set it to 1."
@@ -69,7 +69,7 @@ class TeacherMixed(OnPolicy):
 
     @override
     def rollouts(self, step: StepPrompts, sampling: Sampling, student: LiveStudent) -> RolloutBatch:
-        if not self.share:
+        if not self.teacher_share:
             return super().rollouts(step, sampling, student)
         with self.engine.blended(self._teacher_of(student)):
             batch = super().rollouts(step, sampling, student)
@@ -85,5 +85,5 @@ class TeacherMixed(OnPolicy):
                 f" {type(teacher).__name__ if teacher is not None else None}. Use an HFTeacher with offload: false."
             )
         if self._blend is None or self._blend.model is not loaded[1]:
-            self._blend = Blend(teacher.as_answerer(student.spec), loaded[1], self.share)
+            self._blend = Blend(teacher.as_answerer(student.spec), loaded[1], self.teacher_share)
         return self._blend
