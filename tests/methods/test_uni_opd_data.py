@@ -34,7 +34,7 @@ def test_problems_that_are_passed_sometimes_come_more_often_and_none_is_lost(tmp
     assert (selector.state_dict()["weights"] * 6 / 4).tolist() == pytest.approx([1, 2, 2, 1])
     drawn = Counter(PROBLEMS[i].uid for i in selector.select(60))
     assert drawn["one"] + drawn["seven"] == pytest.approx(40, abs=4) and min(drawn.values()) > 5
-    wider = UpsampledByPasses(selector.answers, most=8)
+    wider = UpsampledByPasses(selector.answers, most_passes=8)
     wider.setup(PROBLEMS, seed=3)
     assert (wider.state_dict()["weights"] * 7 / 4).tolist() == pytest.approx([1, 2, 2, 2])
     with pytest.raises(ValueError, match=r"selector\.answers: the answers in .* are not those of the checkpoint"):

@@ -28,13 +28,13 @@ Key = TypeVar("Key", bound=Hashable)
 class UpsampledByPasses(Weighted):
     """Problems that the student gets right sometimes, but not always, come more often; none is left out.
 
-    A file of the student's answers, several to each problem, says how often it was right. Problems with `least` to
-    `most` right answers weigh `times` as much as the others (see `Weighted` for what a weight means).
+    A file of the student's answers, several to each problem, says how often it was right. Problems with `least_passes`
+    to `most_passes` right answers weigh `times` as much as the others (see `Weighted` for what a weight means).
 
     Args:
         answers: File of `opd-lightning rollout --role student --num_samples 8`, with marks.
-        least: Fewest right answers of a problem that comes more often.
-        most: Most right answers: 7 of 8 in the paper, in one place 8.
+        least_passes: Fewest right answers of a problem that comes more often.
+        most_passes: Most right answers: 7 of 8 in the paper, in one place 8.
         times: How many times as often. No published value was found: 2 is ours.
         right_from: The least mark of a right answer.
         missing: What becomes of problems without answers in the file: "refuse" the run, or "keep" them, once a pass.
@@ -48,22 +48,24 @@ class UpsampledByPasses(Weighted):
     def __init__(
         self,
         answers: str,
-        least: int = 1,
-        most: int = 7,
+        least_passes: int = 1,
+        most_passes: int = 7,
         times: float = 2.0,
         right_from: float = 1.0,
         missing: Missing = "refuse",
     ) -> None:
         super().__init__(column=answers)
         check_ending("selector.answers", answers)
-        if not 0 <= least <= most:
-            raise ValueError(f"selector.most: expected 0 <= least={least} <= most, got {most}.")
+        if not 0 <= least_passes <= most_passes:
+            raise ValueError(
+                f"selector.most_passes: expected 0 <= least_passes={least_passes} <= most_passes, got {most_passes}."
+            )
         check_one_of("selector.missing", missing, get_args(Missing))
         if not 1 <= times < math.inf:
             raise ValueError(f"selector.times: expected a finite number of at least 1 (1: all alike), got {times}.")
         if not 0 < right_from <= 1:
             raise ValueError(f"selector.right_from: expected a mark in (0, 1], got {right_from}.")
-        self.answers, self.least, self.most = answers, least, most
+        self.answers, self.least_passes, self.most_passes = answers, least_passes, most_passes
         self.times, self.right_from, self.missing = times, right_from, missing
         self._passes: Counter[str] = Counter()
 
@@ -90,14 +92,14 @@ class UpsampledByPasses(Weighted):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if "weights" in state and not torch.equal(state["weights"], self._weights):
             raise ValueError(
-                f"selector.answers: the answers in {self.answers!r} (or least, most, times) are not those of the"
+                f"selector.answers: the answers in {self.answers!r}, or how they are counted, are not those of the"
                 " checkpoint. Resume with the same, or start a new run from the checkpoint's weights."
             )
         super().load_state_dict(state)
 
     @override
     def _weight(self, problem: Problem) -> float:
-        return self.times if self.least <= self._passes.get(problem.uid, -1) <= self.most else 1.0
+        return self.times if self.least_passes <= self._passes.get(problem.uid, -1) <= self.most_passes else 1.0
 
     def _count(self) -> Counter[str]:
         path = Path(self.answers).expanduser()
