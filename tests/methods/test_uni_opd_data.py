@@ -117,7 +117,7 @@ def test_answers_that_are_left_out_have_no_say_in_the_margin():
         (lambda: UpsampledByPasses("a.jsonl").setup(PROBLEMS, 0), r"selector\.answers: there is no file 'a\.jsonl'"),
         (
             lambda: UpsampledByPasses("a.jsonl", least=3, most=2),
-            r"selector\.most: expected 0 <= least=3 <= most, got 2",
+            r"selector\.most_passes: expected 0 <= least_passes=3 <= most_passes, got 2",
         ),
         (lambda: UpsampledByPasses("a.jsonl", times=0.5), r"selector\.times: expected a finite number of at least 1"),
         (lambda: UpsampledByPasses("a.jsonl", missing="drop"), r"selector\.missing: expected one of refuse, keep"),
