@@ -116,7 +116,7 @@ def test_answers_that_are_left_out_have_no_say_in_the_margin():
         (lambda: BalancedMarks(right_from=0), r"source\.right_from: expected a mark"),
         (lambda: UpsampledByPasses("a.jsonl").setup(PROBLEMS, 0), r"selector\.answers: there is no file 'a\.jsonl'"),
         (
-            lambda: UpsampledByPasses("a.jsonl", least=3, most=2),
+            lambda: UpsampledByPasses("a.jsonl", least_passes=3, most_passes=2),
             r"selector\.most_passes: expected 0 <= least_passes=3 <= most_passes, got 2",
         ),
         (lambda: UpsampledByPasses("a.jsonl", times=0.5), r"selector\.times: expected a finite number of at least 1"),
