@@ -29,7 +29,12 @@ REAL = Work(
     prompt_tokens=64,
 )
 TINY = Work(64, Shape(32, 1, 32), Shape(48, 1, 48), num_rollouts=2, max_new_tokens=4, prompt_tokens=4)
-FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
+FOUR_BITS = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
 
 
 class LeftOut(Exception):

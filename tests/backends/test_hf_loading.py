@@ -111,9 +111,9 @@ def test_unknown_attention_implementation_is_refused(tiny_qwen3_folder):
 
 
 def test_quantization_without_its_package_is_explained(tiny_teacher_folder, tiny_qwen3_folder):
-    teacher = HFTeacher(str(tiny_teacher_folder), quantization_config={"quant_method": "no_such_method"})
+    teacher = HFTeacher(str(tiny_teacher_folder), quantization_config={"quant_method": "quanto", "weights": "int8"})
     with pytest.raises(
-        ValueError, match=r"teacher\.path: cannot load the weights with teacher\.quantization_config=.*no_such_method"
+        ValueError, match=r"teacher\.path: cannot load the weights with teacher\.quantization_config=.*quanto"
     ):
         teacher.setup(HFStudent(str(tiny_qwen3_folder)), None, None)
 

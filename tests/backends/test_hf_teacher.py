@@ -16,6 +16,9 @@ from opd_lightning.interfaces import ScoreRequest
 from opd_lightning.objectives import DivergenceObjective
 from opd_lightning.rollouts.comparison import compare
 
+EIGHT_BITS = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+FOUR_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
 
 def ready(teacher, student):
     teacher.setup(student, nn.Identity(), CPU)
@@ -197,7 +200,19 @@ def test_whatever_may_be_asked_is_given(tiny_teacher_folder, student):
             {"quantization_config": {"load_in_4bit": True}},
             r"teacher\.quantization_config: expected a key 'quant_method'",
         ),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}, "offload": True}, r"teacher\.offload: quantised"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbyte", "load_in_4bit": True}},
+            r"quantization_config: quant_method is 'bitsandbyte'; transformers knows .*bitsandbytes, ",
+        ),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bits": True}},
+            r"quantization_config: bitsandbytes needs load_in_4bit: true or load_in_8bit: true beside",
+        ),
+        (
+            {"quantization_config": {**EIGHT_BITS, "threshold": 6.0}},
+            r"quantization_config: bitsandbytes has no setting 'threshold'; it has load_in_8bit, .*llm_int8_threshold",
+        ),
+        ({"quantization_config": EIGHT_BITS, "offload": True}, r"teacher\.offload: quantised"),
     ],
 )
 def test_impossible_settings_are_refused_at_construction(options, message):

@@ -113,6 +113,6 @@ def test_each_teacher_is_checked_and_named(folders, tmp_path):
     other = save_folder(tmp_path / "other", make_model(seed=3), make_tokenizer(CHARACTERS[::-1]))
     with pytest.raises(ValueError, match=r"model\.teacher\.teachers\.strange: teacher\.path: the tokenizers"):
         make({**folders, "strange": str(other)}, column="level").preflight(HFStudent(folders["small"]))
-    quantized = HFTeacher(folders["small"], quantization_config={"quant_method": "bitsandbytes"})
+    quantized = HFTeacher(folders["small"], quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     with pytest.raises(ValueError, match=r"teachers\.small: teacher\.offload: quantised weights cannot move"):
         Routed({"small": quantized}, "level", paged=True).preflight(HFStudent(folders["small"]))

@@ -14,6 +14,7 @@ from lightning import Trainer
 from opd_lightning.backends.hf import HFEngine, HFStudent, HFTeacher
 from opd_lightning.commands.prompt_scores import describe_scores, score_prompts
 from opd_lightning.commands.template_settings import TemplateSettings, make_templates
+from opd_lightning.commands.whole_teacher import load_whole_teacher
 from opd_lightning.diagnosis.examination import diagnose
 from opd_lightning.diagnosis.measurements import Diagnosis
 from opd_lightning.diagnosis.pair import Pair
@@ -91,9 +92,16 @@ class DiagnosingTrainer(Trainer):
             num_alignment_nodes=alignment_nodes,
             num_cells=coverage_cells,
             templates=() if templates is None else make_templates(templates, pair, problems, split, folder),
+            load_whole=load_whole_teacher if _is_quantised(pair) else None,
             say=_say,
         )
         _write(replace(numbers, settings=settings), folder)
+
+
+def _is_quantised(pair: Pair) -> bool:
+    """Whether the teacher itself is, and scores tokens one by one."""
+    teacher = pair.teacher
+    return isinstance(teacher, HFTeacher) and teacher.quantization_config is not None and teacher.offer.full_vocabulary
 
 
 def _say(words: str) -> None:

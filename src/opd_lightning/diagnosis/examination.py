@@ -25,6 +25,7 @@ from opd_lightning.diagnosis.measurements import (
 )
 from opd_lightning.diagnosis.pair import Pair
 from opd_lightning.diagnosis.prompt_rows import prompt_rows
+from opd_lightning.diagnosis.quantization import LoadWhole, measure_quantization
 from opd_lightning.diagnosis.template_choice import REFERENCE, PromptTemplate, compare_templates, template_numbers
 from opd_lightning.diagnosis.templates import find_differences, render_both
 from opd_lightning.diagnosis.tokens import facts_by_position, mean_facts, reward_auroc
@@ -44,6 +45,7 @@ def diagnose(
     num_alignment_nodes: int = 0,
     num_cells: int = 0,
     templates: Sequence[PromptTemplate] = (),
+    load_whole: LoadWhole | None = None,
     say: Say = lambda words: None,
 ) -> Diagnosis:
     """Measure a pair on some problems.
@@ -58,6 +60,8 @@ def diagnose(
             the expected reward; 0 leaves this out.
         num_cells: Cells of states that prompts are to cover; 0 leaves this out.
         templates: Other ways of putting the same problems, to compare with the run's own.
+        load_whole: Of a quantised teacher, to compare it with itself in full on an answer to each problem; None leaves
+            this out.
         say: Told what is done next.
     """
     seed_parts = (pair.seed, "diagnose")
@@ -77,6 +81,10 @@ def diagnose(
         example = pair.student.tokenizer.decode(prompts[0].token_ids, skip_special_tokens=False)
         own = template_numbers(REFERENCE, {}, example, rows)
         found = compare_templates(pair, own, templates, num_samples, say) if templates else ()
+        quantization = None
+        if load_whole is not None:
+            say("the quantised teacher is compared with itself in full")
+            quantization = measure_quantization(pair, load_whole, rollouts[::num_samples])
     auroc, num_right = reward_auroc(compared)
     vocab_size = pair.student.tokenizer.vocab_size
     return Diagnosis(
@@ -97,10 +105,14 @@ def diagnose(
         gradients=gradients,
         prompt=teacher.prompt,
         findings=teacher.findings,
-        left_out=_left_out(pair, problems, is_speechless=teacher.facts is None),
+        left_out=(
+            *_left_out(pair, problems, is_speechless=teacher.facts is None),
+            *([quantization] if isinstance(quantization, str) else []),
+        ),
         prompts=tuple(rows),
         templates=found,
         alignment=aligned,
+        quantization=None if isinstance(quantization, str) else quantization,
     )
 
 

@@ -164,6 +164,23 @@ class Alignment:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """A quantised teacher beside the same one in full, on the student's answers.
+
+    Attributes:
+        kl: KL(in full || quantised), nats per token.
+        largest: Of any token.
+        agreement: Share of tokens at which both find the same token likeliest.
+        num_tokens: Tokens that were compared.
+    """
+
+    kl: Estimate
+    largest: float
+    agreement: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
 class RenderedPrompt:
     """One problem as both sides render it.
 
@@ -224,6 +241,7 @@ class Diagnosis:
         prompts: What each prompt showed (`prompt_rows`).
         templates: The run's own template and others beside it; empty where no others were asked for.
         alignment: With the gradient of the expected reward; None where it was not asked for, or cannot be known.
+        quantization: What it changes of the teacher; None where that is not quantised, or the other does not fit.
     """
 
     settings: Mapping[str, Any]
@@ -247,3 +265,4 @@ class Diagnosis:
     prompts: tuple[Mapping[str, Any], ...] = ()
     templates: tuple[TemplateNumbers, ...] = ()
     alignment: Alignment | None = None
+    quantization: Quantization | None = None

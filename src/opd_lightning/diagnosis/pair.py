@@ -116,7 +116,7 @@ class Pair:
         """Answers, those of a prompt together, with all that teacher and objective attach to them."""
         rollouts = shape_groups(self.teacher, rollouts, group_size)
         if self.objective.needs_log_ratios:
-            batches = self._cut(rollouts)
+            batches = self.cut(rollouts)
             with self.precision():
                 rollouts = attach_log_ratios(rollouts, batches, self.teacher.score_all(batches, self.request))
         return attach_step(shape_groups(self.objective, rollouts, group_size), 0)
@@ -131,7 +131,7 @@ class Pair:
         assert self.model is not None, "the pair is not loaded"
         found = []
         for rollout in rollouts:
-            (batch,) = self._cut([rollout])
+            (batch,) = self.cut([rollout])
             with torch.no_grad(), self.precision():
                 logits = self.student.head(self.model)(self.student.hidden_states(self.model, batch))
                 (scores,) = self.teacher.score_all([batch], self.request)
@@ -155,7 +155,7 @@ class Pair:
     def compare(self, rollouts: Sequence[Rollout]) -> list[TrainedRollout]:
         """Facts of every token of the student's answers, in the order of the answers."""
         assert self.model is not None, "the pair is not loaded"
-        batches = self._cut(rollouts)
+        batches = self.cut(rollouts)
         found: list[TrainedRollout] = []
         with torch.no_grad(), self.precision():
             for compared in compare(
@@ -165,7 +165,8 @@ class Pair:
         places = {id(rollout): place for place, rollout in enumerate(rollouts)}
         return sorted(found, key=lambda each: places[id(each.rollout)])
 
-    def _cut(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
+    def cut(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
+        """Micro-batches of answers, longest first, on the device."""
         return make_micro_batches(
             rollouts, max_tokens=self.max_tokens, pad_id=self.student.tokenizer.pad_id, device=self.device
         )

@@ -109,6 +109,9 @@ def _pair_table(numbers: Diagnosis) -> Table:
     rows.append(
         ("AUROC of the global reward", number(numbers.reward_auroc), f"{number(numbers.num_right)} right answers")
     )
+    if (found := numbers.quantization) is not None:
+        rows.append(("KL of the teacher in full to the quantised", _with_error(found.kl, number), "nats per token"))
+        rows.append(("same likeliest token as in full", share(found.agreement), f"of {found.num_tokens} tokens"))
     note = (
         f"Means over all response tokens, k = {numbers.k} of {numbers.vocab_size} tokens (see docs/metrics.md)."
         " The AUROC is the probability that the teacher's mean log-ratio is higher on a right answer than on another."

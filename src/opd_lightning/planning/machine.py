@@ -20,6 +20,7 @@ from opd_lightning.planning.hardware import HARDWARE, Hardware
 
 THIS_MACHINE = "this-machine"
 _MEMORY_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_USED_FILES = (Path("/sys/fs/cgroup/memory.current"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"))
 _PHYSICAL = Path("/proc/meminfo")
 _TURNS = 5
 _FEW_ROWS = 32
@@ -34,6 +35,18 @@ def memory_of(device: torch.device) -> float | None:
     found = [line.split() for line in _read(_PHYSICAL).splitlines() if line.startswith("MemTotal:")]
     limits += [1024 * int(words[1]) for words in found]
     return 1e-9 * min(limits) if limits else None
+
+
+def free_memory_of(device: torch.device) -> float | None:
+    """Gigabytes of a device that nobody has taken; None where nobody says."""
+    if device.type == "cuda":
+        return 1e-9 * torch.cuda.mem_get_info(device)[0]
+    found = [line.split() for line in _read(_PHYSICAL).splitlines() if line.startswith("MemAvailable:")]
+    free = [1024 * int(words[1]) for words in found]
+    for limit, used in zip(_MEMORY_FILES, _USED_FILES, strict=True):
+        if (most := _read(limit)).isdigit() and (now := _read(used)).isdigit():
+            free.append(max(0, int(most) - int(now)))
+    return 1e-9 * min(free) if free else None
 
 
 def this_machine() -> Hardware:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +14,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from opd_lightning.backends.hf.weightless import blank_model, is_weightless
 from opd_lightning.sandbox import resolve
@@ -156,6 +159,8 @@ def load_model(
         what += f" with {source.role}.attn_implementation={attn_implementation!r}"
     if quantization_config is not None:
         options |= {"quantization_config": dict(quantization_config), "device_map": {"": device}}
+        # each 8-bit product would say that it works in float16
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         what += f" with {source.role}.quantization_config={dict(quantization_config)}"
     with _explained(source, what):
         # what does not fit is reported below by name
@@ -185,12 +190,32 @@ def check_dtype(role: str, dtype: str) -> None:
 
 
 def check_quantization(role: str, quantization_config: Mapping[str, Any] | None) -> None:
-    """Refuse a quantization setting that does not say which method it is for."""
-    if quantization_config is not None and "quant_method" not in quantization_config:
+    """Refuse settings of a quantization that transformers would not know, or would pass over without a word.
+
+    Raises:
+        ValueError: No method is named or an unknown one, bits are missing, or a name means nothing to the method.
+    """
+    if quantization_config is None:
+        return
+    argument = f"{role}.quantization_config"
+    if "quant_method" not in quantization_config:
         raise ValueError(
-            f"{role}.quantization_config: expected a key 'quant_method' (for example 'bitsandbytes') beside"
+            f"{argument}: expected a key 'quant_method' (for example 'bitsandbytes') beside"
             f" {sorted(quantization_config)}."
         )
+    method = quantization_config["quant_method"]
+    known = sorted({name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZATION_CONFIG_MAPPING})
+    if method not in known:
+        raise ValueError(f"{argument}: quant_method is {method!r}; transformers knows {', '.join(known)}.")
+    if method == "bitsandbytes" and not any(quantization_config.get(name) for name in ("load_in_4bit", "load_in_8bit")):
+        raise ValueError(
+            f"{argument}: bitsandbytes needs load_in_4bit: true or load_in_8bit: true beside"
+            f" {sorted(quantization_config)}."
+        )
+    settings_of = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method, BitsAndBytesConfig)
+    names = [name for name in inspect.signature(settings_of).parameters if name != "kwargs"]
+    if unknown := sorted({*quantization_config} - {"quant_method", *names}):
+        raise ValueError(f"{argument}: {method} has no setting {unknown[0]!r}; it has {', '.join(names)}.")
 
 
 @contextmanager

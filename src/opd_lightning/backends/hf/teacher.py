@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +19,7 @@ from opd_lightning.backends.hf.packing import allow_packing, is_packed, response
 from opd_lightning.backends.hf.preflight import Compatibility, check_compatibility
 from opd_lightning.backends.hf.student import HFStudent
 from opd_lightning.backends.hf.tokenizer import HFTokenizer
+from opd_lightning.distributed import rank
 from opd_lightning.interfaces import LinearHead, MicroBatch, ScoreRequest, Student, Teacher, TeacherScores
 from opd_lightning.objectives import HiddenScores
 
@@ -37,9 +39,11 @@ class HFTeacher(Teacher):
         dtype: Dtype of the weights; "auto" is the one they are stored in.
         attn_implementation: Attention kernel, for example "sdpa" or "flash_attention_2"; None lets transformers choose.
         quantization_config: Passed to transformers, for example
-            ``{"quant_method": "bitsandbytes", "load_in_4bit": true}``.
+            ``{"quant_method": "bitsandbytes", "load_in_4bit": true}``; `opd-lightning diagnose` then says what it
+            changes.
         offload: Keep the body in (pinned) CPU memory and bring it to the device once per step, for all micro-batches
-            together. Saves the body's memory during the student's passes for one transfer per step.
+            together. Saves the body's memory during the student's passes for one transfer per step; `setup` prints
+            how many bytes that is.
         float32_head: Use a float32 copy of the head. A bfloat16 head rounds logits between 16 and 32 to steps of 0.125,
             as large as the differences late in training; costs memory and a slower matrix product.
         trust_remote_code: Whether code that comes with the model may run.
@@ -140,6 +144,15 @@ class HFTeacher(Teacher):
             bias = None if head.bias is None else head.bias.detach().to(device, dtype, copy=True)
             head = replace(head, weight=head.weight.detach().to(device, dtype, copy=True), bias=bias)
         self._head = head
+        if self._visitor is not None and rank() == 0:
+            print(_words_of_rest(self.source.path, self._visitor, head, device), file=sys.stderr)
+
+    def in_full(self) -> HFTeacher:
+        """The same teacher, not loaded, with weights that are not quantised."""
+        whole = copy.copy(self)
+        whole.quantization_config = None
+        whole.close()
+        return whole
 
     def as_answerer(self, student: Student) -> Student:
         """The model in a student's place.
@@ -197,8 +210,23 @@ class HFTeacher(Teacher):
         return nullcontext() if self._visitor is None or self._visitor.is_there else self._visitor.on_device()
 
 
+def _words_of_rest(path: str, body: _VisitingWeights, head: LinearHead, device: torch.device) -> str:
+    """What offload frees, in bytes."""
+    if device.type == "cpu":
+        return f"teacher.offload: the device is the CPU, so nothing is freed; the head of {path} is there twice."
+    staying = sum(each.numel() * each.element_size() for each in (head.weight, head.bias) if each is not None)
+    return (
+        f"teacher.offload: {body.num_bytes:,} bytes of {path} rest in CPU memory and are on {device} while a step is"
+        f" scored; its head, {staying:,} bytes, stays there."
+    )
+
+
 class _VisitingWeights:
-    """Frozen weights that rest in CPU memory and visit the device; the way back costs nothing, as nothing changed."""
+    """Frozen weights that rest in CPU memory and visit the device; the way back costs nothing, as nothing changed.
+
+    Attributes:
+        num_bytes: That rest.
+    """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.is_there = False
@@ -208,6 +236,8 @@ class _VisitingWeights:
             for part in module.modules()
             for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
         ]
+        stored = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for _, _, tensor in self._places}
+        self.num_bytes = sum(stored.values())
         if device.type == "cuda":
             for _, _, tensor in self._places:
                 tensor.data = tensor.data.pin_memory()

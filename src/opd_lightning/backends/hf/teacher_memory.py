@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from torch import nn
 
+from opd_lightning.backends.hf.loading import load_model
 from opd_lightning.backends.hf.teacher import HFTeacher
+from opd_lightning.backends.hf.weightless import without_data
 
 _BITS = {"load_in_4bit": 4.5, "load_in_8bit": 8.0}  # bitsandbytes; 4 bits and a float32 scale for 64 of them
+
+
+def whole_bytes(teacher: HFTeacher) -> int:
+    """Bytes of the weights where they are not quantised; none is read."""
+    with without_data():
+        model = load_model(teacher.source, teacher.dtype)
+        return sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
 
 
 def resting_bytes(teacher: HFTeacher) -> int | None:
