@@ -63,6 +63,8 @@ class Setting:
     optimizer: str = "AdamW"
     objective: str = "reverse_kl"
     effopd: bool = False
+    bits: int = 0
+    offload: bool = False
 
 
 SETTINGS = {
@@ -81,6 +83,11 @@ SETTINGS = {
     "Adafactor": Setting(optimizer="Adafactor"),
     "top 16 of the student": Setting(objective="top_k"),
     "LoRA, checkpointing": Setting(lora=16, checkpointing=True),
+    "EffOPD": Setting(student="24M", teacher="3M", rollouts=8, effopd=True),
+    "long cache": Setting(teacher="3M", response=96, rollouts=64, max_tokens=512),
+    "8-bit Adam": Setting(student="24M", teacher="3M", rollouts=8, optimizer="AdamW8bit"),
+    "4-bit teacher": Setting(student="3M", teacher="24M", rollouts=8, bits=4),
+    "offload": Setting(student="3M", teacher="24M", rollouts=8, vocabulary=32768, offload=True),
 }
 
 
@@ -140,6 +147,7 @@ def make_run(setting: Setting, folder: Path) -> tuple[Any, Any]:
         "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
         "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-5),
         "Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-5),
+        "AdamW8bit": _eight_bits,
     }
     objectives = {
         "reverse_kl": DivergenceObjective,
@@ -154,7 +162,10 @@ def make_run(setting: Setting, folder: Path) -> tuple[Any, Any]:
     )
     teacher = None
     if setting.teacher:
-        teacher = HFTeacher(str(make_model(folder, setting.teacher, setting.vocabulary)), packing=False)
+        bits = {"quant_method": "bitsandbytes", f"load_in_{setting.bits}bit": True}
+        path = str(make_model(folder, setting.teacher, setting.vocabulary))
+        given = {"quantization_config": bits if setting.bits else None, "offload": setting.offload}
+        teacher = HFTeacher(path, packing=False, **given)
     module = OPDModule(
         student,
         teacher,
@@ -167,14 +178,28 @@ def make_run(setting: Setting, folder: Path) -> tuple[Any, Any]:
     return module, OPDDataModule(Fixed(), sampling=sampling, prompts_per_step=setting.rollouts)
 
 
+def _eight_bits(parameters: Any) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=1e-5)
+
+
+def make_callbacks(setting: Setting) -> list[Any]:
+    """EffOPD, with a score that holds nothing."""
+    from opd_lightning.callbacks.effopd import EffOPD
+
+    return [EffOPD(lambda module: 0.0, schedule=1)] if setting.effopd else []
+
+
 def plan(setting: Setting, folder: Path, hardware: Any) -> dict[str, Any]:
     """What is planned: bytes and seconds by part."""
     from opd_lightning.commands.planned_case import Surroundings, case_of
-    from opd_lightning.planning import rehearse
+    from opd_lightning.planning import Layout, budget, rehearse
 
     module, data = make_run(setting, folder)
     started = time.process_time()
-    phases = rehearse(case_of(module, data, Surroundings("32-true", 1, ()), setting.prompt), hardware).phases
+    case = case_of(module, data, Surroundings("32-true", 1, make_callbacks(setting)), setting.prompt)
+    phases = budget(case, rehearse(case, hardware), Layout(is_gpu=False), memory_gb=1.0).phases
     return {"parts": [asdict(phase) for phase in phases], "planning_seconds": time.process_time() - started}
 
 
@@ -196,7 +221,8 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             metrics = trainer.callback_metrics
             self.found = {
-                "peaks": {part: 1e9 * gb - resident for part, gb in pl_module.stopwatch.memory_gb.items()},
+                "peaks": {part: 1e9 * gb - resident for part, gb in pl_module.stopwatch.memory_gb.items()}
+                | ({"search": memory.read() - resident} if setting.effopd else {}),
                 "seconds": {
                     part: float(metrics[f"train/seconds/{part}"])
                     for part in PARTS
@@ -209,18 +235,18 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
         seed_everything(0, verbose=False)
         module, data = make_run(what, folder)
         trainer = Trainer(
-            accelerator="cpu", max_steps=num_steps, max_epochs=-1, limit_val_batches=0, callbacks=[watch], logger=False,
+            accelerator="cpu", max_steps=num_steps, max_epochs=-1, limit_val_batches=0, callbacks=[*make_callbacks(what), watch], logger=False,
             enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, log_every_n_steps=1,
         )  # fmt: skip
         trainer.fit(module, data)
         return watch.found
 
-    resident = 0.0
+    resident, memory = 0.0, PeakMemory(torch.device("cpu"))
     small = replace(
         setting, student="3M", teacher="3M" if setting.teacher else None, rollouts=2, response=8, vocabulary=512
     )
     fit(small, 2)  # whatever is imported or set up once is there
-    memory = PeakMemory(torch.device("cpu"))
+    memory.restart()
     resident = float(memory.read())
     return fit(setting, 2)
 
@@ -247,7 +273,7 @@ def run(setting: Setting, is_tidy: bool, folder: Path) -> dict[str, Any]:
 
 def main(turn: str, names: list[str]) -> None:
     """Plan and measure; results are written after each setting."""
-    from opd_lightning.planning.machine import this_machine
+    from opd_lightning.planning import Hardware, this_machine
 
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"settings": {}}
     with tempfile.TemporaryDirectory() as folder:
@@ -256,7 +282,8 @@ def main(turn: str, names: list[str]) -> None:
             row = results["settings"].setdefault(name, {"setting": asdict(setting)})
             if turn in row and not names:
                 continue
-            hardware = this_machine() if turn == "seconds" else None  # anew: others use the machine too
+            known = Hardware(**row["hardware"]) if "hardware" in row else None
+            hardware = this_machine() if turn == "seconds" else known  # anew: others use the machine too
             row["planned"] = plan(setting, Path(folder), hardware)
             row |= {"hardware": asdict(hardware)} if hardware else {}
             row[turn] = run(setting, turn == "memory", Path(folder))

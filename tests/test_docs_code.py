@@ -28,6 +28,11 @@ NOT_RUN = {  # why a block is not run, page by page
         "four runs in a row and loops of the shell; done by hand, 22 November",
     ],
     "docs/offline.md": ["fetches some 12 GB from the hub"],
+    "docs/optimizers.md": [
+        "bitsandbytes is no dependency; tests/training/test_optimizers.py runs it",
+        "bitsandbytes is no dependency; tests/training/test_optimizers.py runs it",
+        "bitsandbytes is no dependency; tests/backends/test_quantized_teachers.py runs such teachers",
+    ],
     "docs/prompts.md": [
         "templates.yaml is the block below",
         "settings of diagnose, not of fit; tests/tasks/test_prompts_docs.py reads it",

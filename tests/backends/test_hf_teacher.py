@@ -133,6 +133,22 @@ def test_with_offload_the_body_rests_on_the_cpu_and_the_head_does_not(tmp_path, 
     )
 
 
+def test_offload_says_once_what_it_frees(tmp_path, student, capsys):
+    model = make_model(seed=2, tie_word_embeddings=True)
+    folder = save_folder(tmp_path, model, make_tokenizer())
+    body = sum(each.nbytes for each in (*model.model.parameters(), *model.model.buffers()))
+    teacher = HFTeacher(str(folder), offload=True, packing=False)
+    for _ in range(2):
+        teacher.setup(student, nn.Identity(), torch.device("meta"))
+    said = [line for line in capsys.readouterr().err.splitlines() if "teacher.offload" in line]
+    assert said == [
+        f"teacher.offload: {body:,} bytes of {folder} rest in CPU memory and are on meta while a step is scored; its"
+        f" head, {VOCAB_SIZE * model.config.hidden_size * 4:,} bytes, stays there."
+    ]
+    ready(HFTeacher(str(folder), offload=True), student)
+    assert "the device is the CPU, so nothing is freed" in capsys.readouterr().err
+
+
 class SharperTeacher(HFTeacher):
     """A teacher as a user may write it."""
 

@@ -92,9 +92,11 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run an operation and look at what it reads and makes."""
         out = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not made and func._schema.is_mutable:
+            made = given  # the steps of whole lists return nothing
         if func.namespace == "prim" or not made:
             return out
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         known = {id(each.untyped_storage()) for each in given}
         is_view = all(id(each.untyped_storage()) in known for each in made) and not func._schema.is_mutable
         for each in made:

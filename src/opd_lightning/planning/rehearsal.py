@@ -27,6 +27,7 @@ from opd_lightning.objectives import compare_in_chunks
 from opd_lightning.planning.case import Case, Phase, Rehearsal, micro_batch
 from opd_lightning.planning.counting import OperationCounter
 from opd_lightning.planning.hardware import Hardware
+from opd_lightning.planning.optimizer_step import OptimizerStep
 from opd_lightning.rollouts.sampling import draw_tokens
 
 CPU = torch.device("cpu")
@@ -82,10 +83,9 @@ class _Stage:
 
     def _phases(self) -> Iterator[Phase]:
         case, counter = self._case, self._counter
-        optimizer = case.make_optimizer(self._trained)
         self._make_gradients()
         with counter.part("optimiser state"):
-            optimizer.step()
+            optimizer = OptimizerStep(case.make_optimizer, self._trained)
         with counter.part("EffOPD's copies"):
             copies = [torch.empty_like(each) for each in self._trained for _ in range(case.num_copies)]
         if self._teacher is not None:
@@ -94,7 +94,8 @@ class _Stage:
         with self._measured("optimizer") as found:
             nn.utils.clip_grad_norm_(self._trained, 1.0)
             optimizer.step()
-        optimizer.zero_grad()
+        for each in self._trained:
+            each.grad = None
         if case.engine_rows:
             yield self._generation()
         if case.num_micro_batches > 1:
