@@ -1,4 +1,4 @@
-"""The optimisers of docs/optimizers.md, from YAML: a resumed run is the uninterrupted one, with EffOPD's searches too."""
+"""The optimisers of docs/optimizers.md: a resumed run is the uninterrupted one, with EffOPD's searches too."""
 
 import copy
 
