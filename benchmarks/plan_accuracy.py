@@ -235,7 +235,8 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
         seed_everything(0, verbose=False)
         module, data = make_run(what, folder)
         trainer = Trainer(
-            accelerator="cpu", max_steps=num_steps, max_epochs=-1, limit_val_batches=0, callbacks=[*make_callbacks(what), watch], logger=False,
+            accelerator="cpu", max_steps=num_steps, max_epochs=-1, limit_val_batches=0,
+            callbacks=[*make_callbacks(what), watch], logger=False,
             enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, log_every_n_steps=1,
         )  # fmt: skip
         trainer.fit(module, data)

@@ -1,4 +1,4 @@
-"""An optimiser's step without data; where it needs data, as what it holds after a step on real weights of a few rows."""
+"""An optimiser's step without data; where it needs data, what it holds after one on real weights of a few rows."""
 
 from __future__ import annotations
 
