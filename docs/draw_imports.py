@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "src" / "opd_lightning"
@@ -36,18 +37,21 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports_of(path: Path) -> Iterator[tuple[str, bool]]:
+@cache
+def imports_of(path: Path) -> list[tuple[str, bool]]:
     """Names that a file imports, each with whether that happens inside a function only."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside = {
-        id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, id(node) in inside) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module, id(node) in inside
-            yield from ((f"{node.module}.{alias.name}", id(node) in inside) for alias in node.names)
+    return list(_imports(ast.parse(path.read_text(encoding="utf-8")), inside=False))
+
+
+def _imports(node: ast.AST, inside: bool) -> Iterator[tuple[str, bool]]:
+    if isinstance(node, ast.Import):
+        yield from ((alias.name, inside) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.module:
+        yield node.module, inside
+        yield from ((f"{node.module}.{alias.name}", inside) for alias in node.names)
+    elif isinstance(node, ast.stmt | ast.Module | ast.excepthandler | ast.match_case):  # no import in an expression
+        for child in ast.iter_child_nodes(node):
+            yield from _imports(child, inside or isinstance(node, ast.FunctionDef))
 
 
 def room_imports() -> dict[tuple[str, str], bool]:

@@ -12,6 +12,7 @@ import torch
 from browser import browser as browser  # a fixture, as the others that are imported here
 from forks import forks as forks
 from hypothesis import settings
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 from recorded_runs import copied as copied
 from recorded_runs import recorded as recorded
 
@@ -21,6 +22,11 @@ torch.set_num_threads(1)  # several workers share the cores; tiny models lose ti
 # A busy machine is not a failure: the first example of a test also pays for torch's lazy initialisation.
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
+
+
+# At every call of `self.log`, Lightning looks through all that it keeps of a number for tensors to move to the number's
+# device. All are on the CPU here, and the looking takes a quarter of a tiny step. (Runs in forks go without this.)
+_ResultMetric.to = lambda metric, device: metric
 
 
 def pytest_collection_finish():

@@ -2,7 +2,8 @@
 
 `forks` is the fixture for tests. Run as a program, this file imports what a run imports and then forks one process for
 each order on its standard input. What happens in them is real: signals, status, output, a second process under DDP.
-What they share is the hash seed of strings and what imports do, so some tests start Python itself.
+What they share is the hash seed of strings, what imports do and what the parser knows of classes, so some tests start
+Python itself.
 """
 
 import gc
@@ -26,6 +27,7 @@ IMPORTED = (
     "torch.utils.tensorboard",
     "transformers.models.qwen3.modeling_qwen3",
 )
+PARSED = ("fit", "--config", "@quickstart")
 HANGS = 400  # seconds, of a busy machine too
 
 
@@ -34,6 +36,8 @@ class Fork:
 
     def __init__(self, ask, log, **order):
         self._ask, self._log, self.returncode = ask, log, None
+        for ending in (".out", ".err"):
+            log.with_suffix(ending).touch()  # they may be read before the process has begun
         self.pid = ask(log=str(log), **order)
 
     def poll(self):
@@ -108,6 +112,31 @@ def forks(tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------------------------- as a program
+
+
+def prepare():
+    """Import what a run imports and parse a command, since the parser keeps what it reads of every class."""
+    for name in IMPORTED:
+        import_module(name)
+    import_module("opd_lightning.commands.short_names").import_rooms()
+    before = os.environ.copy()
+    with suppress(Parsed):
+        type("Parser", (ParserOnly, import_module("opd_lightning.commands.cli").OPDCLI), {})(list(PARSED))
+    assert os.environ == before
+    gc.freeze()
+    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
+
+
+class Parsed(Exception):
+    """The words of a command were understood."""
+
+
+class ParserOnly:
+    """Makes the command end before it seeds or builds anything."""
+
+    def parse_arguments(self, *given):
+        super().parse_arguments(*given)
+        raise Parsed
 
 
 def serve():
@@ -205,11 +234,7 @@ def run(words):
 
 
 if __name__ == "__main__":
-    for name in IMPORTED:
-        import_module(name)
-    import_module("opd_lightning.commands.short_names").import_rooms()
-    gc.freeze()
-    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
+    prepare()
     if (order := serve()) is not None:
         begin(order)
         run(order["words"])

@@ -13,7 +13,7 @@ TWO_PROCESSES = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 SMALL = (
     *("--data.num_validation_problems", "6", "--data.prompts_per_step", "8", "--data.sampling.max_new_tokens", "24"),
     *("--data.validation_batch_size", "2", "--trainer.val_check_interval", "2", "--trainer.max_steps", "4"),
-    *("--trainer.enable_progress_bar", "false"),
+    *("--trainer.enable_progress_bar", "false", "--data.task.num_train", "64"),
 )
 
 

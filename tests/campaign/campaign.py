@@ -61,7 +61,7 @@ class Outcome:
         return self.status in statuses and "Traceback" not in self.said and num_lines == (self.status in (1, 2))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def start(tmp_path_factory):
     """Start the real command in a process of its own and wait for its end; see `runs.py` for what can happen to it."""
     folder = tmp_path_factory.mktemp("said")

@@ -112,10 +112,9 @@ def run(order):
 
 
 if __name__ == "__main__":
-    import_module("torchmetrics")
-    cli = import_module("opd_lightning.commands.cli")
-    import_module("opd_lightning.commands.short_names").import_rooms()
-    main, sys.argv = cli.main, ["opd-lightning"]
+    sys.argv = ["opd-lightning"]
+    import_module("forks").prepare()
+    main = import_module("opd_lightning.commands.cli").main
     for line in sys.stdin:
         Path(EVENTS).write_text("0")
         pid = os.fork()

@@ -127,7 +127,7 @@ def test_a_fit_says_it_before_it_starts_and_warns(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr("opd_lightning.commands.plan_line._LEAST_BYTES", 0)
     monkeypatch.setattr("opd_lightning.commands.plan_line.memory_of", lambda device: 1e-3)
     words = ["--config", "@quickstart", "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]
-    words += ["--data.prompts_per_step", "4", "--data.sampling.max_new_tokens", "8"]
+    words += ["--data.prompts_per_step", "4", "--data.sampling.max_new_tokens", "8", "--data.task.num_train", "64"]
     with pytest.warns(UserWarning, match=r"^plan: a step is likely to need more memory than cpu has, .* of 0.00 GB"):
         cli.main(["fit", *words, "--trainer.default_root_dir", str(tmp_path)])
     said = capsys.readouterr().err

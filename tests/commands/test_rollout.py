@@ -230,6 +230,7 @@ def _folder(folder, name):
 def test_the_command_killed_by_the_system_and_given_again(forks, tmp_path):
     """SIGKILL leaves no time for anything."""
     words = ["rollout", "--config", "@quickstart", "--num_problems", "96", "--data.validation_batch_size", "16"]
+    words += ["--data.task.num_train", "96"]
     process = forks.start("opd-lightning", *words, "--output", "cut.jsonl", cwd=tmp_path)
     progress = tmp_path / "cut.jsonl.progress"
     while not progress.exists() or progress.read_bytes().count(b"\n") < 3:

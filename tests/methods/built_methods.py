@@ -17,6 +17,7 @@ from opd_lightning.commands.cli import OPDCLI, main
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
 NAMES = [path.stem for path in CONFIGS]
+FEW_PROBLEMS = ["--data.task.num_train", "48"]  # to draw and to render all problems takes longer than a step
 TINY = {
     "trainer.default_root_dir": "runs",
     "data.num_validation_problems": 4,
@@ -58,7 +59,7 @@ def make_files(name):
     """Run the commands that make what a method reads, in the current folder."""
     for command in BEFORE.get(name, ()):
         size = str(TINY["data.sampling.max_new_tokens"])
-        main([*command.split(), "--sampling.max_new_tokens", size, "--reject.truncated", "false"])
+        main([*command.split(), "--sampling.max_new_tokens", size, "--reject.truncated", "false", *FEW_PROBLEMS])
 
 
 @cache
@@ -98,14 +99,14 @@ class Method:
         start: The weights before the last run.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, address=None):
         self.name = path.stem
         words = shlex.split(header(path)["Command"])[1:]
         tiny = [word for key, value in (TINY | LARGER.get(self.name, {})).items() for word in (f"--{key}", str(value))]
         # the base's callbacks save and print; those of the method stay
         first = words.index("--config") + 2
-        served = [f"--{SERVED[self.name]}", f"[{chat_address()}]"] if self.name in SERVED else []
-        self.cli = Built([*words[:first], "--trainer.callbacks", "[]", *words[first:], *tiny, *served])
+        served = [f"--{SERVED[self.name]}", f"[{address or chat_address()}]"] if self.name in SERVED else []
+        self.cli = Built([*words[:first], "--trainer.callbacks", "[]", *words[first:], *FEW_PROBLEMS, *tiny, *served])
 
     def build(self, changes):
         settings = self.cli.config.clone()

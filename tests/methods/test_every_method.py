@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from built_methods import BEFORE, CONFIGS, NAMES, ROOT, SGD, Method, header, make_files
+from built_methods import BEFORE, CONFIGS, NAMES, ROOT, SGD, Method, chat_address, header, make_files
 
 import opd_lightning.methods
 
@@ -58,52 +58,31 @@ def test_every_class_of_the_room_is_named_in_a_configuration_or_on_a_page():
     assert [name for name in opd_lightning.methods.__all__ if not re.search(rf"\b{name}\b", texts)] == []
 
 
-@pytest.fixture(scope="module")
-def folders():
-    """A folder with the files that a method reads, by its name."""
-    return {}
-
-
-@pytest.fixture
-def method(request, monkeypatch, tmp_path, tmp_path_factory, folders):
-    if (name := request.param.stem) in BEFORE:
-        if name not in folders:
-            folders[name] = tmp_path_factory.mktemp(name)
-            monkeypatch.chdir(folders[name])
-            make_files(name)
-        for path in folders[name].iterdir():
-            (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
-    try:
-        return Method(request.param)
-    except SystemExit as ended:  # pytest would lose its way
-        raise AssertionError("the command did not accept the configuration") from ended
+@pytest.fixture(scope="module", params=CONFIGS, ids=NAMES)
+def method(request, tmp_path_factory):
+    """Each method once for all tests, in a folder with the files that it reads."""
+    with contextlib.chdir(tmp_path_factory.mktemp(request.param.stem)):
+        try:
+            make_files(request.param.stem)
+            yield Method(request.param)
+        except SystemExit as ended:  # pytest would lose its way
+            raise AssertionError("the command did not accept the configuration") from ended
 
 
 def size(weights, others):
     return sum((weights[name] - others[name]).double().square().sum() for name in weights) ** 0.5
 
 
-every = pytest.mark.parametrize("method", CONFIGS, ids=NAMES, indirect=True)
-
-
 @pytest.fixture(scope="module")
-def first_steps():
-    """Size and end of the step of plain SGD, by the name of the method."""
-    return {}
-
-
-def first_step(method, folder, first_steps):
-    if method.name not in first_steps:
-        once = method.fit(folder / "once", model__optimizer=SGD)
-        first_steps[method.name] = size(once, method.start), once
-    return first_steps[method.name]
+def first_step(method, tmp_path_factory):
+    """Size and end of the step of plain SGD."""
+    once = method.fit(tmp_path_factory.mktemp("once"), model__optimizer=SGD)
+    return size(once, method.start), once
 
 
 @pytest.mark.slow
-@every
-def test_it_learns_resumes_exactly_and_does_not_mind_the_cut(method, tmp_path, first_steps):
-    moved, once = first_step(method, tmp_path, first_steps)
+def test_it_learns_resumes_exactly_and_does_not_mind_the_cut(method, first_step, tmp_path):
+    moved, once = first_step
     assert moved > 0
     cut = method.fit(tmp_path / "cut", model__optimizer=SGD, model__max_tokens_per_micro_batch=64)
     assert size(once, cut) < 1e-4 * moved + 1e-6
@@ -120,21 +99,19 @@ def on_two_processes(forks, tmp_path_factory):
         for name in BEFORE:
             make_files(name)
     program = Path(__file__).parent / "every_method_run.py"
-    done = forks.run(program, folder, cwd=folder, processes=2, seconds=60 * len(NAMES))
+    done = forks.run(program, folder, chat_address(), cwd=folder, seconds=60 * len(NAMES))
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return folder
 
 
 @pytest.mark.slow
-@every
-def test_two_processes_make_the_step_of_one(method, on_two_processes, tmp_path, first_steps):
-    moved, once = first_step(method, tmp_path, first_steps)
+def test_two_processes_make_the_step_of_one(method, on_two_processes, first_step):
+    moved, once = first_step
     two = torch.load(on_two_processes / f"{method.name}.pt")
     assert size(once, two) < 1e-4 * moved + 1e-6
 
 
 @pytest.mark.slow
-@every
 def test_equal_models_get_a_gradient_only_where_its_header_says_why(method, tmp_path):
     label = header(ROOT / "configs" / "methods" / f"{method.name}.yaml")["Equal"]
     equal = EQUAL.get(method.name, {"model__teacher__init_args__path": "sandbox:student"})

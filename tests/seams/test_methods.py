@@ -17,6 +17,7 @@ from opd_lightning.tasks import ArithmeticTask
 
 METHODS = Path(__file__).parent / "methods"
 FILES = sorted(METHODS.glob("*.py"))
+FEW_PROBLEMS = ("--data.task.num_train", "64")
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
@@ -31,7 +32,7 @@ def importable(monkeypatch):
             del sys.modules[name]
 
 
-def fit(folder, *arguments, steps=2):
+def fit(folder, *arguments, steps=2, task=FEW_PROBLEMS):
     """Run the command on the sandbox and return the last row of each metric."""
     main(
         [
@@ -44,6 +45,7 @@ def fit(folder, *arguments, steps=2):
             *("--trainer.enable_progress_bar", "false"),
             *("--data.prompts_per_step", "8"),
             *("--data.sampling.max_new_tokens", "24"),
+            *task,
             *arguments,
         ]
     )
@@ -93,7 +95,7 @@ def test_early_tokens_count_more(tmp_path):
 @pytest.mark.parametrize("objective", ["DivergenceObjective", "NLL"])
 def test_recorded_answers_in_place_of_the_students(tmp_path, objective):
     recorded = tmp_path / "answers.jsonl"
-    problems = ArithmeticTask().problems("train")
+    problems = ArithmeticTask(num_train=64).problems("train")
     recorded.write_text("".join(json.dumps({"uid": p.uid, "response": "12"}) + "\n" for p in problems))
     source = json.dumps({"class_path": "replay.Replay", "init_args": {"path": str(recorded)}})
     without_teacher = ("--model.teacher", "null") if objective == "NLL" else ()
@@ -125,9 +127,9 @@ def test_an_advantage_with_a_baseline(tmp_path):
 def test_a_task_without_answers(tmp_path):
     metrics = fit(
         tmp_path,
-        *("--data.task", "prompts_only.Sums"),
         *("--trainer.limit_val_batches", "1.0"),
         *("--trainer.val_check_interval", "2"),
+        task=("--data.task", "prompts_only.Sums"),
     )
     assert "train/accuracy" not in metrics
     assert not any("avg_at" in name or "pass_at" in name for name in metrics)

@@ -25,6 +25,14 @@ def checker():
     checker.close()
 
 
+@pytest.fixture(scope="module")
+def kept_checker():
+    """The same, with one process for all who ask; it takes seconds to start."""
+    checker = AnswerChecker(seconds_per_answer=0.5)
+    yield checker
+    checker.close()
+
+
 def is_alive(pid):
     try:
         os.kill(pid, 0)
@@ -125,12 +133,12 @@ def test_many_pairs_keep_their_order(shared_checker):
     ],
 )
 @pytest.mark.filterwarnings("ignore:math-verify did not finish")
-def test_hostile_answers_are_wrong_in_bounded_time(checker, answer):
-    assert checker.equal("x+1", "1+x")
+def test_hostile_answers_are_wrong_in_bounded_time(kept_checker, answer):
+    assert kept_checker.equal("x+1", "1+x")
     started = time.perf_counter()
-    assert not checker.equal("5", answer)
-    assert time.perf_counter() - started < 10 * checker.seconds_per_answer + 2
-    assert checker.equal("x+1", "1+x"), "the next answer is marked again"
+    assert not kept_checker.equal("5", answer)
+    assert time.perf_counter() - started < 10 * kept_checker.seconds_per_answer + 2
+    assert kept_checker.equal("x+1", "1+x"), "the next answer is marked again"
 
 
 @pytest.mark.slow
@@ -158,10 +166,10 @@ def test_slow_answers_share_the_time_of_a_step():
 
 
 @pytest.mark.slow
-def test_killed_process_is_replaced_and_its_answers_marked_again(checker):
-    assert checker.equal("x+1", "1+x")
-    os.kill(worker_pid(checker), signal.SIGKILL)
-    assert checker.equal("x+1", "1+x")
+def test_killed_process_is_replaced_and_its_answers_marked_again(kept_checker):
+    assert kept_checker.equal("x+1", "1+x")
+    os.kill(worker_pid(kept_checker), signal.SIGKILL)
+    assert kept_checker.equal("x+1", "1+x")
 
 
 def test_a_process_that_is_killed_again_and_again_is_an_error(monkeypatch, tmp_path):
@@ -173,18 +181,18 @@ def test_a_process_that_is_killed_again_and_again_is_an_error(monkeypatch, tmp_p
 
 
 @pytest.mark.slow
-def test_an_interrupted_question_is_not_answered_later(checker, monkeypatch):
-    assert checker.equal("x+1", "1+x")
-    pid = worker_pid(checker)
+def test_an_interrupted_question_is_not_answered_later(kept_checker, monkeypatch):
+    assert kept_checker.equal("x+1", "1+x")
+    pid = worker_pid(kept_checker)
 
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checker._worker, "_next_reply", interrupted)
-        checker.equal("x+1", "2+x")
+        patch.setattr(kept_checker._worker, "_next_reply", interrupted)
+        kept_checker.equal("x+1", "2+x")
     assert not is_alive(pid)
-    assert checker.equal("x+1", "1+x")
+    assert kept_checker.equal("x+1", "1+x")
 
 
 SIDE_BY_SIDE = """
@@ -210,13 +218,13 @@ def test_answers_are_marked_side_by_side(tmp_path):
 
 
 @pytest.mark.slow
-def test_signals_to_the_whole_job_do_not_end_it(checker):
-    assert checker.equal("x+1", "1+x")
-    pid = worker_pid(checker)
+def test_signals_to_the_whole_job_do_not_end_it(kept_checker):
+    assert kept_checker.equal("x+1", "1+x")
+    pid = worker_pid(kept_checker)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         os.kill(pid, number)
-    assert checker.equal("x+1", "1+x")
-    assert worker_pid(checker) == pid
+    assert kept_checker.equal("x+1", "1+x")
+    assert worker_pid(kept_checker) == pid
 
 
 def test_a_process_that_cannot_start_is_an_error(monkeypatch, tmp_path):
@@ -234,14 +242,14 @@ def test_limit_must_be_positive():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda checker: pickle.loads(pickle.dumps(checker))])
-def test_copies_start_their_own_process(checker, duplicate):
-    assert checker.equal("x+1", "1+x")
-    other = duplicate(checker)
+def test_copies_start_their_own_process(kept_checker, duplicate):
+    assert kept_checker.equal("x+1", "1+x")
+    other = duplicate(kept_checker)
     assert other._worker is None
     assert other.equal("x+1", "1+x")
-    assert worker_pid(other) != worker_pid(checker)
+    assert worker_pid(other) != worker_pid(kept_checker)
     other.close()
-    assert checker.equal("x+2", "2+x")
+    assert kept_checker.equal("x+2", "2+x")
 
 
 @pytest.mark.slow
@@ -259,21 +267,21 @@ def test_close_and_garbage_collection_end_the_process():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_forked_copy_marks_and_leaves_its_parents_process_alone(checker):
-    assert checker.equal("x+1", "1+x")
-    pid = worker_pid(checker)
+def test_forked_copy_marks_and_leaves_its_parents_process_alone(kept_checker):
+    assert kept_checker.equal("x+1", "1+x")
+    pid = worker_pid(kept_checker)
     child = os.fork()
     if child == 0:
-        good = checker.equal("x+1", "1+x") and worker_pid(checker) != pid
-        checker.close()
+        good = kept_checker.equal("x+1", "1+x") and worker_pid(kept_checker) != pid
+        kept_checker.close()
         os._exit(0 if good else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert checker.equal("x+2", "2+x")
-    assert worker_pid(checker) == pid
+    assert kept_checker.equal("x+2", "2+x")
+    assert worker_pid(kept_checker) == pid
 
 
 MARK_AND_REPORT = """
-import sys
+import signal, sys
 from opd_lightning.tasks.marking import AnswerChecker
 checker = AnswerChecker({seconds})
 assert checker.equal("x+1", "1+x")
@@ -283,29 +291,31 @@ print(checker._worker._process.pid, flush=True)
 
 
 @pytest.mark.slow
-def test_end_of_the_interpreter_ends_the_process():
-    script = MARK_AND_REPORT.format(seconds=3, then="sys.exit()")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+def test_end_of_the_interpreter_ends_the_process(forks, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(MARK_AND_REPORT.format(seconds=3, then="sys.exit()"))
+    done = forks.run(program)
+    assert done.returncode == 0
     assert not is_alive(int(done.stdout))
     assert done.stderr == ""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("then", ["sys.stdin.read()", f"checker.equal('5', '{HANGS}')"], ids=["idle", "busy"])
-def test_process_and_forks_do_not_outlive_a_killed_trainer(then, number):
-    script = MARK_AND_REPORT.format(seconds=1000, then=then)
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, text=True
-    ) as trainer:
-        pid = int(trainer.stdout.readline())
-        deadline, forks = time.monotonic() + 30, []
-        while HANGS in then and not forks:
-            assert time.monotonic() < deadline, "nothing is marked"
-            forks = children_of(pid)
-            time.sleep(0.05)
-        trainer.send_signal(number)
-    for process in (pid, *forks):
+@pytest.mark.parametrize("then", ["signal.pause()", f"checker.equal('5', '{HANGS}')"], ids=["idle", "busy"])
+def test_process_and_forks_do_not_outlive_a_killed_trainer(forks, tmp_path, then, number):
+    program = tmp_path / "program.py"
+    program.write_text(MARK_AND_REPORT.format(seconds=1000, then=then))
+    trainer = forks.start(program)
+    deadline, pids = time.monotonic() + 60, []
+    while len(pids) < (2 if HANGS in then else 1):
+        assert trainer.poll() is None and time.monotonic() < deadline, trainer.stderr
+        if trainer.stdout.endswith("\n"):
+            pids = [int(trainer.stdout), *children_of(int(trainer.stdout))]
+        time.sleep(0.05)
+    trainer.send_signal(number)
+    assert trainer.wait() != 0
+    for process in pids:
         wait_until_gone(process)
 
 

@@ -7,7 +7,7 @@ from toys import LetterTask, make_data, make_module, make_trainer
 
 from opd_lightning import BaseModelTeacher, HFStudent, LoraSettings, Student
 from opd_lightning.backends.hf import HFTeacher
-from opd_lightning.methods import AntiSelfDistillation
+from opd_lightning.methods import AntiSelfDistillation, Judge, RubricObjective
 from opd_lightning.objectives import NLL, SampledTokenObjective
 from opd_lightning.rollouts.horizon import ConstantHorizon
 from opd_lightning.teachers import Routed
@@ -81,20 +81,24 @@ def test_training_problems_without_a_teacher_are_refused_before_a_weight_is_load
     make_trainer(tmp_path, 1, limit_val_batches=1).fit(module(routes=routes), make_data(task=Unlabelled()))
 
 
+class NeverAsked(Judge):
+    scores = None
+
+
+BY_MARKS, BY_JUDGE = SampledTokenObjective(advantage=AntiSelfDistillation()), RubricObjective(NeverAsked())
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("objective", "settings", "message"),
     [
-        (
-            {"rollouts_per_prompt": 1},
-            r"data\.rollouts_per_prompt: SampledTokenObjective compares .* Set it to 2 or more",
-        ),
-        ({"horizon": ConstantHorizon(2)}, r"data\.horizon: .* Set horizon: null"),
+        (BY_MARKS, {"rollouts_per_prompt": 1}, r"^data\.rollouts_per_prompt: SampledToken.* Set it to 2 or more"),
+        (BY_JUDGE, {"rollouts_per_prompt": 1}, r"^data\.rollouts_per_prompt: Rubric.* Set it to 2 or more"),
+        (BY_MARKS, {"horizon": ConstantHorizon(2)}, r"^data\.horizon: .* Set horizon: null"),
     ],
 )
-def test_marks_that_cannot_be_compared_are_refused_before_a_weight_is_loaded(
-    tmp_path, tiny_qwen3_folder, tiny_teacher_folder, settings, message
+def test_answers_that_cannot_be_compared_are_refused_before_a_weight_is_loaded(
+    tmp_path, tiny_qwen3_folder, tiny_teacher_folder, objective, settings, message
 ):
-    objective = SampledTokenObjective(advantage=AntiSelfDistillation())
     module = make_module(tiny_qwen3_folder, tiny_teacher_folder, objective=objective)
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, 1).fit(module, make_data(**settings))

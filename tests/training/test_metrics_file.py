@@ -1,10 +1,7 @@
 """`metrics.csv` holds every row that was logged, whatever stops the run."""
 
 import csv
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -49,8 +46,9 @@ logger.log_metrics({"a": 9, "new": 1}, 9)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["writing", "renaming"])
-def test_a_kill_while_a_metric_appears_loses_no_earlier_row(tmp_path, moment):
-    done = subprocess.run([sys.executable, "-c", DIES, str(tmp_path), moment], env=os.environ)
+def test_a_kill_while_a_metric_appears_loses_no_earlier_row(forks, tmp_path, moment):
+    (tmp_path / "dies.py").write_text(DIES)
+    done = forks.run(tmp_path / "dies.py", tmp_path, moment)
     assert done.returncode == -signal.SIGKILL
     assert [int(row["step"]) for row in rows(tmp_path)] == list(range(9))
 

@@ -28,8 +28,9 @@ class Objective(ABC):
         needs_rollout_log_probs: Whether the losses read the log-probabilities that rollouts were drawn with.
         needs_log_ratios: Whether `shape` reads the extra `log_ratio` of whole rollouts. The teacher is then asked once
             more, before micro-batches are cut.
-        compares_marks: Whether `shape` compares the marks of a prompt's answers with one another: a run without marks,
-            or with one answer per prompt, is refused.
+        compares_answers: Whether `shape` compares a prompt's answers with one another: a run with one answer per prompt
+            is refused.
+        compares_marks: Whether it compares the marks that the task gives them: a run without marks is refused, too.
         reads_members: Whether the losses ask a mixture of teachers for each of them (`TeacherScores.members`).
     """
 
@@ -38,6 +39,7 @@ class Objective(ABC):
     value_is_divergence: bool = False
     needs_rollout_log_probs: bool = False
     needs_log_ratios: bool = False
+    compares_answers: bool = False
     compares_marks: bool = False
     reads_members: bool = False
 

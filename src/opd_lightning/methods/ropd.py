@@ -53,6 +53,8 @@ class RubricObjective(ScoreObjective):
     Source: arXiv 2605.07396 and the authors' code.
     """
 
+    compares_answers = True
+
     def __init__(
         self,
         judge: Judge,

@@ -72,8 +72,7 @@ def check_fit(
             f"data.selector: {type(data.selector).__name__} learns from rewards, but {type(data.task).__name__} has"
             f" {none_or_some} answers to mark. Use Shuffled (Mixture for a MixedTask), or a task that marks all."
         )
-    if objective.compares_marks:
-        _check_marks(objective, data)
+    _check_comparison(objective, data)
     objective.check_sampling(data.sampling)
     if data.prompts_per_step % trainer.world_size:
         raise ValueError(
@@ -119,15 +118,21 @@ def _check_staleness(objective: Objective, data: OPDDataModule) -> None:
         )
 
 
-def _check_marks(objective: Objective, data: OPDDataModule) -> None:
-    """Refuse runs whose answers an objective cannot compare by their marks.
+def _check_comparison(objective: Objective, data: OPDDataModule) -> None:
+    """Refuse runs whose answers an objective cannot compare with one another.
 
     Raises:
-        ValueError: There is one answer per prompt, or not every answer is marked.
+        ValueError: There is one answer per prompt, or the task's marks are compared and not every answer has one.
     """
-    owner = f"{type(objective).__name__} compares the marks of a prompt's answers"
-    if data.rollouts_per_prompt < 2:
-        raise ValueError(f"data.rollouts_per_prompt: {owner}, and there is one of each. Set it to 2 or more.")
+    compares = f"{type(objective).__name__} compares"
+    if data.rollouts_per_prompt < 2 and (objective.compares_answers or objective.compares_marks):
+        raise ValueError(
+            f"data.rollouts_per_prompt: {compares} a prompt's answers with one another, and there is one of each. Set"
+            " it to 2 or more."
+        )
+    if not objective.compares_marks:
+        return
+    owner = f"{compares} the marks of a prompt's answers"
     if data.horizon is not None:
         raise ValueError(f"data.horizon: {owner}, and answers that a horizon may cut have none. Set horizon: null.")
     assert data.stream is not None
