@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 from opd_lightning.interfaces import Sampling
 from opd_lightning.randomness import hashed_uniforms
@@ -50,7 +51,7 @@ def test_frequencies_follow_the_cut_distribution(sampling):
     num_draws = 40_000
     logits = logits_of(24)
     uniforms = hashed_uniforms(torch.arange(num_draws), 3)
-    tokens, _ = draw_tokens(logits.expand(num_draws, -1), uniforms, sampling)
+    tokens, _ = draw_tokens(logits.repeat(num_draws, 1), uniforms, sampling)
     expected = cut_reference(logits, sampling) * num_draws
     counts = torch.bincount(tokens, minlength=24).double()
     possible = expected > 0
@@ -63,7 +64,7 @@ def test_frequencies_follow_the_cut_distribution(sampling):
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
 def test_log_probs_are_those_of_the_whole_tempered_distribution(sampling):
     logits = torch.stack([logits_of(40, seed) for seed in range(30)])
-    tokens, log_probs = draw_tokens(logits, hashed_uniforms(torch.arange(30), 0), sampling)
+    tokens, log_probs = draw_tokens(logits.clone(), hashed_uniforms(torch.arange(30), 0), sampling)
     expected = (logits.double() / sampling.temperature).log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
     assert log_probs.dtype == torch.float32
     torch.testing.assert_close(log_probs.double(), expected, atol=2e-6, rtol=0)
@@ -71,7 +72,9 @@ def test_log_probs_are_those_of_the_whole_tempered_distribution(sampling):
 
 def test_greedy_takes_the_likeliest_at_temperature_one():
     logits = torch.stack([logits_of(40, seed) for seed in range(30)])
-    tokens, log_probs = draw_tokens(logits, torch.full((30,), 0.999, dtype=torch.float64), Sampling(temperature=0))
+    tokens, log_probs = draw_tokens(
+        logits.clone(), torch.full((30,), 0.999, dtype=torch.float64), Sampling(temperature=0)
+    )
     assert torch.equal(tokens, logits.argmax(-1))
     torch.testing.assert_close(log_probs, logits.log_softmax(-1).amax(-1), atol=1e-6, rtol=0)
 
@@ -85,7 +88,7 @@ def test_greedy_takes_the_likeliest_at_temperature_one():
 def test_the_token_is_the_one_whose_interval_holds_the_uniform_number(values, numerator, sampling):
     logits = torch.tensor(values)
     uniform = (numerator + 0.5) * 2.0**-48
-    token, _ = draw_tokens(logits[None], torch.tensor([uniform], dtype=torch.float64), sampling)
+    token, _ = draw_tokens(logits[None].clone(), torch.tensor([uniform], dtype=torch.float64), sampling)
     probabilities = (logits / sampling.temperature).softmax(-1).double()
     threshold = cut_reference(logits, sampling)
     last = probabilities[threshold > 0].amin()
@@ -116,3 +119,26 @@ def test_bad_logits_show_in_their_own_row_only(bad, sampling):
     tokens, log_probs = draw_tokens(logits, torch.tensor([0.9, 0.9], dtype=torch.float64), sampling)
     assert bool(((tokens >= 0) & (tokens < 8)).all())
     assert log_probs.isfinite().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 127, 128, 129, 1000])
+def test_sums_of_groups_find_the_token_that_cumulative_sums_find(num_tokens):
+    logits = torch.stack([logits_of(num_tokens, seed, spread=4.0) for seed in range(200)])
+    logits[::2, num_tokens // 2 :] = -torch.inf if num_tokens > 1 else 0.0  # whole groups without weight
+    uniforms = hashed_uniforms(torch.arange(200), 0)
+    uniforms[:50], uniforms[50:100] = 0.5 * 2.0**-48, 1 - 0.5 * 2.0**-48
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    at = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
+    tokens, log_probs = draw_tokens(logits.clone(), uniforms, Sampling())
+    inside = (uniforms > 1e-6) & (uniforms < 1 - 1e-6)  # beyond, rounding decides which of the last ones it is
+    assert torch.equal(tokens[inside], at[inside])
+    expected = logits.double().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+    torch.testing.assert_close(log_probs.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_a_draw_takes_no_memory_of_the_size_of_the_vocabulary():
+    logits, uniforms = torch.zeros(4, 20_000), torch.full((4,), 0.5, dtype=torch.float64)
+    draw_tokens(logits.clone(), uniforms, Sampling())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        draw_tokens(logits, uniforms, Sampling())
+    assert sum(max(event.self_cpu_memory_usage, 0) for event in profiler.events()) < logits.numel()
