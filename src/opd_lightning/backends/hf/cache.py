@@ -1,4 +1,7 @@
-"""The key-value cache of the generation loop: room for several tokens at a time, so that a token costs no copy."""
+"""The key-value caches of the generation loop: with room for several tokens at a time, so that a token costs no copy.
+
+Or with room for all of them, in tensors that stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 from typing_extensions import override
 
@@ -33,8 +36,7 @@ class RoomyCache(DynamicCache):  # type: ignore[misc]
         # windows keep a fixed number of columns, and states of linear attention do not grow
         layers: list[Any] = self.layers  # type: ignore[has-type]
         self.layers = [_RoomyLayer(most) if type(layer) is DynamicLayer else layer for layer in layers]
-        is_cast = torch.is_autocast_enabled(device_type)
-        self._dtype = torch.get_autocast_dtype(device_type) if is_cast else torch.float32
+        self._dtype = _dtype_instead_of_float32(device_type)
 
     @override
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -43,6 +45,44 @@ class RoomyCache(DynamicCache):  # type: ignore[misc]
         )
         grown: tuple[Tensor, Tensor] = super().update(keys, values, *args, **kwargs)
         return grown
+
+
+class FixedCache(StaticCache):  # type: ignore[misc]
+    """Keys and values of a fixed number of rows and columns, at addresses that stay, in the dtype of `RoomyCache`.
+
+    Args:
+        config: The decoder's.
+        device_type: Where the model is.
+        num_columns: Of each row.
+    """
+
+    def __init__(self, config: Any, device_type: str, num_columns: int) -> None:
+        super().__init__(config=config, max_cache_len=num_columns)
+        self._dtype = _dtype_instead_of_float32(device_type)
+
+    @override
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = (
+            states.to(self._dtype) if states.dtype == torch.float32 else states for states in (key_states, value_states)
+        )
+        filled: tuple[Tensor, Tensor] = super().update(keys, values, *args, **kwargs)
+        return filled
+
+    def begin(self, prompts: RoomyCache, rows: Tensor) -> None:
+        """Hold those rows of what the prompts have left, and nothing else.
+
+        Args:
+            prompts: What the prompts have left.
+            rows: int64 [R], may repeat them.
+        """
+        for layer, prompt in zip(self.layers, prompts.layers, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(prompt.keys[rows], prompt.values[rows])
+            width = prompt.keys.shape[-2]
+            for table, states in ((layer.keys, prompt.keys), (layer.values, prompt.values)):
+                table[..., :width, :] = states[rows]
+                table[..., width:, :] = 0  # not finite ones of earlier weights would reach through the mask
+            layer.cumulative_length.fill_(width)
 
 
 class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
@@ -86,3 +126,9 @@ def _enlarged(filled: Tensor, new: Tensor, width: int) -> Tensor:
     if filled.numel():
         room[..., : filled.shape[-2], :] = filled
     return room
+
+
+def _dtype_instead_of_float32(device_type: str) -> torch.dtype:
+    """What float32 states are kept in: the dtype of autocast where it is on."""
+    is_cast = torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if is_cast else torch.float32

@@ -90,11 +90,14 @@ class NonFiniteLogits(FloatingPointError):
         self.position = position
 
 
-class _LiveRows:
+class LiveRows:
     """The rows still being written: their cache, and where their results go.
 
     Attributes:
         rows: int64 [B], index into the results.
+        lengths: int64 [B], tokens of each so far.
+        num_seen: Columns of the cache that are filled, padding included.
+        mask: int64 [B, columns], 1 for real tokens; None when there is no padding.
         hidden: [B, H], final hidden states that predict the next token.
     """
 
@@ -144,7 +147,7 @@ class _LiveRows:
         return torch.autocast(self.rows.device.type, enabled=False) if self._own_precision else nullcontext()
 
 
-class _OtherRows(_LiveRows):
+class _OtherRows(LiveRows):
     """The same rows as another model reads them, whose say changes what is drawn."""
 
     def __init__(self, blend: Blend, prompts: Sequence[Sequence[int]], pad_id: int, room: int) -> None:
@@ -195,7 +198,7 @@ def decode(
     """
     head = student.head(model)
     pad_id, room = student.tokenizer.pad_id, sampling.max_new_tokens
-    live = _LiveRows(model, prompts, pad_id, room)
+    live = LiveRows(model, prompts, pad_id, room)
     other = None if blend is None else _OtherRows(blend, prompts, pad_id, room)
     readers = [live] if other is None else [live, other]
     device, num_rows = live.hidden.device, len(prompt_of_row)

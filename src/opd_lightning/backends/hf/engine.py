@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from opd_lightning.backends.hf.anatomy import causal_lm
 from opd_lightning.backends.hf.decoding import NonFiniteLogits, Responses, decode
+from opd_lightning.backends.hf.static_decoding import COMPILE_MODES, StaticDecoder, check_static
 from opd_lightning.interfaces import Blend, Listener, Problem, Prompt, Rollout, RolloutEngine, Sampling, Student
 from opd_lightning.interfaces.modes import evaluation_mode
 from opd_lightning.rollouts.answering import closed_text, resolve_stop_ids
@@ -33,17 +34,29 @@ class HFEngine(RolloutEngine):
 
     Args:
         max_batch_size: Responses generated at once; bounds the memory of the cache.
+        static_shapes: Generate in tensors that never change their shape or address, and look only now and then whether
+            all rows have closed: what `compile_mode` needs. Every batch then has `max_batch_size` rows, which should
+            therefore be what a step generates, and attention runs over the whole cache.
+        compile_mode: Compile the step of a token, in this mode of `torch.compile`: "default", or "reduce-overhead" for
+            CUDA graphs. None does not.
 
     Raises:
-        ValueError: `max_batch_size` is less than 1.
+        ValueError: `max_batch_size` is less than 1, or there is no such mode, or it lacks `static_shapes`.
     """
 
-    blends = True
-
-    def __init__(self, max_batch_size: int = 256) -> None:
+    def __init__(self, max_batch_size: int = 256, static_shapes: bool = False, compile_mode: str | None = None) -> None:
         if max_batch_size < 1:
             raise ValueError(f"engine.max_batch_size: expected an integer of at least 1, got {max_batch_size}.")
+        if compile_mode is not None and compile_mode not in COMPILE_MODES:
+            raise ValueError(f"engine.compile_mode: expected one of {', '.join(COMPILE_MODES)}, got {compile_mode!r}.")
+        if compile_mode is not None and not static_shapes:
+            raise ValueError(
+                f"engine.compile_mode: {compile_mode!r} needs tensors of fixed shapes. Set static_shapes to true, or"
+                " leave compile_mode out."
+            )
         self.max_batch_size = max_batch_size
+        self.blends = not static_shapes
+        self._static = StaticDecoder(max_batch_size, compile_mode) if static_shapes else None
         self._student: Student | None = None
         self._model: nn.Module | None = None
         self._device = torch.device("cpu")
@@ -58,7 +71,7 @@ class HFEngine(RolloutEngine):
         """Remember the live module; no weight is copied, unless it is cut up: then all processes copy it together.
 
         Raises:
-            ValueError: It is no transformers model.
+            ValueError: It is no transformers model, or none for `static_shapes`.
         """
         if not isinstance(causal_lm(model), PreTrainedModel):
             raise ValueError(
@@ -66,6 +79,8 @@ class HFEngine(RolloutEngine):
                 f" {type(model).__name__}. Use PlainEngine, which runs any student."
             )
         assert self._student is not None, "call setup before sync"
+        if self._static is not None:
+            check_static(model)
         is_current = weight_version == self.weight_version
         self._model = self._whole.of(self._student, model, self._device, is_current=is_current)
         self.weight_version = weight_version
@@ -105,6 +120,8 @@ class HFEngine(RolloutEngine):
         """Let go of the module."""
         self._model = None
         self._whole.forget()
+        if self._static is not None:
+            self._static.forget()
 
     def _respond(
         self, prompts: Sequence[Prompt], requests: list[tuple[int, int]], sampling: Sampling, stop_ids: Sequence[int]
@@ -116,9 +133,12 @@ class HFEngine(RolloutEngine):
         prompt_of_row = [row_of_prompt[i] for i, _ in requests]
         token_ids = [prompts[i].token_ids for i in row_of_prompt]
         seeds = [seed for _, seed in requests]
+        asked = self._student, self._model, token_ids, prompt_of_row, seeds, sampling, stop_ids
         try:
-            asked = token_ids, prompt_of_row, seeds, sampling, stop_ids
-            responses = decode(self._student, self._model, *asked, blend=self._blend).cpu()
+            if self._static is None:
+                responses = decode(*asked, blend=self._blend).cpu()
+            else:
+                responses = self._static.decode(*asked).cpu()
         except NonFiniteLogits as error:
             uid = prompts[requests[error.row][0]].problem.uid
             raise not_finite(error.position, uid) from error
