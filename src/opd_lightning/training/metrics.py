@@ -7,10 +7,11 @@ about whole responses.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -132,6 +133,27 @@ class AnswerMetrics(Metric):
             "truncation_rate": truncated / num_rollouts,
             "num_problems": num_problems,
         }
+
+
+def log_values(module: LightningModule, hook: str, values: Mapping[str, float], shown: Collection[str]) -> None:
+    """What `module.log` does with each value, in a fraction of the time from the second time on.
+
+    `log` copies all that Lightning knows of a value every time: for the forty of a step that was 3 % of the quickstart.
+    A value that it knows already goes straight to where `log` would put it.
+
+    Args:
+        module: Whose trainer logs.
+        hook: The one that is under way, which is a part of the value's name in Lightning.
+        values: By name.
+        shown: Names of those for the progress bar.
+    """
+    known = module.trainer._results or {}
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # a precision plugin may have lowered it
+    for name, value in values.items():
+        if (key := f"{hook}.{name}") in known:
+            known.update_metrics(key, torch.tensor(value, dtype=dtype, device=module.device), 1)
+        else:
+            module.log(name, value, prog_bar=name in shown, batch_size=1)
 
 
 def speeds(batch: RolloutBatch, seconds: Mapping[str, float]) -> dict[str, SumAndCount]:

@@ -36,7 +36,7 @@ from opd_lightning.teachers import KeptScores
 from opd_lightning.training.checkpoints import check_resumable
 from opd_lightning.training.checks import check_fit, check_horizon, check_weighting
 from opd_lightning.training.first_look import look_first
-from opd_lightning.training.metrics import Means, comparison_statistics, rollout_statistics, speeds
+from opd_lightning.training.metrics import Means, comparison_statistics, log_values, rollout_statistics, speeds
 from opd_lightning.training.pair_module import PairModule
 from opd_lightning.training.resuming import check_resume, describe_run, override_optimizer
 from opd_lightning.training.skipped_steps import SkippedSteps
@@ -292,6 +292,6 @@ class OPDModule(PairModule):
             is_cut = batch.sampling.max_new_tokens < self.data.sampling.max_new_tokens
             values["horizon_cut_rate"] = values.pop("truncation_rate") if is_cut else 0.0
         shown = ("reverse_kl" if "reverse_kl" in values else "sampled_log_ratio", "accuracy")
-        for name, value in values.items():
-            self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=1)
-        self.log_dict({f"selection/{k}": v for k, v in self.data.selector.metrics().items()}, batch_size=1)
+        values = {f"train/{name}": value for name, value in values.items()}
+        values |= {f"selection/{name}": float(value) for name, value in self.data.selector.metrics().items()}
+        log_values(self, "training_step", values, {f"train/{name}" for name in shown})
