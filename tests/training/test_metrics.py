@@ -1,10 +1,13 @@
+import csv
 import math
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 
 from opd_lightning.interfaces import Problem, Rollout
-from opd_lightning.training.metrics import AnswerMetrics, Means, rollout_statistics
+from opd_lightning.training.metrics import AnswerMetrics, Means, log_values, rollout_statistics
 
 
 def rollout(reward, length=2, finished=True):
@@ -78,3 +81,45 @@ def test_rollout_statistics_are_sums_and_counts():
     assert statistics["accuracy"] == (1.0, 2)
     assert statistics["response_length"] == (8, 2)
     assert statistics["truncation_rate"] == (1, 2)
+
+
+class Logging(LightningModule):
+    """Logs the same values in the ordinary way, or in the fast one."""
+
+    def __init__(self, is_fast):
+        super().__init__()
+        self.is_fast, self.weight, self.seen = is_fast, torch.nn.Parameter(torch.ones(())), []
+
+    def training_step(self, batch, batch_idx):
+        values = {"train/loss": batch_idx / 3, "train/tokens": 16_777_216.0 + batch_idx}
+        values |= {"train/rare": math.nan} if batch_idx in (0, 3) else {}
+        if self.is_fast:
+            log_values(self, "training_step", values, {"train/loss"})
+        else:
+            for name, value in values.items():
+                self.log(name, value, prog_bar=name == "train/loss", batch_size=1)
+        return self.weight * 1.0
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        metrics = (self.trainer.callback_metrics, self.trainer.progress_bar_metrics)
+        self.seen.append([{name: repr(float(value)) for name, value in kind.items()} for kind in metrics])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_values_are_logged_as_lightning_logs_them(tmp_path):
+    seen, rows = [], []
+    for is_fast in (False, True):
+        module = Logging(is_fast)
+        logger = CSVLogger(tmp_path / str(is_fast))
+        options = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+        trainer = Trainer(accelerator="cpu", max_epochs=2, logger=logger, log_every_n_steps=2, **options)
+        trainer.fit(module, torch.utils.data.DataLoader(range(5)))
+        seen.append(module.seen)
+        with (tmp_path / str(is_fast) / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
+            rows.append(list(csv.reader(file)))
+    assert len(rows[0]) > 4
+    assert rows[0] == rows[1]
+    assert seen[0] == seen[1]
+    assert "train/loss" in seen[0][-1][1]
