@@ -54,7 +54,7 @@ def not_finite(position: int, uid: str) -> FloatingPointError:
 def _group_sums(weights: Tensor) -> Tensor:
     """float64 [B, G]: sums of neighbours; the last group may be a smaller one."""
     num_whole = weights.shape[-1] // _GROUP
-    sums = weights[:, : num_whole * _GROUP].unflatten(-1, (num_whole, _GROUP)).sum(dim=-1)
+    sums = weights[:, : num_whole * _GROUP].view(len(weights), num_whole, _GROUP).sum(dim=-1)
     if num_whole * _GROUP < weights.shape[-1]:
         sums = torch.cat([sums, weights[:, num_whole * _GROUP :].sum(dim=-1, keepdim=True)], dim=-1)
     return sums.double()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -147,7 +148,7 @@ def log_values(module: LightningModule, hook: str, values: Mapping[str, float], 
         values: By name.
         shown: Names of those for the progress bar.
     """
-    known = module.trainer._results or {}
+    known: Any = module.trainer._results or {}  # not for others to use, but `log` itself has nothing cheaper
     dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # a precision plugin may have lowered it
     for name, value in values.items():
         if (key := f"{hook}.{name}") in known:

@@ -84,7 +84,7 @@ class _Tables:
 
         def table(dtype: torch.dtype, *shape: int) -> Tensor:
             tensor = torch.zeros(shape, dtype=dtype, device=device)
-            torch._dynamo.mark_static_address(tensor)  # type: ignore[attr-defined]
+            torch._dynamo.mark_static_address(tensor)
             return tensor
 
         return cls(
