@@ -1,4 +1,4 @@
-"""Generation in fixed shapes: the tokens of the loop that drops rows, and one graph for every step."""
+"""Generation in fixed shapes: the tokens of the loop that drops rows."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import torch
 from conftest import make_model, make_tokenizer, save_folder
 from test_hf_engine import NEVER, PROMPTS, assert_same, make_engine, make_prompt
 
-from opd_lightning.backends.hf import HFEngine, HFStudent, LoraSettings
-from opd_lightning.backends.hf.static_decoding import advance
+from opd_lightning.backends.hf import HFStudent, LoraSettings
 from opd_lightning.interfaces import Prompt, Sampling
 
 MANY = [make_prompt(length, num_seeds=1 + i % 3, name=2) for i, length in enumerate([6, 2, 13, 9, 6])]
@@ -69,10 +68,6 @@ def test_broken_weights_are_reported_with_their_row(tmp_path):
 
 
 def test_what_cannot_be_run_in_fixed_shapes_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"engine\.compile_mode: expected one of default, .*, got 'fast'"):
-        HFEngine(static_shapes=True, compile_mode="fast")
-    with pytest.raises(ValueError, match=r"engine\.compile_mode: 'default' needs .*Set static_shapes to true"):
-        HFEngine(compile_mode="default")
     student = make_student(tmp_path)
     windows = make_model("gemma3_text", sliding_window=8, layer_types=["sliding_attention", "full_attention"])
     with pytest.raises(ValueError, match=r"engine\.static_shapes: .* \(Gemma3TextConfig\) has layers with windows"):
@@ -81,23 +76,3 @@ def test_what_cannot_be_run_in_fixed_shapes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
     with pytest.raises(ValueError, match=r"engine\.static_shapes: .*, got 'flash_attention_2'\. Set student\.attn_imp"):
         make_engine(student, model, static_shapes=True)
-
-
-@pytest.mark.slow
-def test_every_token_is_the_same_graph(tmp_path):
-    """Traced whole, so nothing in a step waits for the device, and once for all tokens, prompts and calls."""
-    student = make_student(tmp_path)
-    model = student.load()
-    sampling = Sampling(max_new_tokens=20)
-    expected = make_engine(student, model).generate(MANY, sampling)
-    engine, num_graphs = make_engine(student, model, max_batch_size=4, static_shapes=True), 0
-
-    def count(graph, _):
-        nonlocal num_graphs
-        num_graphs += 1
-        return graph.forward
-
-    engine._static._step = torch.compile(advance, backend=count, fullgraph=True, dynamic=False)
-    assert_same(engine.generate(MANY, sampling), expected)
-    engine.generate(PROMPTS, sampling)
-    assert num_graphs == 1

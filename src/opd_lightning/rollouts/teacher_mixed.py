@@ -52,7 +52,7 @@ class TeacherMixed(OnPolicy):
         if self.teacher_share and not engine.blends:
             raise ValueError(
                 f"data.engine: TeacherMixed draws each token from two models at once, and {type(engine).__name__} draws"
-                " from one. Use HFEngine."
+                " from one. Use HFEngine without static_shapes."
             )
         super().setup(engine)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from opd_lightning.backends.hf.anatomy import causal_lm
 from opd_lightning.backends.hf.decoding import NonFiniteLogits, Responses, decode
-from opd_lightning.backends.hf.static_decoding import COMPILE_MODES, StaticDecoder, check_static
+from opd_lightning.backends.hf.static_decoding import StaticDecoder, check_static
 from opd_lightning.interfaces import Blend, Listener, Problem, Prompt, Rollout, RolloutEngine, Sampling, Student
 from opd_lightning.interfaces.modes import evaluation_mode
 from opd_lightning.rollouts.answering import closed_text, resolve_stop_ids
@@ -35,28 +35,19 @@ class HFEngine(RolloutEngine):
     Args:
         max_batch_size: Responses generated at once; bounds the memory of the cache.
         static_shapes: Generate in tensors that never change their shape or address, and look only now and then whether
-            all rows have closed: what `compile_mode` needs. Every batch then has `max_batch_size` rows, which should
-            therefore be what a step generates, and attention runs over the whole cache.
-        compile_mode: Compile the step of a token, in this mode of `torch.compile`: "default", or "reduce-overhead" for
-            CUDA graphs. None does not.
+            all rows have closed. Every batch then has `max_batch_size` rows, which should therefore be what a step
+            generates, and attention runs over the whole cache. The step is not compiled.
 
     Raises:
-        ValueError: `max_batch_size` is less than 1, or there is no such mode, or it lacks `static_shapes`.
+        ValueError: `max_batch_size` is less than 1.
     """
 
-    def __init__(self, max_batch_size: int = 256, static_shapes: bool = False, compile_mode: str | None = None) -> None:
+    def __init__(self, max_batch_size: int = 256, static_shapes: bool = False) -> None:
         if max_batch_size < 1:
             raise ValueError(f"engine.max_batch_size: expected an integer of at least 1, got {max_batch_size}.")
-        if compile_mode is not None and compile_mode not in COMPILE_MODES:
-            raise ValueError(f"engine.compile_mode: expected one of {', '.join(COMPILE_MODES)}, got {compile_mode!r}.")
-        if compile_mode is not None and not static_shapes:
-            raise ValueError(
-                f"engine.compile_mode: {compile_mode!r} needs tensors of fixed shapes. Set static_shapes to true, or"
-                " leave compile_mode out."
-            )
         self.max_batch_size = max_batch_size
         self.blends = not static_shapes
-        self._static = StaticDecoder(max_batch_size, compile_mode) if static_shapes else None
+        self._static = StaticDecoder(max_batch_size) if static_shapes else None
         self._student: Student | None = None
         self._model: nn.Module | None = None
         self._device = torch.device("cpu")

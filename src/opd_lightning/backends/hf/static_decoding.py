@@ -1,14 +1,14 @@
-"""The generation loop in tensors that never change their shape: what `torch.compile` and CUDA graphs can take.
+"""The generation loop in tensors that never change their shape: the half of what compilers and CUDA graphs need.
 
 Rows that have closed are written on until all have, and attention runs over the whole cache: more arithmetic than
-`decode`, for a step that is always the same one. The tokens are those of `decode`.
+`decode`, for a step that is always the same one. The tokens are those of `decode`. The other half is a step without
+Python that cannot be traced: the masks of packed attention ask a context variable, where `torch.compile` breaks off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from opd_lightning.rollouts.sampling import draw_tokens
 
 _CHECK_EVERY = 16  # tokens between two waits for the device
 _COLUMNS_AT_ONCE = 128  # the cache is a multiple of this long, so that prompts of other lengths find it long enough
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 def check_static(model: nn.Module) -> None:
@@ -83,9 +82,7 @@ class _Tables:
         device = live.hidden.device
 
         def table(dtype: torch.dtype, *shape: int) -> Tensor:
-            tensor = torch.zeros(shape, dtype=dtype, device=device)
-            torch._dynamo.mark_static_address(tensor)
-            return tensor
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         return cls(
             cache=FixedCache(decoder_config(live.model), device.type, num_columns),
@@ -145,15 +142,11 @@ class StaticDecoder:
 
     Args:
         num_rows: Rows of every batch; a smaller one is filled up.
-        compile_mode: Mode of `torch.compile` for the step; None runs it as it is.
     """
 
-    def __init__(self, num_rows: int, compile_mode: str | None = None) -> None:
+    def __init__(self, num_rows: int) -> None:
         self._num_rows = num_rows
         self._tables: _Tables | None = None
-        self._step: Callable[..., None] = advance
-        if compile_mode is not None:
-            self._step = torch.compile(advance, mode=compile_mode, dynamic=False)
 
     def decode(
         self,
@@ -181,7 +174,7 @@ class StaticDecoder:
         head = student.head(model)
         stops = torch.tensor(stop_ids, dtype=torch.int64, device=live.hidden.device)
         for written in range(1, max_new_tokens + 1):
-            self._step(model, head, tables, sampling, stops)
+            _advance(model, head, tables, sampling, stops)
             if (written % _CHECK_EVERY == 0 or written == max_new_tokens) and tables.num_open() == 0:
                 break
         return Responses(
@@ -196,7 +189,7 @@ class StaticDecoder:
         self._tables = None
 
 
-def advance(model: nn.Module, head: LinearHead, tables: Any, sampling: Sampling, stops: Tensor) -> None:
+def _advance(model: nn.Module, head: LinearHead, tables: _Tables, sampling: Sampling, stops: Tensor) -> None:
     """Draw a token per row and feed it: the step that is always the same one."""
     uniforms = tables.uniforms.index_select(1, tables.step).squeeze(1)
     token_ids, log_probs = draw_tokens(head(tables.hidden), uniforms, sampling)
