@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
@@ -85,6 +86,11 @@ def is_shard(tensor: Tensor) -> bool:
 def is_sharded(module: nn.Module) -> bool:
     """Whether processes hold parts of the module's weights, so that all must run it together."""
     return any(isinstance(weight, DTensor) for weight in module.parameters())
+
+
+def mesh_of(module: nn.Module) -> DeviceMesh | None:
+    """The processes over which a module's weights are cut up; None when this one has them whole."""
+    return next((weight.device_mesh for weight in module.parameters() if isinstance(weight, DTensor)), None)
 
 
 def gathered(tensor: Tensor) -> Tensor:

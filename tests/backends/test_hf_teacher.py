@@ -61,6 +61,15 @@ def test_score_all_keeps_the_order_and_equals_score(tiny_teacher_folder, student
         torch.testing.assert_close(result.full(), teacher.score(batch, EVERYTHING).full())
 
 
+def test_a_body_that_is_cut_up_cannot_visit_the_device(tiny_teacher_folder, student):
+    with pytest.raises(ValueError, match=r"teacher\.sharded: weights that are quantised, or visit .* Leave one of the"):
+        HFTeacher(str(tiny_teacher_folder), offload=True, sharded=True)
+    with pytest.raises(ValueError, match=r"teacher\.sharded: .*\(offload, paged\)"):
+        HFTeacher(str(tiny_teacher_folder), sharded=True).page()
+    alone = ready(HFTeacher(str(tiny_teacher_folder), sharded=True), student)  # diagnose has one process
+    assert alone.as_student() is not None
+
+
 def test_teacher_runs_in_its_own_precision_whatever_surrounds_it(tiny_teacher_folder, student):
     (batch,), _ = make_batches()
     teacher = ready(HFTeacher(str(tiny_teacher_folder), dtype="float32"), student)

@@ -45,6 +45,14 @@ def test_what_cannot_be_cut_up_is_refused_before_a_weight_is_loaded(
     assert module.student is None
 
 
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_a_teacher_is_cut_up_with_the_student_only(strategy, tiny_teacher_folder):
+    trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False, enable_checkpointing=False)
+    teacher = Routed({"0": HFTeacher(str(tiny_teacher_folder), sharded=True)}, "level")
+    with pytest.raises(ValueError, match=r"model.teacher.sharded: .* by trainer.strategy: fsdp2, and .* leave sharded"):
+        check_strategy(trainer, teacher)
+
+
 @pytest.mark.parametrize("strategy", ["auto", "ddp", DDPStrategy(static_graph=True), "fsdp2"])
 def test_whole_copies_and_our_shards_are_fine(strategy):
     trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False, enable_checkpointing=False)

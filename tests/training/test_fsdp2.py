@@ -32,11 +32,16 @@ def runs(forks, tmp_path_factory, tiny_teacher_folder):
 
 
 def result(runs, num_processes, name):
-    metrics, numbers = json.loads((runs / str(num_processes) / f"{name}.json").read_text())
+    metrics, numbers, _ = json.loads((runs / str(num_processes) / f"{name}.json").read_text())
     return torch.load(runs / str(num_processes) / f"{name}.pt"), metrics, numbers
 
 
-@pytest.mark.parametrize("name", ["step", "lora", "search"])
+def held_by_each(runs, num_processes):
+    """Bytes of the teacher's body on each process, and of all of it."""
+    return json.loads((runs / str(num_processes) / "step.json").read_text())[2]
+
+
+@pytest.mark.parametrize("name", ["step", "lora", "search", "several", "reused"])
 def test_two_that_share_a_student_make_the_steps_of_one(runs, name):
     (one, metrics, _), (two, others, _) = (result(runs, number, name) for number in (1, 2))
     for name, weight in one["weights"].items():
@@ -51,6 +56,13 @@ def test_two_that_share_a_student_make_the_steps_of_one(runs, name):
 def test_processes_with_fewer_micro_batches_are_waited_for(runs):
     numbers = [number for name in ("step", "lora", "search") for number in result(runs, 2, name)[2]]
     assert any(first != second for first, second in numbers)
+
+
+def test_each_process_holds_half_of_the_teacher(runs):
+    (whole,) = held_by_each(runs, 1)
+    first, second = held_by_each(runs, 2)
+    assert first + second == whole
+    assert whole / 2 <= first <= 0.51 * whole  # rows that cannot be halved are with the first
 
 
 def test_engines_are_given_whole_merged_weights(runs):

@@ -167,9 +167,12 @@ class Teacher(ABC):
 
     Attributes:
         changes: Whether it changes while the student trains; then its scores are not kept from step to step.
+        sharded: Whether its weights are to be cut up over processes as the student's are (`FSDP2Strategy`): None where
+            that is possible, and True refuses to train otherwise.
     """
 
     changes: bool = False
+    sharded: bool | None = None
 
     @property
     @abstractmethod
@@ -256,7 +259,12 @@ class Teacher(ABC):
         """Score the response tokens of one micro-batch."""
 
     def score_all(self, batches: Sequence[MicroBatch], request: ScoreRequest) -> Iterator[TeacherScores]:
-        """Score the micro-batches of one step in order; override it to load, pipeline or pre-compute."""
+        """Score the micro-batches of one step in order; override it to load, pipeline or pre-compute.
+
+        All processes call it equally often, with any number of micro-batches, also none. A teacher that they run
+        together (`sharded`) does so in the call; so teachers made of others call theirs at once, and not when the first
+        scores are taken.
+        """
         for batch in batches:
             yield self.score(batch, request)
 

@@ -84,7 +84,10 @@ def compare(
         counts_alike: Whether losses will be summed up as they are (`compare_in_chunks`).
         clock: Measures the parts "teacher" and "student".
     """
-    scores = iter(teacher.score_all(micro_batches, request)) if teacher is not None and request is not None else None
+    scores = None
+    if teacher is not None and request is not None:
+        with clock("teacher"):
+            scores = iter(teacher.score_all(micro_batches, request))
     for micro_batch in micro_batches:
         with clock("teacher"):
             teacher_scores = next(scores) if scores is not None else None

@@ -88,7 +88,10 @@ class ExtrapolatedTeacher(SeveralTeachers):
     @override
     def score_all(self, batches: Sequence[MicroBatch], request: ScoreRequest) -> Iterator[TeacherScores]:
         asked = self._asked(request)
-        pairs = zip(*(each.score_all(batches, asked) for each in self.teachers.values()), strict=True)
+        streams = [each.score_all(batches, asked) for each in self.teachers.values()]
+        return self._extrapolated(zip(*streams, strict=True))
+
+    def _extrapolated(self, pairs: Iterator[tuple[TeacherScores, ...]]) -> Iterator[TeacherScores]:
         for teacher, reference in pairs:
             if self.normalized:
                 yield _Extrapolated(teacher, reference, self.scale, self.tail_ratio)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from opd_lightning.distributed import gather_objects
 from opd_lightning.interfaces import MicroBatch, ScoreRequest, Student, Teacher, TeacherScores
 
 
@@ -33,6 +34,7 @@ class KeptScores(Teacher):
         self._round: int | None = None
         self._kind: TeacherScores | None = None
         self._columns: dict[int, dict[str, Tensor]] = {}  # by the seed of a rollout
+        self._is_filled = False
         self._has_told = False
 
     def score_round(self, index: int, batches: Sequence[MicroBatch], request: ScoreRequest, max_bytes: int) -> None:
@@ -48,29 +50,37 @@ class KeptScores(Teacher):
             return
         self.forget()
         self._round = index
+        reasons = gather_objects(self._fill(batches, request, max_bytes))  # who shares a teacher asks as all do
+        reason = next((told for told in reasons if told is not None), None)
+        self._is_filled = reason is None
+        if reason is not None:
+            self._give_up(reason)
+
+    def _fill(self, batches: Sequence[MicroBatch], request: ScoreRequest, max_bytes: int) -> str | None:
+        """Hold the scores; returns why they cannot be held, or None."""
         num_tokens, num_scored = sum(batch.num_tokens for batch in batches), 0
         for batch, scores in zip(batches, self.teacher.score_all(batches, request), strict=True):
             columns = scores.columns()
             if columns is None:
-                self._give_up(f"model.teacher: the scores of {type(self.teacher).__name__} cannot be kept")
-                return
+                return f"model.teacher: the scores of {type(self.teacher).__name__} cannot be kept"
             num_scored += batch.num_tokens
             self.num_bytes += sum(column.nbytes for column in columns.values())
             if num_scored and self.num_bytes / num_scored * num_tokens > max_bytes:
                 needed = self.num_bytes / num_scored * num_tokens
-                self._give_up(
+                return (
                     f"data.source.max_score_gb={max_bytes / 1e9:g}: a round's teacher scores take about"
                     f" {needed / 1e9:.2g} GB"
                 )
-                return
             self._kind = self._kind or scores.from_columns({name: rows[:0].clone() for name, rows in columns.items()})
             parts = {name: batch.by_rollout(rows.cpu()) for name, rows in columns.items()}
             for place, rollout in enumerate(batch.rollouts):
                 self._columns[rollout.seed] = {name: rows[place] for name, rows in parts.items()}
+        return None
 
     def forget(self) -> None:
         """Let go of what is held."""
         self._round, self._kind, self._columns, self.num_bytes = None, None, {}, 0
+        self._is_filled = False
 
     @property
     @override
@@ -94,7 +104,7 @@ class KeptScores(Teacher):
 
     @override
     def score_all(self, batches: Sequence[MicroBatch], request: ScoreRequest) -> Iterator[TeacherScores]:
-        if self._kind is None:
+        if not self._is_filled:
             return self.teacher.score_all(batches, request)
         return super().score_all(batches, request)
 

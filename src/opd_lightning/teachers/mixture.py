@@ -100,7 +100,11 @@ class MixtureTeacher(SeveralTeachers):
         asked = request
         if request.top_k or self.mean == "geometric":
             asked = replace(request, top_k=0, full_vocabulary=True) if len(self.teachers) > 1 else request
-        streams = [iter(teacher.score_all(batches, asked)) for teacher in self.teachers.values()]
+        return self._mixed(batches, [iter(teacher.score_all(batches, asked)) for teacher in self.teachers.values()])
+
+    def _mixed(
+        self, batches: Sequence[MicroBatch], streams: Sequence[Iterator[TeacherScores]]
+    ) -> Iterator[TeacherScores]:
         for batch in batches:
             scores = [next(stream) for stream in streams]
             yield scores[0] if len(scores) == 1 else MixedScores(scores, self._weights(batch), self.mean)

@@ -14,6 +14,8 @@ from opd_lightning.rollouts.batching import collate
 from opd_lightning.teachers.joined_scores import JoinedScores
 from opd_lightning.teachers.several import SeveralTeachers
 
+_Cut = dict[str, tuple[torch.Tensor, MicroBatch]]
+
 
 class Routed(SeveralTeachers):
     """Several teachers, each for its own problems: a column of the problem says which (its domain, its level, ...).
@@ -94,12 +96,16 @@ class Routed(SeveralTeachers):
             name: teacher.score_all([cut[name][1] for cut in cuts if name in cut], request)
             for name, teacher in self.teachers.items()
         }
-        streams = {name: iter(each) for name, each in scores.items()}
+        return self._joined(batches, cuts, {name: iter(each) for name, each in scores.items()})
+
+    def _joined(
+        self, batches: Sequence[MicroBatch], cuts: Sequence[_Cut], streams: Mapping[str, Iterator[TeacherScores]]
+    ) -> Iterator[TeacherScores]:
         for batch, cut in zip(batches, cuts, strict=True):
             parts = [(cut[name][0], next(streams[name])) for name in self.teachers if name in cut]
             yield parts[0][1] if len(parts) == 1 else JoinedScores(batch.tokens.ids, parts)
 
-    def _cut(self, batch: MicroBatch) -> dict[str, tuple[torch.Tensor, MicroBatch]]:
+    def _cut(self, batch: MicroBatch) -> _Cut:
         """Of each teacher that has any: the places of its tokens, and a micro-batch of its rollouts."""
         names = [self.route(rollout.problem) for rollout in batch.rollouts]
         if len(set(names)) == 1:

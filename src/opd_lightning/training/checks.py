@@ -189,8 +189,14 @@ def check_strategy(trainer: Trainer, teacher: Teacher | None) -> None:
             f"trainer.strategy: OPDModule cannot train under {type(strategy).__name__}; its processes would end with"
             " different students. Use auto (a single device), ddp, or fsdp2, which cuts the student up over all."
         )
-    if isinstance(strategy, FSDP2Strategy) and teacher is not None:
-        for part in _with_those_inside(teacher):
+    inside = [] if teacher is None else list(_with_those_inside(teacher))
+    if not isinstance(strategy, FSDP2Strategy) and any(part.sharded for part in inside):
+        raise ValueError(
+            "model.teacher.sharded: a teacher is cut up as the student is, by trainer.strategy: fsdp2, and this run has"
+            f" {type(strategy).__name__}. Set the strategy, or leave sharded out."
+        )
+    if isinstance(strategy, FSDP2Strategy):
+        for part in inside:
             if isinstance(part, BaseModelTeacher | MovingAverageTeacher):
                 raise ValueError(
                     f"model.teacher: {type(part).__name__} runs the student itself, which under fsdp2 all processes"

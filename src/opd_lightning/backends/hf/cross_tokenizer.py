@@ -45,6 +45,7 @@ class CrossTokenizerTeacher(HFTeacher):
         float32_head: Use a float32 copy of the head.
         trust_remote_code: Whether code that comes with the model may run.
         revision: Branch, tag or commit on the hub.
+        sharded: Under FSDP2, whether the body is cut up over processes.
 
     Raises:
         ValueError: The settings contradict each other.
@@ -64,6 +65,7 @@ class CrossTokenizerTeacher(HFTeacher):
         float32_head: bool = False,
         trust_remote_code: bool = False,
         revision: str | None = None,
+        sharded: bool | None = None,
     ) -> None:
         super().__init__(
             path,
@@ -74,6 +76,7 @@ class CrossTokenizerTeacher(HFTeacher):
             float32_head=float32_head,
             trust_remote_code=trust_remote_code,
             revision=revision,
+            sharded=sharded,
         )
         if closing_tokens is not None and len(closing_tokens) != 2:
             raise ValueError(

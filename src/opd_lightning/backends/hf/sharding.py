@@ -29,18 +29,45 @@ def shard_causal_lm(lm: Any, mesh: DeviceMesh, argument: str) -> None:
     Raises:
         ValueError: The model does not say what its layers are.
     """
+    remedy = "Use trainer.strategy: ddp, or a model such as Qwen3, Llama, Mistral or Gemma."
+    for layer in _layers(lm, argument, remedy):
+        fully_shard(layer, mesh=mesh)
+    lm.run_body = MethodType(_run_body, lm)
+    fully_shard(lm, mesh=mesh, reshard_after_forward=False)
+    register_fsdp_forward_method(lm, "run_body")
+
+
+def shard_frozen_body(lm: Any, mesh: DeviceMesh, argument: str) -> None:
+    """Cut the body of a frozen model up in place, embedding included; nothing of it stays gathered after a pass.
+
+    The head is let go of: whoever needs it has a copy, since one that is tied would go with the embedding.
+
+    Args:
+        lm: The model itself.
+        mesh: The processes, in one dimension.
+        argument: Name of the setting to blame.
+
+    Raises:
+        ValueError: The model does not say what its layers are.
+    """
+    remedy = f"Set {argument.partition('.')[0]}.sharded: false, which keeps it whole on each process."
+    layers = _layers(lm, argument, remedy)
+    head = lm.get_output_embeddings()
+    head.weight = head.bias = None
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(lm.get_decoder(), mesh=mesh, reshard_after_forward=True)
+
+
+def _layers(lm: Any, argument: str, remedy: str) -> list[nn.Module]:
     kinds = set(getattr(lm, "_no_split_modules", None) or ())
     layers = [part for part in lm.modules() if type(part).__name__ in kinds]
     if not layers:
         raise ValueError(
             f"{argument}: {type(lm).__name__} does not say which of its parts are layers (_no_split_modules), so it"
-            " cannot be cut up. Use trainer.strategy: ddp, or a model such as Qwen3, Llama, Mistral or Gemma."
+            f" cannot be cut up. {remedy}"
         )
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    lm.run_body = MethodType(_run_body, lm)
-    fully_shard(lm, mesh=mesh, reshard_after_forward=False)
-    register_fsdp_forward_method(lm, "run_body")
+    return layers
 
 
 def _run_body(lm: Any, **inputs: Any) -> Any:

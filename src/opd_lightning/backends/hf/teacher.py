@@ -11,19 +11,25 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from opd_lightning.backends.hf.anatomy import linear_head, verify_anatomy
+from opd_lightning.backends.hf.anatomy import body_states, linear_head, verify_anatomy
 from opd_lightning.backends.hf.answerer import make_answerer
 from opd_lightning.backends.hf.loading import ModelSource, check_dtype, check_quantization, load_model, load_tokenizer
 from opd_lightning.backends.hf.packing import allow_packing, is_packed, response_states
 from opd_lightning.backends.hf.preflight import Compatibility, check_compatibility
+from opd_lightning.backends.hf.sharding import shard_frozen_body
 from opd_lightning.backends.hf.student import HFStudent
 from opd_lightning.backends.hf.tokenizer import HFTokenizer
-from opd_lightning.distributed import rank
+from opd_lightning.distributed import largest, mesh_of, rank
 from opd_lightning.interfaces import LinearHead, MicroBatch, ScoreRequest, Student, Teacher, TeacherScores
 from opd_lightning.objectives import HiddenScores
 
 EVERYTHING = ScoreRequest(top_k=sys.maxsize, arbitrary_ids=True, full_vocabulary=True)
+_CANNOT_SHARD = (
+    "teacher.sharded: weights that are quantised, or visit the device from CPU memory (offload, paged), are not cut up"
+    " over processes. Leave one of the two out."
+)
 _CANNOT_MOVE = "teacher.offload: quantised weights cannot move between devices; leave one of the two out."
 
 
@@ -46,6 +52,9 @@ class HFTeacher(Teacher):
             how many bytes that is.
         float32_head: Use a float32 copy of the head. A bfloat16 head rounds logits between 16 and 32 to steps of 0.125,
             as large as the differences late in training; costs memory and a slower matrix product.
+        sharded: Under FSDP2 each process holds its share of the body (all but the head) and the layers are gathered
+            while they compute, for all micro-batches of a step at once. None: where it is neither quantised nor
+            offloaded; false: whole on each process; true refuses to train without FSDP2.
         trust_remote_code: Whether code that comes with the model may run.
         revision: Branch, tag or commit on the hub.
         packing: Lay the rollouts of a micro-batch end to end instead of padding them, as the student's `packing`.
@@ -65,22 +74,27 @@ class HFTeacher(Teacher):
         trust_remote_code: bool = False,
         revision: str | None = None,
         packing: bool | None = None,
+        sharded: bool | None = None,
     ) -> None:
         check_dtype("teacher", dtype)
         check_quantization("teacher", quantization_config)
         if offload and quantization_config is not None:
             raise ValueError(_CANNOT_MOVE)
+        if sharded and (offload or quantization_config is not None):
+            raise ValueError(_CANNOT_SHARD)
         self.dtype = dtype
         self.attn_implementation = attn_implementation
         self.quantization_config: Mapping[str, Any] | None = quantization_config
         self.offload = offload
         self.float32_head = float32_head
         self.packing = packing
+        self.sharded = sharded
         self.source = ModelSource(path, "teacher", revision, trust_remote_code)
         self._compatibility: Compatibility | None = None
         self._model: Any = None
         self._head: LinearHead | None = None
         self._visitor: _VisitingWeights | None = None
+        self._mesh: DeviceMesh | None = None  # of those who hold a share each
         self._device = torch.device("cpu")
         self._template_kwargs: dict[str, Any] | None = None  # the student's: both are asked in the same way
 
@@ -112,10 +126,12 @@ class HFTeacher(Teacher):
         """As with `offload`.
 
         Raises:
-            ValueError: It is quantised.
+            ValueError: It is quantised, or to be cut up.
         """
         if self.quantization_config is not None:
             raise ValueError(_CANNOT_MOVE)
+        if self.sharded:
+            raise ValueError(_CANNOT_SHARD)
         self.offload = True
 
     def setup(self, student: Student, model: nn.Module, device: torch.device) -> None:
@@ -137,13 +153,18 @@ class HFTeacher(Teacher):
         if self.offload:
             self._visitor = _VisitingWeights(loaded.get_decoder(), device)
         elif self.quantization_config is None:
-            loaded.to(device)
-            head = linear_head(loaded, self._compatibility.vocab_size)
-        if self.offload or self.float32_head:  # a tied head would go away with the embedding, or change its dtype
+            self._mesh = None if self.sharded is False else mesh_of(model)
+            if self._mesh is None:
+                loaded.to(device)
+                head = linear_head(loaded, self._compatibility.vocab_size)
+        is_elsewhere = self.offload or self._mesh is not None
+        if is_elsewhere or self.float32_head:  # a tied head would go away with the embedding, or change its dtype
             dtype = torch.float32 if self.float32_head else head.weight.dtype
             bias = None if head.bias is None else head.bias.detach().to(device, dtype, copy=True)
             head = replace(head, weight=head.weight.detach().to(device, dtype, copy=True), bias=bias)
         self._head = head
+        if self._mesh is not None:
+            shard_frozen_body(loaded, self._mesh, self.source.argument)
         if self._visitor is not None and rank() == 0:
             print(_words_of_rest(self.source.path, self._visitor, head, device), file=sys.stderr)
 
@@ -184,18 +205,30 @@ class HFTeacher(Teacher):
         return HiddenScores(hidden, batch.tokens.ids, self._head, request.temperature)
 
     def score_all(self, batches: Sequence[MicroBatch], request: ScoreRequest) -> Iterator[TeacherScores]:
-        """Score the micro-batches of one step in order; with `offload` all of them while the body is on the device."""
-        if self._visitor is None:
-            yield from super().score_all(batches, request)
-            return
-        with self._body_on_device():
+        """Score the micro-batches of one step in order.
+
+        With `offload` all of them while the body is on the device, and where processes share the body all of them
+        together, in the call: who has fewer micro-batches keeps pace with the others.
+        """
+        if self._visitor is None and self._mesh is None:
+            return super().score_all(batches, request)
+        with self._keeping_pace(len(batches)), self._body_on_device():
             scores = [self.score(batch, request) for batch in batches]
-        while scores:  # let go of what has been used
-            yield scores.pop(0)
+        return _one_by_one(scores)
+
+    @contextmanager
+    def _keeping_pace(self, num_passes: int) -> Iterator[None]:
+        """Around so many passes of a body that is cut up: afterwards it has run as often as on the other processes."""
+        num_missing = 0 if self._mesh is None else largest(num_passes, self._device) - num_passes
+        yield
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
+        for _ in range(num_missing):
+            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+                body_states(self._model, token, torch.ones_like(token), token)
 
     def as_student(self) -> tuple[Student, nn.Module] | None:
-        """The very weights that score; None with `offload`, as they are not on the device between two steps."""
-        if self._model is None or self.offload:
+        """The very weights that score; None where they are not on the device between two steps, or not all of them."""
+        if self._model is None or self.offload or self._mesh is not None:
             return None
         source = self.source
         settings: dict[str, Any] = {"trust_remote_code": source.trust_remote_code, "revision": source.revision}
@@ -204,7 +237,7 @@ class HFTeacher(Teacher):
 
     def close(self) -> None:
         """Let go of the weights."""
-        self._model = self._head = self._visitor = None
+        self._model = self._head = self._visitor = self._mesh = None
 
     def _body_on_device(self) -> AbstractContextManager[None]:
         return nullcontext() if self._visitor is None or self._visitor.is_there else self._visitor.on_device()
@@ -219,6 +252,11 @@ def _words_of_rest(path: str, body: _VisitingWeights, head: LinearHead, device: 
         f"teacher.offload: {body.num_bytes:,} bytes of {path} rest in CPU memory and are on {device} while a step is"
         f" scored; its head, {staying:,} bytes, stays there."
     )
+
+
+def _one_by_one(scores: list[TeacherScores]) -> Iterator[TeacherScores]:
+    while scores:  # let go of what has been used
+        yield scores.pop(0)
 
 
 class _VisitingWeights:
