@@ -1,7 +1,7 @@
 """What it costs to hand a live student's weights to a vLLM in this process, against copying them tensor by tensor.
 
-Processor seconds of one thread, medians; `--reload` takes vLLM's layer-wise reload for every update, as before
-`packed_layers`. The two take turns in one process, each with an engine of its own.
+Processor seconds of one thread. Three things take turns: an update past vLLM's reload (`packed_layers`), one through it
+as all were before, and the copy.
 
     VLLM_CPU_KVCACHE_SPACE=1 python benchmarks/weight_sync.py --output benchmarks/results/weight_sync_cpu-2core.json
 """
@@ -39,7 +39,7 @@ def measure(folder: Path, dtype: str, repeats: int) -> dict[str, Any]:
     engine = VLLMColocatedEngine({**ENGINE_ARGS, "kv_cache_memory_bytes": 2**28, "dtype": dtype})
     engine.setup(student, torch.device("cpu"))
     engine.sync(model, 0)
-    transfer = _transfer_engine(engine)
+    (transfer,) = engine._llm.collective_rpc(lambda worker: worker.weight_transfer_engine)
     layers = transfer._layers
     assert layers is not None, "this model is not loaded past the reload"
     weights = [weight.detach() for weight in model.parameters()]
@@ -66,11 +66,8 @@ def measure(folder: Path, dtype: str, repeats: int) -> dict[str, Any]:
     }
 
 
-def _transfer_engine(engine: VLLMColocatedEngine) -> Any:
-    return engine._llm.llm_engine.model_executor.driver_worker.worker.weight_transfer_engine
-
-
 def main() -> None:
+    """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--sizes", nargs="+", default=["10M", "35M"], choices=SIZES)

@@ -16,7 +16,7 @@ from opd_lightning.training.stored_tensors import tensors_of_checkpoint
 pytestmark = pytest.mark.slow
 
 PROGRAM = Path(__file__).parent / "fsdp2_run.py"
-PER_PROCESS = ("seconds/", "tokens_per_second/", "padding_share")
+PER_PROCESS = ("seconds/", "tokens_per_second/", "padding_share", "kept_score_bytes")
 
 
 @pytest.fixture(scope="module")

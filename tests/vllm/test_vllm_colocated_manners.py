@@ -56,6 +56,21 @@ def test_a_version_that_vllm_has_is_not_sent_again(tied_pair, monkeypatch):
     tied_pair.vllm.weight_version = tied_pair.version
 
 
+def test_an_update_past_vllms_reload_is_the_same_to_the_last_bit(tied_pair):
+    tied_pair.step()
+    (transfer,) = tied_pair.vllm._llm.collective_rpc(lambda worker: worker.weight_transfer_engine)
+    layers = transfer._layers
+    assert layers is not None  # as the first update has shown
+    past = tied_pair.vllm.generate(tied_pair.prompts, GREEDY)
+    transfer._layers = None
+    tied_pair.version += 1
+    tied_pair.sync()
+    through = tied_pair.vllm.generate(tied_pair.prompts, GREEDY)
+    transfer._layers = layers
+    assert tokens(past) == tokens(through)
+    assert all(torch.equal(a.log_probs, b.log_probs) for a, b in zip(past, through, strict=True))
+
+
 def test_the_cache_of_old_weights_would_show(tied_pair, monkeypatch):
     """Without the reset the first test would fail: these prompts do hit the prefix cache."""
     tied_pair.vllm.generate(tied_pair.prompts, GREEDY)

@@ -28,18 +28,16 @@ class _Target:
     def put(self, parts: list[Tensor]) -> None:
         """Take over new weights."""
         if not self.is_packed:
-            rows = getattr(self.layer, self.name).data.split([len(part) for part in parts] + self._num_padding(parts))
-            for own, part in zip(rows, parts, strict=False):
-                own.copy_(part)
+            own, start = getattr(self.layer, self.name).data, 0
+            for part in parts:
+                own[start : start + len(part)].copy_(part)
+                start += len(part)
             return
         empty = self.layer.weight
         weight = torch.cat(parts) if len(parts) > 1 else parts[0]
         self.layer.weight = nn.Parameter(weight.to(empty.dtype), requires_grad=False)
         self.layer.quant_method.process_weights_after_loading(self.layer)
         self.layer.weight = empty
-
-    def _num_padding(self, parts: list[Tensor]) -> list[int]:
-        return [len(getattr(self.layer, self.name)) - sum(len(part) for part in parts)]
 
 
 class PackedLayers:
@@ -75,13 +73,16 @@ class Observer:
         self._model = model
         self._given: dict[str, Tensor] = {}
         self._packed: dict[nn.Module, Tensor] = {}
-        self._methods = [layer.quant_method for layer in model.modules() if hasattr(layer, "quant_method")]
-        for method in self._methods:
+        found: list[Any] = [getattr(layer, "quant_method", None) for layer in model.modules()]
+        self._methods = {id(each): each for each in found if hasattr(each, "process_weights_after_loading")}
+        for method in self._methods.values():
             method.process_weights_after_loading = self._watched(method.process_weights_after_loading)
 
     def _watched(self, process: Any) -> Any:
         def note(layer: nn.Module) -> None:
-            self._packed[layer] = layer.weight.data if isinstance(layer.weight, Tensor) else torch.empty(0)
+            weight = getattr(layer, "weight", None)
+            if isinstance(weight, Tensor):
+                self._packed[layer] = weight.data
             process(layer)
 
         return note
@@ -94,7 +95,7 @@ class Observer:
 
     def close(self) -> None:
         """Watch no longer."""
-        for method in self._methods:
+        for method in self._methods.values():
             del method.process_weights_after_loading
 
     @torch.no_grad()
