@@ -1,5 +1,6 @@
 """Teacher and engine against a real vLLM server: scores, pushed weights, kill and restart."""
 
+import json
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ import torch
 
 pytest.importorskip("vllm")
 from conftest import VOCAB_SIZE, make_model, make_tokenizer, save_folder
-from make_tiny_models import make_prompts, perturb, student_log_probs
+from make_tiny_models import make_folder, make_prompts, perturb, student_log_probs
 from record_server import record
 
 sys.path.append(str(Path(__file__).parent.parent / "backends"))
@@ -191,6 +192,24 @@ def test_sampled_log_probs_and_seeds(student, engine):
     assert tokens(first) == tokens(again)
     own = student_log_probs(student, model, first, WARM.temperature)
     torch.testing.assert_close(torch.cat([r.log_probs for r in first]), own, rtol=0, atol=1e-3)
+
+
+def test_two_processes_that_share_a_student_train_on_the_rollouts_of_its_weights(server, folder, tmp_path):
+    """A whole fit under FSDP2 with this server, and another with an engine in each process."""
+    here = Path(__file__).parent
+    teacher = make_folder(tmp_path / "teacher", seed=9)
+    command = [sys.executable, str(here / "fsdp2_fits.py"), str(folder), str(teacher), server.url, str(tmp_path)]
+    paths = [str(here.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["pushes"] == [3, 0]  # one process sends what all have gathered
+    for name in ("server", "colocated"):
+        first, *_, last = found[name]
+        assert all(step["rollout_mismatch"] < 1e-4 and step["staleness"] == 0 for step in found[name])
+        assert first["rollouts"] != last["rollouts"] and len(first["rollouts"]) == 2
+    assert found["server"][0]["rollouts"] == found["colocated"][0]["rollouts"]
 
 
 def test_a_killed_server_that_is_started_again_goes_on_with_the_pushed_weights(server, student, engine):
