@@ -159,7 +159,8 @@ def configurations() -> str:
 def python_names() -> str:
     """The public names that no configuration names: directives that mkdocstrings replaces by docstrings."""
     own_page = {cls.__name__ for classes in methods().values() for cls in classes}
-    waiting = {name: home for name, home in opd_lightning._HOMES.items() if name not in own_page}
+    names = sorted({*opd_lightning.__all__} - own_page)
+    waiting = {name: getattr(opd_lightning, name).__module__.removeprefix("opd_lightning.") for name in names}
     parts = [
         "# Python\n\nEvery public name can be imported from the top: `from opd_lightning import OPDModule, EffOPD`."
         " The classes that a configuration names have [pages of their own](methods.md). What is on neither page may"

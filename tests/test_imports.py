@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).parent.parent / "docs"))
 from draw_imports import PACKAGE, ROOMS, draw, imports_of, module_of, room_imports, room_of
 
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
-LAZY = {("training", "backends"), ("__init__", "callbacks"), ("__init__", "training")}
+LAZY = {("training", "backends")}
 INSIDE = {  # rooms whose modules build on each other: each may import from those before it only
     "interfaces": "addresses arguments columns modes words tokens scores models generation learning problems __init__",
     "training": "schedules peak_memory stopwatch output_paths checkpoint_files sharded_checkpoints checkpoints fsdp2"
@@ -30,7 +30,7 @@ DOORS = {"__init__", "__main__"}
 
 
 def test_the_table_knows_every_room_and_no_other():
-    names = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()} - {"py.typed", "__pycache__"}
+    names = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()} - {"py.typed", "__pycache__", "__init__.pyi"}
     assert set(RANK) == names - DOORS
     assert len(names) <= 21
 
@@ -106,8 +106,7 @@ def test_heavy_packages_have_one_home(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_and_functions_stay_small(path):
     source = path.read_text()
-    # the list of public names, twice, is as long as there are names; test_public_names.py holds it
-    assert source.count("\n") <= 300 or path == PACKAGE / "__init__.py"
+    assert source.count("\n") <= 300
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             body = node.end_lineno - node.body[0].lineno + 1
@@ -139,5 +138,5 @@ def test_every_public_name_can_be_imported_from_the_top():
     for name in opd_lightning.__all__:
         assert getattr(opd_lightning, name) is not None
     assert {"OPDModule", "OPDDataModule", "EffOPD", "EffOPDOptimizer", "DivergenceObjective"} <= set(dir(opd_lightning))
-    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+    with pytest.raises(AttributeError, match="attribute Nothing"):
         opd_lightning.Nothing  # noqa: B018

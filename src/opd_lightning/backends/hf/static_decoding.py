@@ -182,6 +182,7 @@ class StaticDecoder:
             log_probs=tables.log_probs[:num_real],
             lengths=tables.lengths[:num_real],
             finished=~tables.is_open[:num_real],
+            own_log_probs=torch.zeros_like(tables.log_probs[:num_real]),
         )
 
     def forget(self) -> None:
