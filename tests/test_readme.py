@@ -9,7 +9,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 def test_the_annotated_tree_shows_what_is_there():
     shown = set(re.findall(r"^[├└]── (\S+?)/?\s", CONTRIBUTING, flags=re.MULTILINE))
     package = ROOT / "src" / "opd_lightning"
-    hidden = {"__init__.py", "__main__.py", "__pycache__", "py.typed"}
+    hidden = {"__init__.py", "__init__.pyi", "__main__.py", "__pycache__", "py.typed"}
     assert shown == {path.name for path in package.iterdir()} - hidden
 
 

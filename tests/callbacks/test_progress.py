@@ -28,6 +28,8 @@ def on_a_terminal():
     screen = Terminal()
     log, handler = logging.getLogger("lightning.pytorch"), logging.StreamHandler(screen)
     log.addHandler(handler)
+    level = log.level
+    log.setLevel(logging.INFO)
     with (
         patch.dict(os.environ, COLUMNS="80", LINES="40", TERM="xterm"),
         redirect_stdout(screen),
@@ -37,6 +39,7 @@ def on_a_terminal():
             yield screen
         finally:
             log.removeHandler(handler)
+            log.setLevel(level)
     assert handler.stream is screen
 
 

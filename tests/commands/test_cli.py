@@ -119,7 +119,7 @@ def test_another_class_takes_none_of_the_defaults_arguments(capsys):
         )
     data = yaml.safe_load(capsys.readouterr().out)["data"]
     assert data["selector"]["class_path"].endswith("DifficultyPool")
-    assert data["engine"]["init_args"] == {"max_batch_size": 3}
+    assert data["engine"]["init_args"] == {"max_batch_size": 3, "static_shapes": False}
 
 
 def test_engines_teachers_and_alarms_of_vllm_have_short_names_too(capsys):

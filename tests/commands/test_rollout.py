@@ -106,7 +106,7 @@ def test_the_teacher_s_scores_are_written_beside_the_answers_and_read_back(
     live = SimpleNamespace(spec=student, weight_version=0)
     batch = collate(source.rollouts(StepPrompts(0, (0, 1, 2), tuple(prompts)), Sampling(8), live).rollouts, 0)
     for each in (stored, teacher):
-        each.setup(student, None, torch.device("cpu"))
+        each.setup(student, torch.nn.Module(), torch.device("cpu"))
     told, expected = (each.score(batch, stored.offer) for each in (stored, teacher))
     torch.testing.assert_close(told.sampled(), expected.sampled())
     torch.testing.assert_close(told.topk(2), expected.topk(2))

@@ -325,7 +325,7 @@ def test_a_teacher_of_the_same_tokenizer_shares_every_token(folders):
 def test_scores_are_the_teacher_s_own_on_its_own_tokens(folders, name):
     student = HFStudent(folders["student"])
     teacher = CrossTokenizerTeacher(folders[name], dtype="float32")
-    teacher.setup(student, None, CPU)
+    teacher.setup(student, torch.nn.Module(), CPU)
     answers = [student.tokenizer.encode(text) for text in LINES[:3]]
     rollouts = [rollout_of(student, answers[0]), rollout_of(student, answers[2][:-1], False), rollout_of(student, [])]
     batch = collate(rollouts, student.tokenizer.pad_id)
@@ -338,7 +338,7 @@ def test_scores_are_the_teacher_s_own_on_its_own_tokens(folders, name):
     # the first unit of the first answer, read alone
     reading = teacher._reader.align(rollouts[0])
     own = HFTeacher(folders[name], dtype="float32")
-    own.setup(HFStudent(folders[name]), None, CPU)
+    own.setup(HFStudent(folders[name]), torch.nn.Module(), CPU)
     full = own.score(collate([reading.rollout], 0), ScoreRequest(full_vocabulary=True)).full()
     ids, size = reading.rollout.response_ids, reading.cells[0][1]
     expected = full[range(size), ids[:size]].mean()
@@ -360,7 +360,7 @@ def test_what_cannot_be_aligned_is_refused_in_one_line(folders):
     student = HFStudent(folders["student"])
     byte = {text: i for i, text in student.tokenizer.token_bytes().items()}
     teacher = CrossTokenizerTeacher(folders["byte_level"], dtype="float32")
-    teacher.setup(student, None, CPU)
+    teacher.setup(student, torch.nn.Module(), CPU)
     cases = {
         "its bytes are no UTF-8 at byte 1": rollout_of(student, [byte[b"a"], byte[b"\xff"], byte[b"b"]]),
         "the student's token 1 is no text": rollout_of(student, [byte[b"a"], 1, byte[b"b"]]),
@@ -372,7 +372,7 @@ def test_what_cannot_be_aligned_is_refused_in_one_line(folders):
             teacher.score(batch, teacher.offer)
         assert "\n" not in str(caught.value) and "problem 'train/7'" in str(caught.value)
         lenient = CrossTokenizerTeacher(folders["byte_level"], dtype="float32", skip_unaligned=True)
-        lenient.setup(student, None, CPU)
+        lenient.setup(student, torch.nn.Module(), CPU)
         with pytest.warns(UserWarning, match=r"left out of the loss"):
             scores = lenient.score(batch, teacher.offer)
         assert scores.num_tokens == batch.num_tokens and not scores.units.num_tokens.any()

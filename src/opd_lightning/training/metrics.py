@@ -140,7 +140,8 @@ def log_values(module: LightningModule, hook: str, values: Mapping[str, float], 
     """What `module.log` does with each value, in a fraction of the time from the second time on.
 
     `log` copies all that Lightning knows of a value every time: for the forty of a step that was 3 % of the quickstart.
-    A value that it knows already goes straight to where `log` would put it.
+    A value that it knows already goes straight to where `log` would put it. The first goes through `log` in any case: at
+    the start of an epoch Lightning forgets all values of a hook with its first `log` there, so nothing may come before.
 
     Args:
         module: Whose trainer logs.
@@ -150,8 +151,8 @@ def log_values(module: LightningModule, hook: str, values: Mapping[str, float], 
     """
     known: Any = module.trainer._results or {}  # not for others to use, but `log` itself has nothing cheaper
     dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # a precision plugin may have lowered it
-    for name, value in values.items():
-        if (key := f"{hook}.{name}") in known:
+    for index, (name, value) in enumerate(values.items()):
+        if index and (key := f"{hook}.{name}") in known:
             known.update_metrics(key, torch.tensor(value, dtype=dtype, device=module.device), 1)
         else:
             module.log(name, value, prog_bar=name in shown, batch_size=1)
