@@ -140,8 +140,8 @@ def log_values(module: LightningModule, hook: str, values: Mapping[str, float], 
     """What `module.log` does with each value, in a fraction of the time from the second time on.
 
     `log` copies all that Lightning knows of a value every time: for the forty of a step that was 3 % of the quickstart.
-    A value that it knows already goes straight to where `log` would put it. The first goes through `log` in any case: at
-    the start of an epoch Lightning forgets all values of a hook with its first `log` there, so nothing may come before.
+    A value that it knows already goes straight to where `log` would put it. The first goes through `log` in any case:
+    with a hook's first `log` of an epoch Lightning forgets all values of that hook, so none may come before.
 
     Args:
         module: Whose trainer logs.
