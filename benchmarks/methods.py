@@ -3,15 +3,17 @@
 Contestants are the files of configs/methods as they are, on top of the sandbox's own configuration: plain distillation
 with nothing on top, the plain sampled-token estimator, and a control that ignores the teacher. Every one of them gets
 the same rollouts per step, the same optimiser (AdamW at a constant rate) and the same three rates to be tuned with, one
-run each; the best of the three, by held-out divergence, is run with fresh seeds. A run goes on until it has had its
-rollouts and its processor seconds, whichever comes later, and is measured on the way: reverse KL to the sandbox's
-teacher and sampled accuracy on held-out problems, outside the clock. One line per run is appended to the results; runs
-already there are skipped.
+run each of the rollouts alone; the best of the three, by held-out divergence, is run with fresh seeds. Such a run goes
+on until it has had its rollouts and its processor seconds, whichever comes later, and is measured on the way: reverse
+KL to the sandbox's teacher and sampled accuracy on held-out problems, outside the clock. Rollouts are those trained on,
+or those generated where these are more. What a method reads from files is written before, once, and costs it nothing
+here. One line per run is appended to the results; runs already there are skipped.
 
-Hardware: one x86-64 core and 2 GB. A run takes some 10 (short) to 40 seconds (long).
+Hardware: one x86-64 core and 2 GB. A run takes some 10 (short) to 40 processor seconds (long).
 Command:  python benchmarks/methods.py short|long tune|compare [NAME ...]    (no name: all)
 """
 
+import io
 import json
 import logging
 import os
@@ -19,8 +21,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +36,10 @@ from sandbox_runs import Trajectory, facts, fit, read_runs
 from opd_lightning import Advantage
 from opd_lightning.backends.hf import HFTeacher
 from opd_lightning.commands.cli import OPDCLI
+from opd_lightning.commands.cli import main as command
 from opd_lightning.commands.shipped_configs import folder
 
 RESULTS = FOLDER / "methods_cpu-2core.jsonl"
-RATES = (2e-4, 5e-4, 1e-3)
 TUNING_SEED, SEEDS = 20, range(30, 35)
 MOST = 4  # times its rollouts, that a cheap method may go on to use up its seconds
 
@@ -56,7 +59,15 @@ CONTROLS: dict[str, list[str]] = {  # what the command says in place of a method
     "control": [*SAMPLED, "--model.objective.advantage", "methods.Blind"],
 }
 NOT_RUN = {  # methods that need what no sandbox has, each with what it needs
-    "gkd": "it needs a file of stored answers",
+    "ropd": "it needs a chat model that marks answers by questions",
+}
+ROLLOUT = ["rollout", "--num_problems", "512", "--seed_everything", "1", "--trainer.callbacks", "[]"]
+BEFORE = {  # what is written for a method before its first run: the command, and the file
+    "gkd": ([*ROLLOUT, "--output"], "runs/cold_start/answers.jsonl"),
+    "lightning_opd": (
+        [*ROLLOUT, "--role", "student", "--score", "true", "--reject.truncated", "false", "--output"],
+        "scored.jsonl",
+    ),
 }
 
 
@@ -67,6 +78,7 @@ class Sandbox:
     Attributes:
         config: The configuration they go on top of.
         teacher: Whom all are measured against, whatever teaches them.
+        rates: What everybody is tuned with; that of plain distillation lies in the middle.
         rollouts: What everybody gets.
         seconds: Processor seconds, likewise.
         every: Rollouts between two measurements.
@@ -77,6 +89,7 @@ class Sandbox:
 
     config: str
     teacher: str
+    rates: tuple[float, ...]
     rollouts: int
     seconds: float
     every: int
@@ -86,8 +99,10 @@ class Sandbox:
 
 
 SANDBOXES = {
-    "short": Sandbox("@quickstart", "sandbox:teacher", 512, 8.0, every=128, num_held_out=96),
-    "long": Sandbox("@long_sandbox", "sandbox:long-teacher", 512, 30.0, every=128, num_held_out=64, prefix="long-"),
+    "short": Sandbox("@quickstart", "sandbox:teacher", (3e-4, 5e-4, 1e-3), 512, 7.0, every=128, num_held_out=96),
+    "long": Sandbox(
+        "@long_sandbox", "sandbox:long-teacher", (1e-3, 2e-3, 3e-3), 512, 18.0, 128, num_held_out=64, prefix="long-"
+    ),
 }
 
 
@@ -96,7 +111,8 @@ class Progress(Trajectory):
 
     def __init__(self, sandbox: Sandbox, engine: ClockedEngine) -> None:
         super().__init__(sandbox.num_held_out)
-        self.sandbox, self.engine, self.measured = sandbox, engine, 0
+        self.sandbox, self.engine = sandbox, engine
+        self.rollouts = self.trained = self.measured = 0
 
     def begin(self, trainer: Trainer) -> None:
         self.engine.forget()
@@ -106,15 +122,18 @@ class Progress(Trajectory):
 
     def account(self, trainer: Trainer, module: Any, outputs: Any, batch: Any) -> bool:
         """After every so many rollouts, and when the seconds are over."""
-        due = self.engine.rollouts - self.measured >= self.sandbox.every or self.seconds >= self.sandbox.seconds
+        self.trained += len(batch.rollouts)
+        self.rollouts = max(self.trained, self.engine.rollouts)
+        due = self.rollouts - self.measured >= self.sandbox.every or self.is_over([{"rollouts": self.rollouts}])
         if due:
-            self.measured = self.engine.rollouts
+            self.measured = self.rollouts
         return due
 
     def spent(self, trainer: Trainer) -> dict[str, Any]:
         return {
             "updates": trainer.global_step,
-            "rollouts": self.engine.rollouts,
+            "rollouts": self.rollouts,
+            "generated": self.engine.rollouts,
             "tokens": self.engine.tokens,
             "seconds": round(self.seconds, 3),
             "generation_seconds": round(self.engine.seconds, 3),
@@ -145,12 +164,22 @@ def contestants() -> list[str]:
     return [*CONTROLS, *sorted(path.stem for path in (folder() / "methods").glob("*.yaml"))]
 
 
+def files_of(name: str, sandbox: Sandbox, root: Path) -> None:
+    """Write what a method reads, where its configuration expects it."""
+    if name in BEFORE:
+        words, path = BEFORE[name]
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            command([words[0], "--config", sandbox.config, *words[1:], str(root / path)])
+
+
 def run(name: str, sandbox: Sandbox, lr: float, seed: int) -> dict[str, Any]:
     """Train one contestant; the seed decides prompts, samples and orders."""
-    seed_everything(seed, verbose=False)
     words = ["fit", "--config", sandbox.config, "--trainer.callbacks", "[]"]
     end = ["--seed_everything", str(seed), "--model.lr_scheduler", "null", "--model.optimizer.lr", str(lr)]
-    with tempfile.TemporaryDirectory() as root:
+    with tempfile.TemporaryDirectory() as root, chdir(root):
+        files_of(name, sandbox, Path(root))
+        seed_everything(seed, verbose=False)
         if name in CONTROLS:
             words += CONTROLS[name]
         else:  # those that name the sandbox's models mean those of this one
@@ -166,7 +195,7 @@ def run(name: str, sandbox: Sandbox, lr: float, seed: int) -> dict[str, Any]:
         progress = Progress(sandbox, engine)
         callbacks = built.config_init.fit.trainer.callbacks or []
         fit(module, data, [*callbacks, progress], MOST * sandbox.rollouts)
-    settings = {"lr": lr, "rates": RATES, "per_step": sandbox.per_step} | asdict(sandbox) | facts()
+    settings = {"lr": lr, "per_step": sandbox.per_step} | asdict(sandbox) | facts()
     return {"settings": settings, "trajectory": progress.points}
 
 
@@ -180,8 +209,8 @@ def best_rate(name: str, where: str) -> float:
     for record in read_runs(RESULTS):
         if (record["name"], record["sandbox"], record["seed"]) == (name, where, TUNING_SEED):
             found[record["settings"]["lr"]] = after_rollouts(record)["kl"]
-    if set(found) != set(RATES):
-        raise ValueError(f"{name}: tune it first; tried {sorted(found)} of {RATES}.")
+    if set(found) != set(SANDBOXES[where].rates):
+        raise ValueError(f"{name}: tune it first; tried {sorted(found)} of {SANDBOXES[where].rates}.")
     return min(found, key=found.__getitem__)
 
 
@@ -191,6 +220,14 @@ def after_rollouts(record: Mapping[str, Any]) -> dict[str, Any]:
     return next(point for point in record["trajectory"] if point["rollouts"] >= enough)
 
 
+def cases_of(stage: str, where: str, names: Sequence[str]) -> Iterator[tuple[str, float, int]]:
+    """Contestants, rates and seeds of a stage: name by name to tune, seed by seed to compare."""
+    if stage == "tune":
+        yield from ((name, lr, TUNING_SEED) for name in names for lr in SANDBOXES[where].rates)
+    else:
+        yield from ((name, best_rate(name, where), seed) for seed in SEEDS for name in names)
+
+
 def main(where: str, stage: str, *names: str) -> None:
     """Run what is missing and append it."""
     warnings.simplefilter("ignore")
@@ -198,22 +235,17 @@ def main(where: str, stage: str, *names: str) -> None:
         logging.getLogger(logger).setLevel(logging.ERROR)
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     torch.set_num_threads(1)
-    for name in names or contestants():
-        if name in NOT_RUN:
-            print(f"{name}: not run, {NOT_RUN[name]}")
+    sandbox = SANDBOXES[where]
+    if stage == "tune":  # the rollouts alone, and one measurement behind them
+        sandbox = replace(sandbox, seconds=0.0, every=sandbox.rollouts)
+    for name, lr, seed in cases_of(stage, where, [name for name in names or contestants() if name not in NOT_RUN]):
+        known = {(one["name"], one["sandbox"], one["settings"]["lr"], one["seed"]) for one in read_runs(RESULTS)}
+        if (name, where, lr, seed) in known:
             continue
-        cases = [(lr, TUNING_SEED) for lr in RATES]
-        if stage == "compare":
-            lr = best_rate(name, where)
-            cases = [(lr, seed) for seed in SEEDS]
-        for lr, seed in cases:
-            key = (name, where, lr, seed)
-            if key in {(one["name"], one["sandbox"], one["settings"]["lr"], one["seed"]) for one in read_runs(RESULTS)}:
-                continue
-            record = {"name": name, "sandbox": where, "seed": seed} | run(name, SANDBOXES[where], lr, seed)
-            with Path(RESULTS).open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            print(time.strftime("%H:%M:%S"), name, lr, seed, record["trajectory"][-1], flush=True)
+        record = {"name": name, "sandbox": where, "seed": seed} | run(name, sandbox, lr, seed)
+        with Path(RESULTS).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(time.strftime("%H:%M:%S"), name, lr, seed, record["trajectory"][-1], flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def runs(monkeypatch):
     made = []
     for name, factor in (("plain", 1.0), ("control", 4.0), ("vopd", 0.5)):
         kls = [factor * kl for kl in (0.8, 0.4, 0.2, 0.1)]
-        for lr in methods.RATES:  # the middle one is the best
+        for lr in methods.SANDBOXES["short"].rates:  # the middle one is the best
             made.append(record(name, 20, [kl * (1 if lr == 5e-4 else 2) for kl in kls], lr))
         if name != "control":
             made += [record(name, seed, kls, 5e-4) for seed in range(30, 35)]
