@@ -24,6 +24,7 @@ CHECKED = replace(SMALL_ROUNDS, max_kl=0.2, search=32)
 NEAR = [near(128, 3e-4, 8, 4), near(32, 5e-4), SMALL_ROUNDS]
 LONG_SMALL = long(64, 3e-4, 4, 4)
 LONG = long(128, 5e-4, 8, 4)
+LONG_TUNED = long(64, 2e-3, evaluate_every=5, max_updates=90)
 GROUPS: dict[str, tuple[range, list[Arm]]] = {  # seeds, arms; most important first
     "near-screen": (
         SCREEN,
@@ -69,6 +70,9 @@ GROUPS: dict[str, tuple[range, list[Arm]]] = {  # seeds, arms; most important fi
         ],
     ),
     "long-claim": (FRESH_FIVE, [LONG, long(64, 1e-3, evaluate_every=5)]),
+    "long-tuned": (FRESH_FIVE, [LONG_TUNED]),
+    "long-tuned-first": (range(1), [LONG_TUNED]),
+    "long-screen-reuse": (SCREEN, [long(128, 1e-3, 8, 4, max_updates=240), replace(LONG, max_updates=240)]),
     "long-horizon": (range(30, 32), [replace(LONG, horizon=32)]),
     "far-checked": (range(30, 32), [Arm(256, 2e-4, 8, 4, max_kl=0.2, search=64)]),
     "near-lora": (range(30, 33), [near(128, 1e-3, 8, 4, lora=8), near(32, 2e-3, lora=8)]),
