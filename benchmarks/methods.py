@@ -5,9 +5,10 @@ with nothing on top, the plain sampled-token estimator, and a control that ignor
 the same rollouts per step, the same optimiser (AdamW at a constant rate) and the same three rates to be tuned with, one
 run each of the rollouts alone; the best of the three, by held-out divergence, is run with fresh seeds. Such a run goes
 on until it has had its rollouts and its processor seconds, whichever comes later, and is measured on the way: reverse
-KL to the sandbox's teacher and sampled accuracy on held-out problems, outside the clock. Rollouts are those trained on,
-or those generated where these are more. What a method reads from files is written before, once, and costs it nothing
-here. One line per run is appended to the results; runs already there are skipped.
+KL to the sandbox's teacher and sampled accuracy on held-out problems, outside the clock. Rollouts are those trained on;
+what is generated for them is recorded too (every turn with a tool counts there). What a method reads from files is
+written before, once, and costs it nothing here. One line per run is appended to the results; runs already there are
+skipped.
 
 Hardware: one x86-64 core and 2 GB. A run takes some 10 (short) to 40 processor seconds (long).
 Command:  python benchmarks/methods.py short|long tune|compare [NAME ...]    (no name: all)
@@ -112,7 +113,7 @@ class Progress(Trajectory):
     def __init__(self, sandbox: Sandbox, engine: ClockedEngine) -> None:
         super().__init__(sandbox.num_held_out)
         self.sandbox, self.engine = sandbox, engine
-        self.rollouts = self.trained = self.measured = 0
+        self.rollouts = self.measured = 0
 
     def begin(self, trainer: Trainer) -> None:
         self.engine.forget()
@@ -122,8 +123,7 @@ class Progress(Trajectory):
 
     def account(self, trainer: Trainer, module: Any, outputs: Any, batch: Any) -> bool:
         """After every so many rollouts, and when the seconds are over."""
-        self.trained += len(batch.rollouts)
-        self.rollouts = max(self.trained, self.engine.rollouts)
+        self.rollouts += len(batch.rollouts)
         due = self.rollouts - self.measured >= self.sandbox.every or self.is_over([{"rollouts": self.rollouts}])
         if due:
             self.measured = self.rollouts
