@@ -26,7 +26,8 @@ from sandbox_runs import RESULTS as FOLDER
 from sandbox_runs import Trajectory, facts, fit, run_missing
 
 from opd_lightning.backends.hf import HFEngine, HFStudent, HFTeacher
-from opd_lightning.interfaces import Sampling
+from opd_lightning.backends.vllm.colocated import VLLMColocatedEngine
+from opd_lightning.interfaces import RolloutEngine, Sampling
 from opd_lightning.training.datamodule import OPDDataModule
 from opd_lightning.training.module import OPDModule
 from opd_lightning.training.schedules import WarmupDecay
@@ -35,29 +36,12 @@ RESULTS = FOLDER / "fewer_rollouts_cpu-2core.jsonl"
 LONGEST_PAUSE = 16  # updates between evaluations within a round
 
 
-class ClockedEngine(HFEngine):
-    """Counts the processor seconds, the calls, the rollouts and the tokens of all that is generated.
-
-    Args:
-        is_behind: Generate with the weights of the call before: rollouts are stale by one round.
-    """
-
-    def __init__(self, is_behind: bool) -> None:
-        super().__init__(max_batch_size=512)
-        self.is_behind = is_behind
-        self.kept: Any = None
-        self.forget()
+class Counting(RolloutEngine):
+    """Counts the processor seconds of this process, the calls, the rollouts and the tokens of all that is generated."""
 
     def forget(self) -> None:
         """Count from nothing."""
         self.seconds, self.rounds, self.rollouts, self.tokens = 0.0, 0, 0, 0
-
-    def sync(self, model: Any, weight_version: int) -> None:
-        """As the engine's own, or with the weights of the round before."""
-        if self.is_behind:
-            now = copy.deepcopy(model).requires_grad_(False)
-            model, self.kept = self.kept if self.kept is not None else now, now
-        super().sync(model, weight_version)
 
     def generate(self, *args: Any, **options: Any) -> Any:
         """As the engine's own."""
@@ -70,10 +54,41 @@ class ClockedEngine(HFEngine):
         return rollouts
 
 
+class ClockedEngine(Counting, HFEngine):
+    """Generation as in training.
+
+    Args:
+        is_behind: Generate with the weights of the call before: rollouts are stale by one round.
+    """
+
+    def __init__(self, is_behind: bool = False) -> None:
+        super().__init__(max_batch_size=512)
+        self.is_behind = is_behind
+        self.kept: Any = None
+        self.forget()
+
+    def sync(self, model: Any, weight_version: int) -> None:
+        """As the engine's own, or with the weights of the round before."""
+        if self.is_behind:
+            now = copy.deepcopy(model).requires_grad_(False)
+            model, self.kept = self.kept if self.kept is not None else now, now
+        super().sync(model, weight_version)
+
+
+class ClockedVLLM(Counting, VLLMColocatedEngine):
+    """Generation with vLLM: in this process, or in a child whose processor seconds are not counted."""
+
+    is_behind = False
+
+    def __init__(self, own_process: bool) -> None:
+        super().__init__({"max_num_seqs": 128, "enforce_eager": True}, own_process=own_process)
+        self.forget()
+
+
 class Costs(Trajectory):
     """What an arm has spent at every evaluation."""
 
-    def __init__(self, arm: Arm, problem: Target, engine: ClockedEngine) -> None:
+    def __init__(self, arm: Arm, problem: Target, engine: ClockedEngine | ClockedVLLM) -> None:
         super().__init__(problem.num_held_out, arm.average)
         self.arm, self.problem, self.engine = arm, problem, engine
         self.since_evaluation = 0
@@ -101,6 +116,7 @@ class Costs(Trajectory):
             "rollouts": self.engine.rollouts,
             "tokens": self.engine.tokens,
             "seconds": round(self.seconds, 3),
+            "wall_seconds": round(self.wall_seconds, 3),
             "generation_seconds": round(self.engine.seconds, 3),
         }
 
@@ -122,7 +138,8 @@ class Costs(Trajectory):
 def run(arm: Arm, seed: int) -> dict[str, Any]:
     """Train one arm with one seed, which decides prompts, samples and orders."""
     seed_everything(seed, verbose=False)
-    problem, engine = PROBLEMS[arm.target], ClockedEngine(arm.is_behind)
+    problem = PROBLEMS[arm.target]
+    engine = ClockedVLLM(own_process=arm.ahead) if arm.vllm or arm.ahead else ClockedEngine(arm.is_behind)
     costs = Costs(arm, problem, engine)
     module = OPDModule(
         HFStudent(problem.student, **arm.student_options()),

@@ -15,6 +15,7 @@ from opd_lightning.interfaces import Advantage, Objective, RolloutSource, Task
 from opd_lightning.objectives import DivergenceObjective, SampledTokenObjective
 from opd_lightning.rollouts.horizon import GrowingHorizon, Horizon
 from opd_lightning.rollouts.on_policy import OnPolicy
+from opd_lightning.rollouts.one_step_ahead import OneStepAhead
 from opd_lightning.rollouts.reuse import Reuse
 from opd_lightning.tasks import ArithmeticTask
 from opd_lightning.tasks.ledger import LedgerTask
@@ -110,6 +111,8 @@ class Arm:
         is_behind: Rollouts come from the weights of one round before.
         penalty: Trains with `Penalty` in place of the divergence over all tokens.
         lora: Rank of an adapter that is trained in place of all weights; 0 for none.
+        vllm: Generates with vLLM in this process.
+        ahead: Generates with vLLM in a child, each step's rollouts while the step before trains.
         evaluate_every: Held-out problems are answered after rounds that end at a multiple of so many updates.
         max_updates: Give up here.
         target: Key of PROBLEMS.
@@ -128,6 +131,8 @@ class Arm:
     is_behind: bool = False
     penalty: bool = False
     lora: int = 0
+    vllm: bool = False
+    ahead: bool = False
     evaluate_every: int = 1
     max_updates: int = 400
     target: str = "far"
@@ -136,14 +141,26 @@ class Arm:
     def name(self) -> str:
         """For example `far rollouts=256 lr=0.0002 U=4x8 max_kl=0.1`."""
         reuse = f" U={self.passes}x{self.mini_batches}" if (self.passes, self.mini_batches) != (1, 1) else ""
-        keys = ("max_kl", "search", "blind", "horizon", "average", "decay", "is_behind", "penalty", "lora")
+        keys = (
+            "max_kl",
+            "search",
+            "blind",
+            "horizon",
+            "average",
+            "decay",
+            "is_behind",
+            "penalty",
+            "lora",
+            "vllm",
+            "ahead",
+        )
         extras = [f"{key}={value}" for key in keys if (value := getattr(self, key))]
         return " ".join([f"{self.target} rollouts={self.rollouts} lr={self.lr:g}{reuse}", *extras])
 
     def make_source(self) -> RolloutSource:
         """Where rollouts come from."""
         if self.mini_batches == self.passes == 1:
-            return OnPolicy()
+            return OneStepAhead() if self.ahead else OnPolicy()
         return Reuse(self.mini_batches, self.passes, max_kl=self.max_kl)
 
     def make_horizon(self) -> Horizon | None:

@@ -74,6 +74,10 @@ GROUPS: dict[str, tuple[range, list[Arm]]] = {  # seeds, arms; most important fi
     "long-tuned-first": (range(1), [LONG_TUNED]),
     "long-screen-reuse": (SCREEN, [long(128, 1e-3, 8, 4, max_updates=240), replace(LONG, max_updates=240)]),
     "long-horizon": (range(30, 32), [replace(LONG, horizon=32)]),
+    "long-vllm": (  # in an environment with vLLM
+        range(30, 32),
+        [replace(LONG, vllm=True), replace(LONG_TUNED, vllm=True), replace(LONG_TUNED, ahead=True)],
+    ),
     "far-checked": (range(30, 32), [Arm(256, 2e-4, 8, 4, max_kl=0.2, search=64)]),
     "near-lora": (range(30, 33), [near(128, 1e-3, 8, 4, lora=8), near(32, 2e-3, lora=8)]),
     "near-average": (range(30, 33), [near(32, 1e-3, average=0.8), near(32, 1e-3, decay=40)]),
