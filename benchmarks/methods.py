@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import torch
@@ -63,13 +64,14 @@ NOT_RUN = {  # methods that need what no sandbox has, each with what it needs
     "ropd": "it needs a chat model that marks answers by questions",
 }
 ROLLOUT = ["rollout", "--num_problems", "512", "--seed_everything", "1", "--trainer.callbacks", "[]"]
+BY_STUDENT = [*ROLLOUT, "--role", "student"]
 BEFORE = {  # what is written for a method before its first run: the command, and the file
     "gkd": ([*ROLLOUT, "--output"], "runs/cold_start/answers.jsonl"),
-    "lightning_opd": (
-        [*ROLLOUT, "--role", "student", "--score", "true", "--reject.truncated", "false", "--output"],
-        "scored.jsonl",
-    ),
+    "lightning_opd": ([*BY_STUDENT, "--score", "true", "--reject.truncated", "false", "--output"], "scored.jsonl"),
+    "brts": ([*ROLLOUT, "--num_samples", "4", "--output"], "runs/brts/candidates.jsonl"),
+    "uni_opd_data": ([*BY_STUDENT, "--num_samples", "8", "--output"], "runs/uni_opd/passes.jsonl"),
 }
+WRITTEN = Path(tempfile.gettempdir(), "opd_lightning_methods")  # such files, by sandbox: every run reads the same
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,12 @@ def files_of(name: str, sandbox: Sandbox, root: Path) -> None:
     """Write what a method reads, where its configuration expects it."""
     if name in BEFORE:
         words, path = BEFORE[name]
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            command([words[0], "--config", sandbox.config, *words[1:], str(root / path)])
+        kept = WRITTEN / sandbox.config.strip("@") / name / Path(path).name
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                command([words[0], "--config", sandbox.config, *words[1:], str(kept)])
+        copytree(kept.parent, (root / path).parent, dirs_exist_ok=True)
 
 
 def run(name: str, sandbox: Sandbox, lr: float, seed: int) -> dict[str, Any]:
