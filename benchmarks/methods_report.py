@@ -6,7 +6,7 @@ seconds the logarithm of the divergence is interpolated between measurements. A 
 of at least five seeds lies on one side of 1. Contestants without fresh seeds are shown as tuned: one run, no claim.
 
 Hardware: any.
-Command:  python benchmarks/methods_report.py [short|long ...]
+Command:  python benchmarks/methods_report.py [short|long|short:plain-sampled ...]    (gains over another contestant)
 """
 
 import math
@@ -64,15 +64,15 @@ def chosen(where: str) -> dict[str, Records]:
     return every
 
 
-def table(where: str) -> str:
-    """One row for each contestant, the nearest first."""
+def table(where: str, over: str = "plain") -> str:
+    """One row for each contestant, the nearest first; gains are over one of them."""
     every = chosen(where)
     seconds = SANDBOXES[where].seconds
-    plain = every["plain"] | {
+    plain = every[over] | {
         record["seed"]: record
         for record in read_runs(RESULTS)
-        if (record["name"], record["sandbox"], record["seed"]) == ("plain", where, TUNING_SEED)
-        and record["settings"]["lr"] == best_rate("plain", where)
+        if (record["name"], record["sandbox"], record["seed"]) == (over, where, TUNING_SEED)
+        and record["settings"]["lr"] == best_rate(over, where)
     }
     rows = []
     for name, runs in every.items():
@@ -85,7 +85,7 @@ def table(where: str) -> str:
         kl = math.exp(statistics.fmean(at_rollouts(run) for run in runs.values()))
         accuracy = statistics.fmean(end["accuracy"] for end in ends)
         cells = [name, f"{best_rate(name, where):g}", str(len(seeds)), f"{kl:.4f}", f"{accuracy:.0%}"]
-        cells += [f"{same}: {verdict}", f"{timed}: {timed_verdict}"] if name != "plain" else ["1", "1"]
+        cells += [f"{same}: {verdict}", f"{timed}: {timed_verdict}"] if name != over else ["1", "1"]
         rows.append((kl, f"| {' | '.join(cells)} |"))
     heads = ["method", "rate", "seeds", "reverse KL", "accuracy", "gain at equal rollouts", "gain at equal seconds"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(row for _, row in sorted(rows))]
@@ -94,5 +94,6 @@ def table(where: str) -> str:
 
 
 if __name__ == "__main__":
-    for sandbox in sys.argv[1:] or SANDBOXES:
-        print(f"\n### {sandbox}\n\n{table(sandbox)}")
+    for wanted in sys.argv[1:] or SANDBOXES:
+        sandbox, _, base = wanted.partition(":")
+        print(f"\n### {wanted}\n\n{table(sandbox, base or 'plain')}")
