@@ -7,6 +7,10 @@ import torch
 from weighed import trained, weigh
 
 from opd_lightning.methods import TIP
+from opd_lightning.rollouts.batching import collate
+from opd_lightning.rollouts.comparison import Comparison
+from opd_lightning.training.first_look import look_first
+from opd_lightning.training.metrics import Means
 
 
 def random_step(*lengths, seed=0):
@@ -43,6 +47,15 @@ def test_the_best_of_each_response_are_kept_and_exactly_so_many(share):
     found = kept(TIP(share), step)
     assert found == reference(step, share)
     assert [len(each) for each in found] == [max(1, math.floor(share * n)) for n in (30, 1, 11, 60)]
+
+
+@pytest.mark.parametrize("choice", ["best", "drawn"])
+def test_a_response_of_which_nothing_is_trained_is_left_so(choice):
+    step = random_step(6, 0, 4)
+    micro_batch = collate([each.rollout for each in step], 0)
+    facts = {name: torch.cat([each.facts[name] for each in step]) for name in TIP.reads}
+    rollouts, seen = look_first(TIP(0.5, choice), iter([Comparison(micro_batch, torch.zeros(10), facts)]), Means())
+    assert [len(each.trained_positions) for each in rollouts] == [3, 0, 2] and len(seen) == 3
 
 
 def test_all_of_it_is_plain_distillation():

@@ -101,6 +101,8 @@ def test_the_divisor_is_known_beforehand_unless_the_weights_say_it():
     assert known_divisor("all_tokens", micro_batches) == 9
     assert known_divisor("sequences", micro_batches) == 3
     assert known_divisor("kept_tokens", micro_batches) is None
+    # a response of which nothing is trained counts in no mean, those over responses included
+    assert known_divisor("sequences", [make_batch(2, 0, 3, num_hidden=1), make_batch(0, num_hidden=1)]) == 2
 
 
 def test_a_normalizer_that_does_not_exist_is_refused():

@@ -54,7 +54,8 @@ def known_divisor(normalizer: Normalizer, micro_batches: Sequence[MicroBatch]) -
     if normalizer == "all_tokens":
         return sum(micro_batch.num_tokens for micro_batch in micro_batches)
     if normalizer == "sequences":
-        return sum(len(micro_batch.rollouts) for micro_batch in micro_batches)
+        rollouts = [rollout for micro_batch in micro_batches for rollout in micro_batch.rollouts]
+        return sum(len(rollout.trained_positions) > 0 for rollout in rollouts)
     if normalizer == "kept_tokens":
         return None
     raise ValueError(

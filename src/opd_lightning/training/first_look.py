@@ -40,8 +40,8 @@ def look_first(
             f"model.token_weighting: {type(weighting).__name__}.look must return the same rollouts in the same order."
         )
     for rollout, whole in zip(rollouts, seen, strict=True):
-        places = rollout.trained_positions
-        if not len(places) or not torch.isin(places, whole.rollout.trained_positions).all():
+        places, there = rollout.trained_positions, whole.rollout.trained_positions
+        if (len(there) and not len(places)) or not torch.isin(places, there).all():
             raise ValueError(
                 f"model.token_weighting: {type(weighting).__name__}.look must keep some of the tokens that the student"
                 f" wrote, of every rollout and no others; that of problem {rollout.problem.uid!r} is left with"
