@@ -14,15 +14,17 @@ from opd_lightning.interfaces import Problem, Rollout
 from opd_lightning.methods import LongReturn
 from opd_lightning.objectives import DenseScores, Truncated
 from opd_lightning.rollouts.batching import collate
-from opd_lightning.rollouts.shaping import attach
+from opd_lightning.rollouts.shaping import attach, attach_log_ratios
 
 CONFIG = yaml.safe_load((ROOT / "configs" / "methods" / "minillm_mixed.yaml").read_text())
 
 
 def drawn(ids, log_mixture, log_p, log_q):
-    """An answer with what a source and the teacher say of it."""
+    """An answer with what a source and the teacher say of it; all [T], of its tokens."""
     rollout = Rollout(Problem("a", ()), torch.tensor([1]), ids, log_mixture, False, seed=0)
-    return attach(rollout, student_log_prob=log_p, log_ratio=log_q - log_mixture)
+    rollout = attach(rollout, student_log_prob=log_p)
+    scores = DenseScores(log_q[:, None], torch.zeros_like(ids))
+    return attach_log_ratios([rollout], [collate([rollout], 0)], [scores])[0]
 
 
 def test_what_follows_is_compared_with_the_student_and_not_with_the_mixture():

@@ -155,6 +155,11 @@ def test_log_ratios_are_attached_to_whole_rollouts_however_they_are_cut():
         batches = [collate([rollouts[place] for place in places], pad_id=0) for places in cut]
         attached = attach_log_ratios(rollouts, batches, [teacher(batch) for batch in batches])
         assert [r.extras["log_ratio"].tolist() for r in attached] == [[-6, 0, -3], [-7.5, -5.5]]
+    # another model had a say in what was drawn, and none in what the student thinks of it
+    mixed = replace(rollouts[1], extras={"student_log_prob": torch.tensor([-0.25, -3.0])})
+    batch = collate([mixed], pad_id=0)
+    [attached] = attach_log_ratios([mixed], [batch], [teacher(batch)])
+    assert attached.extras["log_ratio"].tolist() == [-7.75, -4]
 
 
 def test_a_teacher_that_loses_rollouts_is_refused():

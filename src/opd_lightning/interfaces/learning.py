@@ -75,7 +75,7 @@ class Objective(ABC):
         changes on the way. All rollouts of a prompt are on the same process.
 
         Where `needs_log_ratios`, each rollout comes with the extra `log_ratio`: log q(y) - log p_rollout(y) of the
-        tokens y that the student wrote, 0 at others.
+        tokens y that the student wrote, 0 at others; p_rollout is the student that answered, whatever else had a say.
         """
         return groups
 

@@ -65,7 +65,6 @@ class LongReturn(SampledTokenObjective):
 
     @override
     def shape(self, groups: Sequence[Sequence[Rollout]]) -> Sequence[Sequence[Rollout]]:
-        groups = [[_against_the_student(rollout) for rollout in group] for group in groups]
         return [[self._with_return(rollout) for rollout in group] for group in super().shape(groups)]
 
     @override
@@ -92,14 +91,6 @@ class LongReturn(SampledTokenObjective):
             rollout.extras["log_ratio"][places], self.gamma, length_normalized=self.length_normalized
         ).float()
         return attach(rollout, following=following)
-
-
-def _against_the_student(rollout: Rollout) -> Rollout:
-    """With log q - log p of the student that wrote it, also where a mixture was drawn from (`TeacherMixed`)."""
-    own = rollout.extras.get("student_log_prob")
-    if own is None:
-        return rollout
-    return attach(rollout, log_ratio=rollout.extras["log_ratio"] + rollout.log_probs - own)
 
 
 def returns_after(log_ratios: Tensor, gamma: float, *, length_normalized: bool) -> Tensor:

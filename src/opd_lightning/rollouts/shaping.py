@@ -48,6 +48,8 @@ def attach_log_ratios(
 ) -> list[Rollout]:
     """Attach `log_ratio`, log q(y) - log p_rollout(y) of the tokens y that the student wrote.
 
+    p_rollout is the student that answered, also where it was not alone in that (`RolloutEngine.blended`).
+
     Args:
         rollouts: With the log-probabilities that they were drawn with.
         micro_batches: The same rollouts, cut in any way.
@@ -55,9 +57,8 @@ def attach_log_ratios(
     """
     found: dict[int, Tensor] = {}
     for batch, teacher in zip(micro_batches, scores, strict=True):
-        ratios = batch.by_rollout(
-            (teacher.sampled().to(batch.tokens.ids.device) - batch.tokens.rollout_log_probs).cpu()
-        )
+        own = batch.tokens.extras.get("student_log_prob", batch.tokens.rollout_log_probs)
+        ratios = batch.by_rollout((teacher.sampled().to(own.device) - own).cpu())
         found |= {id(rollout): part for rollout, part in zip(batch.rollouts, ratios, strict=True)}
     attached = []
     for rollout in rollouts:
