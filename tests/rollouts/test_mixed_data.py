@@ -10,6 +10,7 @@ from opd_lightning.randomness import derive_seed
 from opd_lightning.rollouts.mixed_data import MixedData
 from opd_lightning.rollouts.on_policy import OnPolicy
 from opd_lightning.rollouts.plain_engine import PlainEngine
+from opd_lightning.rollouts.teacher_mixed import TeacherMixed
 
 SAMPLING = Sampling(max_new_tokens=4)
 
@@ -124,6 +125,8 @@ def test_it_says_what_the_fixed_source_says():
         (lambda: MixedData(Others(), student_share=1.5), r"source\.student_share: expected a probability"),
         (lambda: MixedData(Others(), per="token"), r"source\.per: expected step or prompt"),
         (lambda: MixedData(OnPolicy()), r"source\.fixed: OnPolicy has the student answer.*Stored"),
+        (lambda: MixedData(TeacherMixed()), r"source\.fixed: TeacherMixed has the student answer.*Stored"),
+        (lambda: MixedData(MixedData(Others())), r"source\.fixed: MixedData has the student answer.*Stored"),
     ],
 )
 def test_mistakes(act, message):

@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -7,9 +8,11 @@ from toys import LetterTask, make_data, make_module, make_trainer
 
 from opd_lightning import BaseModelTeacher, HFStudent, LoraSettings, Student
 from opd_lightning.backends.hf import HFTeacher
-from opd_lightning.methods import AntiSelfDistillation, Judge, RubricObjective
+from opd_lightning.methods import AntiSelfDistillation, BalancedMarks, Judge, LongReturn, MarginShift, RubricObjective
 from opd_lightning.objectives import NLL, SampledTokenObjective
 from opd_lightning.rollouts.horizon import ConstantHorizon
+from opd_lightning.rollouts.on_policy import OnPolicy
+from opd_lightning.rollouts.teacher_mixed import TeacherMixed
 from opd_lightning.teachers import Routed
 from opd_lightning.training.checks import check_strategy
 
@@ -63,6 +66,11 @@ def test_imitating_oneself_is_warned_about(tmp_path, tiny_qwen3_folder, tiny_tea
     module = make_module(tiny_qwen3_folder, tiny_teacher_folder, objective=NLL())
     with pytest.warns(UserWarning, match=r"NLL imitates the student's own answers .* Set data.source"):
         make_trainer(tmp_path, 1).fit(module, make_data())
+    module = make_module(tiny_qwen3_folder, tiny_teacher_folder, objective=NLL(), max_tokens_per_micro_batch=2)
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(ValueError, match="cannot hold one rollout"):
+        warnings.simplefilter("always")
+        make_trainer(tmp_path, 1).fit(module, make_data(source=TeacherMixed()))
+    assert not [each for each in caught if "imitates" in str(each.message)]  # the teacher has a say in these
 
 
 class Unlabelled(LetterTask):
@@ -87,6 +95,61 @@ def test_training_problems_without_a_teacher_are_refused_before_a_weight_is_load
     # nobody asks the teacher about held-out problems that are marked
     routes = dict.fromkeys("012", "0")
     make_trainer(tmp_path, 1, limit_val_batches=1).fit(module(routes=routes), make_data(task=Unlabelled()))
+
+
+class Unmarked(LetterTask):
+    """Every third problem has no mark."""
+
+    def can_grade(self, problem):
+        return problem.columns["level"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"horizon": ConstantHorizon(2)}, r"^data\.horizon: BalancedMarks reads .* Set horizon: null"),
+        ({"task": Unmarked()}, r"^data\.task: BalancedMarks reads .* Unmarked does not .* or another source"),
+    ],
+)
+def test_a_source_that_reads_marks_refuses_answers_without_before_a_weight_is_loaded(
+    tmp_path, tiny_qwen3_folder, tiny_teacher_folder, settings, message
+):
+    module = make_module(tiny_qwen3_folder, tiny_teacher_folder)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, 1).fit(module, make_data(source=BalancedMarks(), **settings))
+    assert module.student is None
+
+
+class Forgetful(OnPolicy):
+    """As behind a cut, of which an engine does not tell how likely the tokens were before it."""
+
+    def knows_log_probs(self, sampling):
+        return False
+
+
+class OfOthers(Forgetful):
+    staleness = None
+
+
+@pytest.mark.parametrize(
+    ("objective", "source", "remedy"),
+    [
+        (SampledTokenObjective(), OfOthers(), r"Take an objective that does without, such as DivergenceObjective"),
+        (
+            SampledTokenObjective(allow_biased_sampling=True),
+            Forgetful(),
+            r"top_k to 0, or objective\.importance: null\.",
+        ),
+        (SampledTokenObjective(advantage=MarginShift()), Forgetful(), r"sampling\.top_k to 0\.$"),
+        (LongReturn(), Forgetful(), r"sampling\.top_k to 0\.$"),
+    ],
+)
+def test_what_to_do_about_unknown_log_probs_is_something_that_helps(
+    tmp_path, tiny_qwen3_folder, tiny_teacher_folder, objective, source, remedy
+):
+    module = make_module(tiny_qwen3_folder, tiny_teacher_folder, objective=objective)
+    with pytest.raises(ValueError, match=rf"^model\.objective: .* needs the log-prob.*{remedy}"):
+        make_trainer(tmp_path, 1).fit(module, make_data(source=source))
 
 
 class NeverAsked(Judge):

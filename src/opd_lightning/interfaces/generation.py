@@ -154,9 +154,14 @@ class RolloutSource(ABC):
     seen the rewards, `share` and `prepare`; and after training `observe`. A source may ask for several steps' prompts
     at once (`num_steps_wanted`) and hand their rollouts out step by step. Everything that a later step reads must be in
     `state_dict`, which describes the moment after the last `observe`.
+
+    Attributes:
+        needs_marks: Whether `share` reads the marks that the task gives: a run in which an answer may have none is
+            refused.
     """
 
     engine: RolloutEngine
+    needs_marks: bool = False
 
     def setup(self, engine: RolloutEngine) -> None:
         """Take the engine; called once, before any weight is loaded.
@@ -245,6 +250,11 @@ class RolloutSource(ABC):
     def staleness(self) -> int | None:
         """Steps between the weights that generate and those that train: 0 is on-policy, None is not known."""
         return 0
+
+    @property
+    def asks_engine(self) -> bool:
+        """Whether an engine answers, at least in part: so it is unless others wrote all (default: `staleness` says)."""
+        return self.staleness is not None
 
     def state_dict(self) -> dict[str, Any]:
         """Every value a later step reads: plain numbers, strings, lists, dicts and tensors."""

@@ -74,6 +74,8 @@ class BestOfTeacher(RolloutSource):
         self.num_candidates, self.k, self.right_from = num_candidates, k, right_from
         self._own = OnPolicy()
 
+    asks_engine = True
+
     @property
     @override
     def staleness(self) -> None:

@@ -137,6 +137,8 @@ class BalancedMarks(OnPolicy):
     Source: arXiv 2605.03677 (online correctness-aware balancing) and the authors' code.
     """
 
+    needs_marks = True
+
     def __init__(self, per: Per = "prompt", right_per_wrong: float = 1.0, right_from: float = 1.0) -> None:
         check_one_of("source.per", per, get_args(Per))
         if not 0 < right_per_wrong < math.inf:

@@ -49,7 +49,7 @@ class MixedData(RolloutSource):
             raise ValueError(f"source.student_share: expected a probability in [0, 1], got {student_share}.")
         if per not in ("step", "prompt"):
             raise ValueError(f"source.per: expected step or prompt, got {per!r}.")
-        if fixed.staleness is not None:
+        if fixed.asks_engine:
             raise ValueError(
                 f"source.fixed: {type(fixed).__name__} has the student answer; expected a source of answers that others"
                 " wrote, such as {class_path: Stored, init_args: {path: ...}}."
@@ -59,6 +59,8 @@ class MixedData(RolloutSource):
         self.per = per
         self.seed = seed
         self._own = OnPolicy()
+
+    asks_engine = True
 
     @property
     @override

@@ -42,6 +42,8 @@ class TeacherMixed(OnPolicy):
         self.teacher_share = teacher_share
         self._blend: Blend | None = None
 
+    asks_engine = True
+
     @property
     @override
     def staleness(self) -> int | None:

@@ -54,12 +54,7 @@ def check_fit(
         )
     _check_staleness(objective, data)
     _check_radius(data, trainer, facts_k)
-    if objective.needs_rollout_log_probs and not data.source.knows_log_probs(data.sampling):
-        raise ValueError(
-            f"model.objective: {type(objective).__name__} needs the log-probabilities that rollouts were drawn with,"
-            f" but {type(data.source).__name__} with {type(data.engine).__name__} does not know them for this"
-            " data.sampling. Set sampling.top_p to 1 and sampling.top_k to 0, or objective.importance: null."
-        )
+    _check_log_probs(objective, data)
     if data.selector.needs_rewards and data.horizon is not None:
         raise ValueError(
             f"data.horizon: {type(data.selector).__name__} learns from rewards, and answers that a horizon may cut have"
@@ -73,6 +68,8 @@ def check_fit(
             f" {none_or_some} answers to mark. Use Shuffled (Mixture for a MixedTask), or a task that marks all."
         )
     _check_comparison(objective, data)
+    if data.source.needs_marks:
+        _check_marks(data, f"{type(data.source).__name__} reads the marks of answers", "source")
     objective.check_sampling(data.sampling)
     if data.prompts_per_step % trainer.world_size:
         raise ValueError(
@@ -110,12 +107,34 @@ def _check_staleness(objective: Objective, data: OPDDataModule) -> None:
         if age is None or age > 1:
             raise ValueError(stale)
         warnings.warn(stale, stacklevel=2)
-    if isinstance(objective, NLL) and isinstance(data.source, OnPolicy | OneStepAhead):
+    if isinstance(objective, NLL) and age is not None and isinstance(data.source, OnPolicy | OneStepAhead):
         warnings.warn(
             "model.objective: NLL imitates the student's own answers here, which teaches nothing: its expected gradient"
             " is 0. Set data.source to answers that others wrote: Stored (docs/cold_start.md).",
             stacklevel=2,
         )
+
+
+def _check_log_probs(objective: Objective, data: OPDDataModule) -> None:
+    """Refuse losses that read log-probabilities which nobody knows.
+
+    Raises:
+        ValueError: They do.
+    """
+    if not objective.needs_rollout_log_probs or data.source.knows_log_probs(data.sampling):
+        return
+    remedy = "Set sampling.top_p to 1 and sampling.top_k to 0"
+    if data.source.staleness is None:  # then losses without a correction are refused, too
+        remedy = (
+            "Take an objective that does without, such as DivergenceObjective, or the student's own answers (OnPolicy)"
+        )
+    elif isinstance(objective, SampledTokenObjective) and not objective.needs_log_ratios:
+        remedy += ", or objective.importance: null"
+    raise ValueError(
+        f"model.objective: {type(objective).__name__} needs the log-probabilities that rollouts were drawn with, but"
+        f" {type(data.source).__name__} with {type(data.engine).__name__} does not know them for this data.sampling."
+        f" {remedy}."
+    )
 
 
 def _check_comparison(objective: Objective, data: OPDDataModule) -> None:
@@ -132,14 +151,22 @@ def _check_comparison(objective: Objective, data: OPDDataModule) -> None:
         )
     if not objective.compares_marks:
         return
-    owner = f"{compares} the marks of a prompt's answers"
+    _check_marks(data, f"{compares} the marks of a prompt's answers", "objective")
+
+
+def _check_marks(data: OPDDataModule, owner: str, setting: str) -> None:
+    """Refuse runs in which an answer may have no mark, for an owner (said with why) who is the value of a setting.
+
+    Raises:
+        ValueError: One may.
+    """
     if data.horizon is not None:
         raise ValueError(f"data.horizon: {owner}, and answers that a horizon may cut have none. Set horizon: null.")
     assert data.stream is not None
     if not all(map(data.task.can_grade, data.stream.problems)):
         raise ValueError(
             f"data.task: {owner}, but {type(data.task).__name__} does not mark those of all its problems. Use a task"
-            " that does, or another objective."
+            f" that does, or another {setting}."
         )
 
 
