@@ -10,7 +10,7 @@ from objective_cases import forward_kl, make_case
 from own_students import BigramStudent
 
 from opd_lightning.interfaces import Problem, Prompt, Rollout, Sampling, ScoreRequest, StepPrompts
-from opd_lightning.methods import BestOfTeacher, TwoContexts
+from opd_lightning.methods import BestOfTeacher, TwoContexts, brts
 from opd_lightning.methods.brts import eligible, likeliest_tokens, likeness, with_shares
 from opd_lightning.objectives import DivergenceObjective, ForwardKL, FullVocabulary, StudentTopK
 from opd_lightning.rollouts.batching import collate
@@ -63,8 +63,8 @@ class Written(Stored):
         super().__init__("made.jsonl")
         self.found = list(found)
 
-    def has_answers(self, problem):
-        return bool(self.found)
+    def marks(self, problem):
+        return [each.reward for each in self.found]
 
     def answers(self, prompt, sampling, tokenizer):
         return [replace(self.found[i % len(self.found)], seed=-1) for i in range(len(prompt.seeds))]
@@ -103,6 +103,14 @@ def test_one_candidate_needs_no_look_at_the_student_and_each_answer_has_its_own(
     assert [each.seed for each in batch.rollouts] == [0, 1, 2, 3]
     assert [each.response_ids.tolist() for each in batch.rollouts[2:]] == [[4], [5]]
     assert likeliest_tokens(SimpleNamespace(), [], 16) == {}
+
+
+def test_a_student_that_is_cut_up_is_refused_whether_or_not_a_process_is_in_doubt(monkeypatch):
+    monkeypatch.setattr(brts, "is_sharded", lambda model: True)
+    for right in (0.0, 1.0):
+        with pytest.raises(ValueError, match=r"data\.source: BestOfTeacher .* or source\.num_candidates: 1"):
+            roll_out(BestOfTeacher(Written(answer([4], right), answer([5])), num_candidates=2))
+    assert len(roll_out(BestOfTeacher(Written(answer([4])), num_candidates=1)).rollouts) == 2
 
 
 def test_state_is_that_of_its_files():
@@ -168,6 +176,9 @@ def test_mistakes():
     source.candidates.admit = lambda problems, *_: list(problems)
     refuse(lambda: source.admit([PROBLEM], tokenizer, SAMPLING, 3), r"data\.rollouts_per_prompt: .*even.*got 3\. Set")
     refuse(lambda: source.admit([PROBLEM], tokenizer, SAMPLING, 2), r"source\.candidates: .*no marks.*Write the file")
+    source = BestOfTeacher(Written(answer([1], 1.0)), Written(answer([1], 1.0), answer([2], float("nan"))))
+    source.candidates.admit = source.recovered.admit = lambda problems, *_: list(problems)
+    refuse(lambda: source.admit([PROBLEM], tokenizer, SAMPLING, 2), r"source\.recovered: .*no marks.*Write the file")
     refuse(lambda: BestOfTeacher(Written(), num_candidates=0), r"source\.num_candidates: expected .* at least 1")
     refuse(lambda: BestOfTeacher(Written(), right_from=0), r"source\.right_from: expected a mark in \(0, 1\]")
     refuse(lambda: TwoContexts(-1), r"objective\.teacher_weight: expected a number of at least 0")

@@ -1,6 +1,9 @@
 """`TeacherMixed`: tokens drawn from a mixture of student and teacher, with the log-probabilities of what was drawn."""
 
+import gc
 from contextlib import nullcontext
+from dataclasses import replace
+from weakref import ref
 
 import pytest
 import torch
@@ -87,6 +90,19 @@ def test_outside_of_training_the_student_answers_alone(live):
     assert [each.response_ids.tolist() for each in after] == [
         each.response_ids.tolist() for each in roll_out(live, 0.0).rollouts
     ]
+
+
+def test_a_closed_source_holds_no_weights_of_the_teacher(tiny_qwen3_folder, tiny_teacher_folder):
+    live = Live(tiny_qwen3_folder, tiny_teacher_folder)
+    engine, source = HFEngine(), TeacherMixed(0.5)
+    engine.setup(live.spec, torch.device("cpu"))
+    source.setup(engine)
+    source.rollouts(StepPrompts(0, (0,), (replace(PROMPTS[0], seeds=(1,)),)), Sampling(max_new_tokens=1), live)
+    weights = ref(live.teacher.as_student()[1])
+    live.teacher.close()
+    source.close()
+    gc.collect()
+    assert weights() is None
 
 
 def test_mistakes(live):

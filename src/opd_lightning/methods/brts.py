@@ -103,17 +103,23 @@ class BestOfTeacher(RolloutSource):
         admitted = self.candidates.admit(problems, tokenizer, sampling, wanted)
         if self.recovered is not None:
             self.recovered.admit(admitted, tokenizer, sampling, 1)
-        for problem in admitted:
-            prompt = Prompt(problem, tuple(tokenizer.render(problem.messages)), tuple(range(wanted)))
-            if any(math.isnan(each.reward) for each in self.candidates.answers(prompt, sampling, tokenizer)):
-                raise ValueError(
-                    f"source.candidates: the answers to {problem.uid!r} in {self.candidates.path!r} have no marks, and"
-                    " BestOfTeacher chooses right ones. Write the file anew with a task that marks all its problems."
-                )
+        files = {"candidates": self.candidates} | ({} if self.recovered is None else {"recovered": self.recovered})
+        for name, file in files.items():
+            for problem in admitted:
+                if any(map(math.isnan, file.marks(problem))):
+                    raise ValueError(
+                        f"source.{name}: answers to {problem.uid!r} in {file.path!r} have no marks, and BestOfTeacher"
+                        " chooses right ones. Write the file anew with a task that marks all its problems."
+                    )
         return admitted
 
     @override
     def rollouts(self, step: StepPrompts, sampling: Sampling, student: LiveStudent) -> RolloutBatch:
+        if self.num_candidates > 1 and is_sharded(student.model):  # whoever is in no doubt would wait for the others
+            raise ValueError(
+                "data.source: BestOfTeacher runs the student itself, which under fsdp2 all processes must do equally"
+                " often. Set trainer.strategy: ddp, or source.num_candidates: 1."
+            )
         num_own = len(step.prompts[0].seeds) // 2 if step.prompts else 0
         asked = tuple(replace(prompt, seeds=prompt.seeds[:num_own]) for prompt in step.prompts)
         batch = self._own.rollouts(replace(step, prompts=asked), sampling, student)
@@ -145,7 +151,7 @@ class BestOfTeacher(RolloutSource):
         drawn = tuple(derive_seed(seed, "candidate", j) for seed in seeds for j in range(count))
         candidates = self.candidates.answers(replace(prompt, seeds=drawn), sampling, tokenizer)
         recovered: list[Rollout] = []
-        if self.recovered is not None and self.recovered.has_answers(prompt.problem):
+        if self.recovered is not None and self.recovered.marks(prompt.problem):
             recovered = self.recovered.answers(replace(prompt, seeds=tuple(seeds)), sampling, tokenizer)
         return [
             eligible(candidates[i * count : (i + 1) * count], recovered[i : i + 1], self.right_from)
@@ -201,18 +207,9 @@ def likeness(token_ids: Tensor, lists: Tensor) -> float:
 
 @torch.no_grad()
 def likeliest_tokens(student: LiveStudent, rollouts: Sequence[Rollout], k: int) -> dict[int, Tensor]:
-    """The student's k likeliest tokens [T, k] at each place of rollouts, on the CPU, by the rollout's `id`.
-
-    Raises:
-        ValueError: The student is cut up over processes, which would have to run it equally often.
-    """
+    """The student's k likeliest tokens [T, k] at each place of rollouts, on the CPU, by the rollout's `id`."""
     if not rollouts:
         return {}
-    if is_sharded(student.model):
-        raise ValueError(
-            "data.source: BestOfTeacher runs the student itself, which under fsdp2 all processes must do equally often."
-            " Set trainer.strategy: ddp, or source.num_candidates: 1."
-        )
     found: dict[int, Tensor] = {}
     most = max([_TOKENS_AT_ONCE, *map(sequence_length, rollouts)])
     device = next(student.model.parameters()).device

@@ -120,9 +120,9 @@ class Stored(RolloutSource):
         ]
         return RolloutBatch(rollouts, student.weight_version, step.step, sampling, staleness=None)
 
-    def has_answers(self, problem: Problem) -> bool:
-        """Whether there are usable answers to a problem; known after `admit`."""
-        return problem.uid in self._answers
+    def marks(self, problem: Problem) -> list[float]:
+        """What the file gives each usable answer to a problem, NaN where it gives nothing; known after `admit`."""
+        return [answer.reward for answer in self._answers.get(problem.uid, [])]
 
     def answers(self, prompt: Prompt, sampling: Sampling, tokenizer: Tokenizer) -> list[Rollout]:
         """One answer for each seed of a prompt, with the mark that the file gives it (NaN where it gives none)."""

@@ -78,13 +78,18 @@ class TeacherMixed(OnPolicy):
         batch.staleness = None
         return batch
 
+    @override
+    def close(self) -> None:
+        self._blend = None  # which has the teacher's weights
+
     def _teacher_of(self, student: LiveStudent) -> Blend:
         teacher = student.teacher
         loaded = None if teacher is None else teacher.as_student()
         if teacher is None or loaded is None:
             raise ValueError(
                 f"data.source: TeacherMixed needs a teacher whose model lies in this process, got"
-                f" {type(teacher).__name__ if teacher is not None else None}. Use an HFTeacher with offload: false."
+                f" {type(teacher).__name__ if teacher is not None else None}. Use an HFTeacher with offload: false (and"
+                " under fsdp2 sharded: false)."
             )
         if self._blend is None or self._blend.model is not loaded[1]:
             self._blend = Blend(teacher.as_answerer(student.spec), loaded[1], self.teacher_share)
