@@ -37,7 +37,8 @@ class UpsampledByPasses(Weighted):
         most_passes: Most right answers: 7 of 8 in the paper, in one place 8.
         times: How many times as often. No published value was found: 2 is ours.
         right_from: The least mark of a right answer.
-        missing: What becomes of problems without answers in the file: "refuse" the run, or "keep" them, once a pass.
+        missing: What becomes of problems without answers in the file: "refuse" the run, or "keep" them as others that
+            weigh 1.
 
     Raises:
         ValueError: A setting is out of range; from `setup`, the file does not fit.
