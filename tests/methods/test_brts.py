@@ -10,7 +10,7 @@ from objective_cases import forward_kl, make_case
 from own_students import BigramStudent
 
 from opd_lightning.interfaces import Problem, Prompt, Rollout, Sampling, ScoreRequest, StepPrompts
-from opd_lightning.methods import BestOfTeacher, TwoContexts, brts
+from opd_lightning.methods import BestOfTeacher, SDPOObjective, TwoContexts, brts
 from opd_lightning.methods.brts import eligible, likeliest_tokens, likeness, with_shares
 from opd_lightning.objectives import DivergenceObjective, ForwardKL, FullVocabulary, StudentTopK
 from opd_lightning.rollouts.batching import collate
@@ -144,6 +144,8 @@ def test_the_loss_is_the_mean_of_one_kind_plus_the_weighted_mean_of_the_other():
     found = losses_of(objective, case, num_own=4)
     torch.testing.assert_close(found.mean(), own.mean() + 10 * theirs.mean(), rtol=1e-6, atol=0)
     assert TwoContexts(0.0).request() == ScoreRequest(top_k=16, arbitrary_ids=True)
+    # what the teacher's answers were drawn with is not known, so such a run is refused
+    assert TwoContexts(1.0, SDPOObjective()).needs_rollout_log_probs and not TwoContexts(1.0).needs_rollout_log_probs
 
 
 def test_without_answers_of_the_teacher_it_is_the_plain_loss_to_the_bit_and_without_weight_to_rounding():

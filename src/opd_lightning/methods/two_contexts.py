@@ -50,6 +50,8 @@ class TwoContexts(Objective):
                 )
         self.student_temperature = self.student_context.student_temperature
         self.chunk_tokens = self.student_context.chunk_tokens
+        both = (self.student_context, self.teacher_context)
+        self.needs_rollout_log_probs = any(each.needs_rollout_log_probs for each in both)
 
     @override
     def request(self) -> ScoreRequest:
