@@ -13,8 +13,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "src" / "opd_lightning"
 ROOMS = (  # from the ground up; tests/test_imports.py enforces it
-    ("interfaces", "distributed", "randomness", "reports"),
-    ("extrapolation", "objectives", "geometry"),
+    ("interfaces", "distributed", "randomness", "whole_files"),
+    ("extrapolation", "objectives", "geometry", "reports"),
     ("tasks", "selection", "rollouts"),
     ("sandbox", "teachers", "diagnosis"),
     ("methods",),

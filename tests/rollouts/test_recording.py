@@ -116,7 +116,8 @@ def test_killed_while_the_file_got_its_name(target, uninterrupted):
     before = everything(target.parent)
     recording.finish()
     after = everything(target.parent)
-    unfinished = {f"{target.name}.unfinished": b"ha"}
+    begun = f"{target.name}.unfinished" if target.suffix == ".parquet" else f"{header_path(target).name}.part"
+    unfinished = {begun: b"ha"}
     states = [before | unfinished]
     if target.suffix == ".parquet":
         states += [before | after, {k: v for k, v in (before | after).items() if not k.endswith(".part")}]

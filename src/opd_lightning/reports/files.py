@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from opd_lightning.reports.contents import Report
 from opd_lightning.reports.plots import draw
+from opd_lightning.whole_files import written_whole
 
 
 def write_json(path: Path, numbers: Mapping[str, Any]) -> None:
@@ -49,8 +50,7 @@ def templates() -> Environment:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside it first: who reads meanwhile finds the old file or the new one."""
+    """Write a text, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character of a file name, say
-    unfinished.replace(path)
+    with written_whole(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))  # half a character of a file name, say

@@ -6,11 +6,12 @@ One parquet file for each recorded step, one row for each rollout, lists with on
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from opd_lightning.whole_files import written_whole
 
 if TYPE_CHECKING:
     import pyarrow
@@ -85,15 +86,9 @@ def write_record(folder: Path, step: int, rows: Sequence[Mapping[str, Any]], hea
     metadata = {_METADATA: json.dumps({"format": FORMAT, **header}).encode()}
     table = pyarrow.Table.from_pylist([_storable(row) for row in rows], _schema().with_metadata(metadata))
     folder.mkdir(parents=True, exist_ok=True)
-    target = path_of(folder, step)
-    part = target.with_name(f"{target.name}.part")
-    with part.open("wb") as file:
+    with written_whole(path_of(folder, step)) as file:
         pyarrow.parquet.write_table(table, file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
-        size = file.tell()
-    part.replace(target)
-    return size
+        return file.tell()
 
 
 def read_header(folder: Path) -> dict[str, Any]:

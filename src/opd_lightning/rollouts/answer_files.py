@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from opd_lightning.interfaces import Tokenizer
 
@@ -84,7 +84,7 @@ def read_answers(path: Path) -> Iterator[tuple[str, Row]]:
             yield f"line {number}", row
 
 
-def write_parquet(rows: Iterator[Row], header: Mapping[str, Any], target: Path) -> None:
+def write_parquet(rows: Iterator[Row], header: Mapping[str, Any], file: BinaryIO) -> None:
     """Write rows and header as parquet; the same rows give the same bytes."""
     import pyarrow
     import pyarrow.parquet
@@ -116,7 +116,7 @@ def write_parquet(rows: Iterator[Row], header: Mapping[str, Any], target: Path) 
         },
         metadata={_METADATA: json.dumps(header).encode()},
     )
-    with pyarrow.parquet.ParquetWriter(target, schema) as writer:
+    with pyarrow.parquet.ParquetWriter(file, schema) as writer:
         waiting: list[Row] = []
         for row in rows:
             waiting.append({name: _storable(value) for name, value in row.items()})

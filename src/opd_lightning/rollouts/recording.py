@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from opd_lightning.rollouts.answer_files import FORMAT, Row, header_path, read_answers, read_header, write_parquet
+from opd_lightning.whole_files import written_whole
 
 
 class Recording:
@@ -102,14 +103,13 @@ class Recording:
     def finish(self) -> None:
         """Make the file of the part: under its name there is the whole of it or nothing."""
         header = {**self._header, "counts": dict(sorted(self.counts.items()))}
-        unfinished = self.target.with_name(f"{self.target.name}.unfinished")
         if self.target.suffix == ".parquet":
-            write_parquet((row for _, row in read_answers(self.part)), header, unfinished)
-            unfinished.replace(self.target)
+            with written_whole(self.target, ".unfinished") as file:
+                write_parquet((row for _, row in read_answers(self.part)), header, file)
             self.part.unlink()
         else:
-            unfinished.write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
-            unfinished.replace(header_path(self.target))
+            with written_whole(header_path(self.target)) as file:
+                file.write(json.dumps(header, indent=1).encode() + b"\n")
             self.part.replace(self.target)
         self.close()
         self.progress.unlink()

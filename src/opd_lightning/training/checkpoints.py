@@ -24,6 +24,7 @@ from opd_lightning.interfaces import Student
 from opd_lightning.training.checkpoint_files import check_checkpoint_file, fetched, is_remote, load_plain
 from opd_lightning.training.output_paths import check_folder, free_space
 from opd_lightning.training.sharded_checkpoints import is_sharded_checkpoint, read_whole
+from opd_lightning.whole_files import written_whole
 
 _PART = ".part"
 _ABANDONED_AFTER = 600.0  # seconds without a write; a checkpoint that is being written grows all the time
@@ -64,22 +65,18 @@ class WholeCheckpoints(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        part = target.with_name(f"{target.name}{_PART}")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             _sweep(target.parent)
-            with part.open("wb") as file:
+            with written_whole(target, _PART) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if is_sharded_checkpoint(target):  # no file can take a folder's place
-                shutil.rmtree(target)
-            part.replace(target)
+                if is_sharded_checkpoint(target):  # no file can take a folder's place
+                    file.flush()
+                    os.fsync(file.fileno())
+                    shutil.rmtree(target)
             _flush_folder(target.parent)
-        except (OSError, RuntimeError, KeyboardInterrupt) as error:
+        except (OSError, RuntimeError) as error:
             reason = error.__context__ if isinstance(error, RuntimeError) else error  # torch puts its own in front
-            with suppress(OSError):  # a disk that can only be read refuses this too, and its reason must not be lost
-                part.unlink(missing_ok=True)
             if isinstance(reason, KeyboardInterrupt):
                 raise reason from None
             if not isinstance(reason, OSError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
+
+from opd_lightning.whole_files import written_whole
 
 
 class WholeCSVLogger(CSVLogger):
@@ -59,7 +60,8 @@ class _WholeFile(ExperimentWriter):
             append_whole(path, _as_text(names, self.metrics))
         else:
             earlier = _read_rows(path) if path.exists() else []
-            _replace(path, _as_text(names, [*earlier, *self.metrics], with_header=True))
+            with written_whole(path) as file:
+                file.write(_as_text(names, [*earlier, *self.metrics], with_header=True))
         self.metrics_keys, self.metrics = names, []  # now, so that a save that failed can be tried again
 
 
@@ -90,18 +92,4 @@ def append_whole(path: Path, content: bytes) -> None:
     except OSError:
         if path.exists():
             os.truncate(path, length)  # half a row would spoil the next one
-        raise
-
-
-def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError:
-        with suppress(OSError):  # a disk that can only be read refuses this too, and its reason must not be lost
-            part.unlink(missing_ok=True)
         raise

@@ -13,6 +13,7 @@ from typing import Any
 
 from opd_lightning.backends.vllm.answers import UnfitAnswer
 from opd_lightning.backends.vllm.server.client import ServerPool
+from opd_lightning.whole_files import written_whole
 
 _PATH = "/v1/chat/completions"
 
@@ -143,6 +144,5 @@ def _read(file: Path) -> str | None:
 def _write(file: Path, reply: str) -> None:
     """Keep a reply, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(reply), encoding="utf-8")
-    unfinished.replace(file)
+    with written_whole(file, f".{os.getpid()}") as unfinished:  # others may keep the same one at the same time
+        unfinished.write(json.dumps(reply).encode())
