@@ -124,9 +124,9 @@ def test_what_a_file_lacks_is_counted_and_skipped_if_asked(tmp_path, tokenizer):
         Stored(path).admit(PROBLEMS, tokenizer, SAMPLING, 2)
     for part in (
         "1 have none (first: 'train/3')",
-        "1 have fewer than data.rollouts_per_prompt=2",
+        "1 have fewer than the 2 that a step takes",
         "1 have longer ones than sampling.max_new_tokens=8",
-        "source.skip_unusable: true",
+        "Set skip_unusable: true beside its path",
     ):
         assert part in str(caught.value)
     assert Stored(path, skip_unusable=True).admit(PROBLEMS, tokenizer, SAMPLING, 2) == PROBLEMS[:1]

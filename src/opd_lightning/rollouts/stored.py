@@ -241,10 +241,10 @@ class Stored(RolloutSource):
         absent = [uid for uid in missing if uid not in answers]
         few = [uid for uid in missing if uid in answers and len(answers[uid]) < num_rollouts]
         parts = [f"{len(absent)} have none (first: {absent[0]!r})"] if absent else []
-        parts += [f"{len(few)} have fewer than data.rollouts_per_prompt={num_rollouts}"] if few else []
+        parts += [f"{len(few)} have fewer than the {num_rollouts} that a step takes"] if few else []
         if too_long := len(missing) - len(absent) - len(few):
             parts.append(f"{too_long} have longer ones than sampling.max_new_tokens={sampling.max_new_tokens}")
-        remedy = "Set source.skip_unusable: true to leave these problems out, or write answers to them."
+        remedy = "Set skip_unusable: true beside its path to leave these problems out, or write answers to them."
         if len(missing) == len(problems):
             remedy = "Use the data set and the settings that it was written for."
         return (
