@@ -12,7 +12,6 @@ import torch
 from browser import browser as browser  # a fixture, as the others that are imported here
 from forks import forks as forks
 from hypothesis import settings
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 from recorded_runs import copied as copied
 from recorded_runs import recorded as recorded
 
@@ -22,21 +21,6 @@ torch.set_num_threads(1)  # several workers share the cores; tiny models lose ti
 # A busy machine is not a failure: the first example of a test also pays for torch's lazy initialisation.
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
-
-
-move_metric = _ResultMetric.to
-
-
-def move_if_elsewhere(metric, device):
-    """At every `self.log`, Lightning goes through all that it keeps of a number, which takes a sixth of a tiny step.
-
-    What runs in forks goes without this.
-    """
-    is_there = metric.is_tensor and metric.value.device == torch.device(device)
-    return metric if is_there else move_metric(metric, device)
-
-
-_ResultMetric.to = move_if_elsewhere
 
 
 def pytest_collection_finish():
