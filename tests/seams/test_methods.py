@@ -108,10 +108,15 @@ def test_recorded_answers_in_place_of_the_students(tmp_path, objective):
 def test_an_objective_that_needs_log_probs_refuses_recorded_answers(tmp_path, capsys):
     (tmp_path / "answers.jsonl").write_text("")
     source = json.dumps({"class_path": "replay.Replay", "init_args": {"path": str(tmp_path / "answers.jsonl")}})
-    with pytest.raises(SystemExit) as stop:
-        fit(tmp_path / "run", "--data.source", source, "--model.objective", "SampledTokenObjective")
-    assert stop.value.code == 2
-    assert "SampledTokenObjective needs the log-probabilities" in capsys.readouterr().err
+    asked = ("--data.source", source, "--model.objective", "SampledTokenObjective")
+    for more, message in (
+        ((), "SampledTokenObjective needs the log-probabilities"),
+        (("--model.objective.importance", "null"), "Replay: some rollouts come from other or older weights"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            fit(tmp_path / "run", *asked, *more)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

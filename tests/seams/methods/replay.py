@@ -9,6 +9,8 @@ from opd_lightning.interfaces import Rollout, RolloutBatch, RolloutSource
 
 
 class Replay(RolloutSource):
+    staleness = None  # others wrote them
+
     def __init__(self, path: str):
         lines = Path(path).read_text(encoding="utf-8").splitlines()
         self.answers = {line["uid"]: line["response"] for line in map(json.loads, lines)}
