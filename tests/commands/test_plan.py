@@ -1,14 +1,19 @@
 """`opd-lightning plan`: what is shown and written, and mistakes in one line."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
 
+from opd_lightning.backends.hf import HFTeacher
 from opd_lightning.commands import cli
 from opd_lightning.commands.plan import find_hardware
+from opd_lightning.commands.plan_report import make_report
 from opd_lightning.planning import HARDWARE, Budget, Case, Phase, Rehearsal
-from opd_lightning.planning.budget import Layout, budget
+from opd_lightning.planning.budget import WHOLE, Layout, budget
+from opd_lightning.planning.case import SharedTeacher
+from opd_lightning.planning.remedies import _changes
 
 CONFIG = {  # of a model that nobody could load here
     "model_type": "qwen3",
@@ -88,28 +93,34 @@ def phase(name, **peak):
     return Phase(name, {part.replace("_", " "): size for part, size in peak.items()}, 1.0, 0, 0, 1)
 
 
+class Objective:
+    chunk_tokens = 10
+
+
+class Student:
+    class tokenizer:
+        vocab_size = 100
+
+
 def test_shares_and_engines_of_a_device():
-    class Objective:
-        chunk_tokens = 10
-
-    class Student:
-        class tokenizer:
-            vocab_size = 100
-
-    case = Case(Student(), None, Objective(), None, None, 1, 1, 1)
+    case = Case(Student(), None, Objective(), None, None, 1, 1, 1, engine_rows=0)
     phases = [
         phase("student", student_weights=800, teacher_weights=50, activations=7),
         phase("optimizer", gradients=80),
     ]
-    found = Rehearsal(phases, trained_bytes=800, gathered_bytes=30, resting_bytes=5)
+    found = Rehearsal(
+        phases, trained_bytes=800, gathered_bytes=30, gathered_gradient_bytes=20, resting_bytes=5, scores_bytes=3
+    )
     alone = budget(case, found, Layout(is_gpu=False), 1.0)
-    assert alone.phases == phases and alone.worst is alone.phases[0] and alone.fits
+    assert alone.phases[1:] == phases[1:] and alone.worst is alone.phases[0] and alone.fits
     shared = budget(case, found, Layout(False, num_devices=8, is_sharded=True), 1.0)
     assert shared.phases[0].peak == {
         "student weights": 100,
         "gathered weights": 30,
         "teacher weights": 50,
         "activations": 7,
+        "gradients": 20,
+        "teacher scores": 3,
     }
     assert shared.phases[1].peak == {"gradients": 10} and shared.phases[1].seconds == 1 / 8
     gpu = budget(case, found, Layout(True, engine_awake_gb=0.4), 1.0)
@@ -120,6 +131,57 @@ def test_shares_and_engines_of_a_device():
     found = Rehearsal([Phase("generate", copies, 1.0, 0, 0, 1)], trained_bytes=7, gathered_bytes=0)
     assert budget(case, found, Layout(False), 1.0).worst == Phase("search", {"EffOPD's copies": 14}, 0.0, 0, 0, 0)
     assert not Budget([phase("student", activations=int(0.96e9))], 1.0).fits
+
+
+def test_what_is_whole_on_a_device_that_has_a_share():
+    """An engine that runs the student has it whole; a teacher is cut up but for its head, and for what it runs."""
+    case = Case(None, None, None, None, None, 1, 1, 1, engine_rows=4)
+    weights = {"student_weights": 800, "teacher_weights": 58, "gradients": 80}
+    phases = [phase(name, **weights) for name in ("generate", "teacher", "student", "optimizer")]
+    found = Rehearsal(
+        phases,
+        trained_bytes=80,
+        gathered_bytes=30,
+        gathered_gradient_bytes=6,
+        shared_teacher=SharedTeacher(body_bytes=48, gathered_bytes=12, head_bytes=10),
+        scores_bytes=5,
+    )
+    shared = budget(case, found, Layout(False, num_devices=8, is_sharded=True), 1.0)
+    held = {"student weights": 100, WHOLE: 800, "teacher weights": 6 + 10, "gradients": 10}
+    assert [each.peak for each in shared.phases] == [
+        held,
+        held | {"gathered weights": 12, "teacher scores": 5},
+        held | {"gathered weights": 30, "gradients": 16, "teacher scores": 5},
+        held,
+    ]
+    apart = budget(replace(case, engine_rows=0), found, Layout(False, num_devices=8, is_sharded=True), 1.0)
+    assert not any(WHOLE in each.peak for each in apart.phases)
+    for layout in (Layout(False, num_devices=8), Layout(False, is_sharded=True)):  # DDP; one device
+        assert budget(case, found, layout, 1.0).phases == phases
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "over 8 devices; the teacher is cut up over them, all but its head; each has a whole student"),
+        ({"sharded": False}, "over 8 devices; the teacher is whole on each; each"),
+        ({"offload": True}, "over 8 devices; the teacher is whole on each; each"),
+    ],
+)
+def test_the_report_says_where_the_teacher_is(settings, words):
+    case = Case(None, None, None, HFTeacher("teacher", **settings), None, 1, 1, 1)
+    planned = Budget([phase("student", activations=1)], 1.0)
+    report = make_report(case, planned, HARDWARE["H200"], Layout(True, num_devices=8, is_sharded=True))
+    assert any(words in note for note in report.notes)
+
+
+@pytest.mark.parametrize(("sharded", "named"), [(None, set()), (False, {"teacher.sharded: null"}), (True, set())])
+def test_remedies_for_a_teacher_do_not_contradict_its_settings(sharded, named):
+    case = Case(Student(), None, Objective(), HFTeacher("teacher", sharded=sharded), None, 1, 1, 1)
+    changes = {words: changed.teacher for words, changed in _changes(case, is_gpu=True)}
+    assert named <= changes.keys() and ("teacher.sharded: null" in changes) == bool(named)
+    offloaded = next(words for words in changes if words.startswith("teacher.offload: true"))
+    assert (", teacher.sharded: null" in offloaded) == bool(sharded) and not changes[offloaded].is_shared
 
 
 @pytest.mark.slow

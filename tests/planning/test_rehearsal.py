@@ -10,6 +10,7 @@ from opd_lightning.backends.hf import HFStudent, HFTeacher, LoraSettings
 from opd_lightning.interfaces import Sampling
 from opd_lightning.objectives import DivergenceObjective
 from opd_lightning.planning import HARDWARE, Case, NotPlannedError, TeacherElsewhere, rehearse
+from opd_lightning.planning.case import SharedTeacher
 from opd_lightning.planning.rehearsal import _gathered
 from opd_lightning.training.metrics import add_metrics
 
@@ -117,9 +118,22 @@ def test_a_teacher_elsewhere_holds_nothing(make_case):
 
 
 @pytest.mark.slow
-def test_teachers_that_are_not_whole(make_case, tiny_teacher_folder):
+def test_teachers_that_are_not_whole(make_case, tiny_qwen3_folder, tiny_teacher_folder):
     offloaded = rehearse(make_case(teacher=HFTeacher(str(tiny_teacher_folder), dtype="bfloat16", offload=True)))
     assert offloaded.resting_bytes == 2 * 48 * (offloaded.resting_bytes // 96) > 0  # the head alone
+    assert offloaded.shared_teacher is None
+    several = rehearse(make_case(max_tokens=16))  # one of its four rollouts at a time
+    teacher = HFTeacher(str(tiny_teacher_folder), dtype="bfloat16")
+    teacher.setup(HFStudent(str(tiny_qwen3_folder)), torch.nn.Module(), torch.device("cpu"))
+    body, head = teacher._model.get_decoder(), teacher._model.lm_head
+    assert several.shared_teacher == SharedTeacher(
+        body_bytes=bytes_of(body.parameters()),
+        gathered_bytes=bytes_of(body.parameters()) - bytes_of(body.layers[0].parameters()),  # of two
+        head_bytes=bytes_of(head.parameters()),
+    )
+    assert several.scores_bytes == 3 * 10 * 48 * 2  # tokens, hidden size, bfloat16
+    lora = rehearse(make_case(student={"lora": SMALL}))
+    assert 0 < lora.gathered_gradient_bytes < lora.trained_bytes < several.gathered_gradient_bytes
     settings = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     quantised = rehearse(
         make_case(teacher=HFTeacher(str(tiny_teacher_folder), "bfloat16", quantization_config=settings))

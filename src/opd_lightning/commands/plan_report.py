@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from opd_lightning.backends.hf import HFTeacher
 from opd_lightning.planning import Budget, Case, Hardware, Layout, Remedy
 from opd_lightning.reports.contents import Report, Statement, Table, number
 
@@ -21,7 +22,7 @@ def make_report(
         subtitle=f"A step: {rollouts}, {batches}" + (" on each device" if layout.num_devices > 1 else ""),
         statements=[_verdict(planned, useful)],
         tables=[_memory(planned), _seconds(planned), *([_remedies(useful)] if useful else [])],
-        notes=_notes(machine, layout),
+        notes=_notes(case, machine, layout),
     )
 
 
@@ -73,13 +74,19 @@ def _verdict(planned: Budget, useful: Sequence[Remedy]) -> Statement:
     return Statement(f"It does not fit: {', '.join(too_large)}.", [("remedy", remedy)])
 
 
-def _notes(machine: Hardware, layout: Layout) -> list[str]:
+def _notes(case: Case, machine: Hardware, layout: Layout) -> list[str]:
     if machine.is_gpu:
         notes = [f"Computed, not measured: peaks of {machine.name} from {machine.source}; products at 60 % of them."]
     else:
         notes = [f"Speeds: {machine.source}."]
-    if layout.num_devices > 1 and layout.is_sharded:
-        notes.append(f"Computed for FSDP2 over {layout.num_devices} devices; the teacher is whole on each.")
+    if layout.is_cut:
+        words = f"Computed for FSDP2 over {layout.num_devices} devices"
+        if isinstance(case.teacher, HFTeacher):
+            how = "cut up over them, all but its head" if case.teacher.is_shared else "whole on each"
+            words += f"; the teacher is {how}"
+        if case.engine_rows:
+            words += "; each has a whole student beside its share, to generate with"
+        notes.append(f"{words}.")
     if layout.engine_awake_gb:
         notes.append("vLLM's seconds are not planned; its memory is gpu_memory_utilization.")
     return [*notes, _OFFSET]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from opd_lightning.planning.case import Case, Phase, Rehearsal
 
 COPIES = "EffOPD's copies"
+WHOLE = "whole student to generate with"
 SHARDED = ("student weights", "gradients", "optimiser state", COPIES)
 ROOM = 0.95  # of the memory that may be planned for: allocators and contexts take some
 _ENTRIES_PER_BLOCK = 2**24  # of the loss on a GPU
@@ -32,6 +33,11 @@ class Layout:
     is_sharded: bool = False
     engine_awake_gb: float = 0.0
     engine_asleep_gb: float = 0.0
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether this device has a part of the student only."""
+        return self.is_sharded and self.num_devices > 1
 
 
 @dataclass(frozen=True)
@@ -88,14 +94,13 @@ def _on_device(phase: Phase, case: Case, found: Rehearsal, layout: Layout) -> Ph
     peak = dict(phase.peak)
     if found.saved_bytes:
         peak["teacher weights"] -= found.saved_bytes
-    if layout.is_sharded and layout.num_devices > 1:
-        for part in SHARDED:
-            if part in peak:
-                peak[part] = -(-peak[part] // layout.num_devices)
+    if layout.is_cut:
+        _cut(peak, phase.name, case, found, layout.num_devices)
         if phase.name == "optimizer":
             phase = replace(phase, seconds=phase.seconds / layout.num_devices)
-        else:
-            peak["gathered weights"] = found.gathered_bytes
+    scores_all_at_once = found.resting_bytes is not None or (layout.is_cut and found.shared_teacher is not None)
+    if scores_all_at_once and phase.name in ("teacher", "student"):
+        peak["teacher scores"] = found.scores_bytes
     if layout.is_gpu:
         if found.resting_bytes is not None and phase.name != "teacher":
             peak["teacher weights"] = found.resting_bytes
@@ -109,3 +114,21 @@ def _on_device(phase: Phase, case: Case, found: Rehearsal, layout: Layout) -> Ph
     if engine_gb:
         peak["engine"] = int(_GIGA * engine_gb)
     return replace(phase, peak={part: size for part, size in peak.items() if size})
+
+
+def _cut(peak: dict[str, int], name: str, case: Case, found: Rehearsal, num_devices: int) -> None:
+    """Leave one process its share of what all have together, and what is whole on it for a while."""
+    whole_student = peak.get("student weights", 0)
+    for part in SHARDED:
+        if part in peak:
+            peak[part] = -(-peak[part] // num_devices)
+    if name == "student":
+        peak["gradients"] = peak.get("gradients", 0) + found.gathered_gradient_bytes
+    if name in ("student", "search") or (name == "generate" and not case.engine_rows):
+        peak["gathered weights"] = found.gathered_bytes
+    if case.engine_rows:
+        peak[WHOLE] = whole_student
+    if (teacher := found.shared_teacher) is not None and "teacher weights" in peak:
+        peak["teacher weights"] = -(-teacher.body_bytes // num_devices) + teacher.head_bytes
+        if name == "teacher":
+            peak["gathered weights"] = teacher.gathered_bytes

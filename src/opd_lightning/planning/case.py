@@ -112,6 +112,21 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class SharedTeacher:
+    """One whose body processes share where they share the student (FSDP2).
+
+    Attributes:
+        body_bytes: Of all but the head.
+        gathered_bytes: Of what is outside its layers and of one layer: whole on each process while it scores.
+        head_bytes: Of the head, whole on each process.
+    """
+
+    body_bytes: int
+    gathered_bytes: int
+    head_bytes: int
+
+
+@dataclass(frozen=True)
 class Rehearsal:
     """What became known.
 
@@ -120,14 +135,20 @@ class Rehearsal:
         trained_bytes: Of the trained weights.
         gathered_bytes: Of the student's weights outside its layers and of one layer: what a device of several that
             share the weights holds of them at once.
+        gathered_gradient_bytes: Of the trained ones among these: their gradients are whole before they are shared.
+        shared_teacher: The teacher as such a device holds it; None where it is whole on each.
         resting_bytes: Of the teacher, while it rests in the memory of the processor; None where it stays.
+        scores_bytes: Of the teacher's scores of all micro-batches but one.
         saved_bytes: Which the quantised teacher does without.
     """
 
     phases: Sequence[Phase]
     trained_bytes: int
     gathered_bytes: int
+    gathered_gradient_bytes: int = 0
+    shared_teacher: SharedTeacher | None = None
     resting_bytes: int | None = None
+    scores_bytes: int = 0
     saved_bytes: int = 0
 
 

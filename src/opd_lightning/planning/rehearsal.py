@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from opd_lightning.backends.hf.anatomy import body_states, decoder_config
 from opd_lightning.backends.hf.cache import RoomyCache
 from opd_lightning.backends.hf.teacher import HFTeacher
-from opd_lightning.backends.hf.teacher_memory import resting_bytes, saved_bytes
+from opd_lightning.backends.hf.teacher_memory import body_of, head_bytes, saved_bytes
 from opd_lightning.backends.hf.weightless import without_data
 from opd_lightning.interfaces import (
     MicroBatch,
@@ -24,7 +25,7 @@ from opd_lightning.interfaces import (
 )
 from opd_lightning.interfaces.modes import evaluation_mode
 from opd_lightning.objectives import compare_in_chunks
-from opd_lightning.planning.case import Case, Phase, Rehearsal, micro_batch
+from opd_lightning.planning.case import Case, Phase, Rehearsal, SharedTeacher, micro_batch
 from opd_lightning.planning.counting import OperationCounter
 from opd_lightning.planning.hardware import Hardware
 from opd_lightning.planning.optimizer_step import OptimizerStep
@@ -65,6 +66,7 @@ class _Stage:
     def __init__(self, case: Case, counter: OperationCounter, *, knows_time: bool) -> None:
         self._case, self._counter, self._knows_time = case, counter, knows_time
         self._teacher = copy.copy(case.teacher)  # the copy keeps the model that is none
+        self._scores_bytes = 0
         with counter.part("student weights"):
             self._model = case.student.load()
         for each in (*self._model.parameters(), *self._model.buffers()):
@@ -74,11 +76,23 @@ class _Stage:
     def run(self) -> Rehearsal:
         """The whole step."""
         phases = list(self._phases())
-        resting = saved = None
-        if isinstance(self._teacher, HFTeacher):
-            resting, saved = resting_bytes(self._teacher), saved_bytes(self._teacher)
-        return Rehearsal(
-            phases, sum(_size(each) for each in self._trained), _gathered(self._model), resting, saved or 0
+        found = Rehearsal(
+            phases,
+            trained_bytes=sum(_size(each) for each in self._trained),
+            gathered_bytes=_gathered(self._model),
+            gathered_gradient_bytes=_gathered(self._model, only_trained=True),
+            scores_bytes=self._scores_bytes,
+        )
+        teacher = self._teacher
+        if not isinstance(teacher, HFTeacher):
+            return found
+        body, head = body_of(teacher), head_bytes(teacher)
+        shared = SharedTeacher(sum(_size(each) for each in body.parameters()), _gathered(body), head)
+        return replace(
+            found,
+            shared_teacher=shared if teacher.is_shared else None,
+            resting_bytes=head if teacher.offload else None,
+            saved_bytes=saved_bytes(teacher),
         )
 
     def _phases(self) -> Iterator[Phase]:
@@ -183,6 +197,8 @@ class _Stage:
             with self._measured("teacher", times) as found:
                 scores = self._teacher.score(batch, case.request)
             yield found[0]
+            if (kept := scores.hidden()) is not None:
+                self._scores_bytes = int((times - 1) * _size(kept[0]))
         with self._measured("student", times) as found:
             hidden = case.student.hidden_states(self._model, batch)
         forward = found[0]
@@ -246,12 +262,13 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _gathered(model: nn.Module) -> int:
+def _gathered(model: nn.Module, *, only_trained: bool = False) -> int:
     """Bytes of all that is in no list of layers, and of the largest layer in one."""
+    size_of = {id(each): _size(each) for each in model.parameters() if each.requires_grad or not only_trained}
     layers = [layer for part in model.modules() if isinstance(part, nn.ModuleList) for layer in part]
-    sizes = [sum(_size(each) for each in layer.parameters()) for layer in layers]
-    inside = {id(each) for layer in layers for each in layer.parameters()}
-    return sum(_size(each) for each in model.parameters() if id(each) not in inside) + max(sizes, default=0)
+    inside = [{id(each) for each in layer.parameters()} & size_of.keys() for layer in layers]
+    outside = size_of.keys() - set().union(*inside)
+    return sum(size_of[each] for each in outside) + max((sum(size_of[i] for i in each) for each in inside), default=0)
 
 
 def _line(at_one: float, at_two: float, place: float) -> float:

@@ -81,12 +81,18 @@ def _changes(case: Case, is_gpu: bool) -> Iterator[tuple[str, Case]]:
         yield "EffOPD.anchor_device: cpu", replace(case, num_copies=0)
     if isinstance(teacher, HFTeacher):
         yield "teacher.dtype: bfloat16", replace(case, teacher=_with(teacher, dtype="bfloat16"))
+        if teacher.sharded is False:  # helps where several devices share the student
+            yield "teacher.sharded: null", replace(case, teacher=_with(teacher, sharded=None))
         if is_gpu and teacher.quantization_config is None:
-            yield "teacher.offload: true", replace(case, teacher=_with(teacher, offload=True))
+            offloaded = _with(teacher, offload=True, sharded=None)
+            words = "teacher.offload: true" + (", teacher.sharded: null" if teacher.sharded else "")
+            yield words, replace(case, teacher=offloaded)
     if isinstance(student, HFStudent) and not student.has_adapter:
         lora = _with(student, lora=LoraSettings(), dtype="bfloat16" if case.in_bfloat16 else student.dtype)
         words = "student.lora: {r: 16}" + (", student.dtype: bfloat16" if case.in_bfloat16 else "")
         yield words, replace(case, student=lora)
+    if case.engine_rows and is_gpu:
+        yield "rollouts from servers (VLLMServerEngine)", replace(case, engine_rows=0)
     if isinstance(teacher, HFTeacher) and is_gpu:
         elsewhere = TeacherElsewhere(teacher.offer, student.tokenizer.vocab_size)
         yield "a teacher on servers (VLLMServerTeacher)", replace(case, teacher=elsewhere)

@@ -110,6 +110,11 @@ class HFTeacher(Teacher):
         return EVERYTHING
 
     @property
+    def is_shared(self) -> bool:
+        """Whether its body is cut up wherever the student is (FSDP2)."""
+        return self.sharded is not False and not self.offload and self.quantization_config is None
+
+    @property
     def chat_template(self) -> str | None:
         """Text of its own chat template; None where it has none."""
         return HFTokenizer(load_tokenizer(self.source), role=self.source.role).template
@@ -153,7 +158,7 @@ class HFTeacher(Teacher):
         if self.offload:
             self._visitor = _VisitingWeights(loaded.get_decoder(), device)
         elif self.quantization_config is None:
-            self._mesh = None if self.sharded is False else mesh_of(model)
+            self._mesh = mesh_of(model) if self.is_shared else None
             if self._mesh is None:
                 loaded.to(device)
                 head = linear_head(loaded, self._compatibility.vocab_size)

@@ -18,12 +18,17 @@ def whole_bytes(teacher: HFTeacher) -> int:
         return sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
 
 
-def resting_bytes(teacher: HFTeacher) -> int | None:
-    """Bytes that stay on the device while the body of an offloaded teacher is not there; None without offload."""
-    if not teacher.offload or teacher._head is None:
-        return None
-    weight = teacher._head.weight
-    return weight.numel() * weight.element_size()
+def head_bytes(teacher: HFTeacher) -> int:
+    """Bytes of the head of a loaded one: what a device holds while the body rests, and beside its share of a body."""
+    head = teacher._head
+    assert head is not None, "call setup first"
+    return sum(each.numel() * each.element_size() for each in (head.weight, head.bias) if each is not None)
+
+
+def body_of(teacher: HFTeacher) -> nn.Module:
+    """All of a loaded one but the head."""
+    body: nn.Module = teacher._model.get_decoder()
+    return body
 
 
 def saved_bytes(teacher: HFTeacher) -> int:
