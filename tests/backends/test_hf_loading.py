@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import warnings
@@ -9,6 +10,7 @@ import warnings
 import pytest
 from conftest import CHARACTERS, END_OF_TEXT, END_OF_TURN, VOCAB_SIZE, make_model, make_tokenizer, save_folder
 from safetensors.torch import load_file, save_file
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from opd_lightning.backends.hf import HFStudent, HFTeacher, LoraSettings, check_compatibility
 from opd_lightning.backends.hf.loading import ModelSource
@@ -116,6 +118,17 @@ def test_quantization_without_its_package_is_explained(tiny_teacher_folder, tiny
         ValueError, match=r"teacher\.path: cannot load the weights with teacher\.quantization_config=.*quanto"
     ):
         teacher.setup(HFStudent(str(tiny_qwen3_folder)), None, None)
+
+
+def test_what_transformers_reads_beside_the_named_settings_of_a_method_is_not_refused():
+    """Every class of settings swallows unknown names; these look at them."""
+    for name, settings in AUTO_QUANTIZATION_CONFIG_MAPPING.items():
+        reads = (
+            "kwargs." in (code := inspect.getsource(settings.__init__)) or "kwargs[" in code or "dict(kwargs)" in code
+        )
+        if reads and not name.startswith(("bitsandbytes", "nvfp4")):  # these look to tell what they do not know
+            HFTeacher("teacher", quantization_config={"quant_method": name, "a setting of its own": 1})
+    HFTeacher("teacher", quantization_config={"quant_method": "awq", "bits": 4, "version": "gemm"})
 
 
 def test_a_tokenizer_with_more_ids_than_rows_is_refused_before_the_weights(tmp_path):

@@ -1,8 +1,9 @@
 """Hardware in numbers."""
 
 import pytest
+import torch
 
-from opd_lightning.planning import HARDWARE, Hardware
+from opd_lightning.planning import HARDWARE, Hardware, machine
 from opd_lightning.planning.hardware import Operation
 
 CPU = Hardware("c", 16, 0.1, 10, 0.2, "test", is_gpu=False, half_rows=10, giga_entries_s=1, call_us=10, factor=1.5)
@@ -35,3 +36,15 @@ def test_every_entry_of_the_table_is_whole():
     for name, each in HARDWARE.items():
         assert name == each.name and each.source.startswith("NVIDIA") and each.is_gpu
         assert each.tflops > each.float32_tflops > 0 and each.memory_gb > 0 and each.bandwidth_gb_s > 0
+
+
+def test_files_that_the_system_remembers_are_free_memory(tmp_path, monkeypatch):
+    """A group's usage counts what was read from disk; it is given back when somebody needs the room."""
+    for name, text in {
+        "memory.max": "8000",
+        "memory.current": "7500",
+        "memory.stat": "anon 500\ninactive_file 6000",
+    }.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(machine, "_GROUPS", ((*(tmp_path / f"memory.{end}" for end in ("max", "current", "stat")),),))
+    assert machine.free_memory_of(torch.device("cpu")) == pytest.approx(1e-9 * 6500)

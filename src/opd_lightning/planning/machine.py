@@ -19,8 +19,11 @@ from opd_lightning.planning.counting import OperationCounter
 from opd_lightning.planning.hardware import HARDWARE, Hardware
 
 THIS_MACHINE = "this-machine"
-_MEMORY_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-_USED_FILES = (Path("/sys/fs/cgroup/memory.current"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"))
+_CGROUP = Path("/sys/fs/cgroup")
+_GROUPS = (  # limit, use and statistics of the processes that this one is counted with, in both versions of cgroups
+    tuple(_CGROUP / f"memory.{name}" for name in ("max", "current", "stat")),
+    tuple(_CGROUP / "memory" / f"memory.{name}" for name in ("limit_in_bytes", "usage_in_bytes", "stat")),
+)
 _PHYSICAL = Path("/proc/meminfo")
 _TURNS = 5
 _FEW_ROWS = 32
@@ -31,7 +34,7 @@ def memory_of(device: torch.device) -> float | None:
     """Gigabytes that a device has for this process; None where nobody says."""
     if device.type == "cuda":
         return 1e-9 * torch.cuda.get_device_properties(device).total_memory
-    limits = [int(text) for path in _MEMORY_FILES if (text := _read(path)).isdigit()]
+    limits = [int(text) for path, *_ in _GROUPS if (text := _read(path)).isdigit()]
     found = [line.split() for line in _read(_PHYSICAL).splitlines() if line.startswith("MemTotal:")]
     limits += [1024 * int(words[1]) for words in found]
     return 1e-9 * min(limits) if limits else None
@@ -43,9 +46,11 @@ def free_memory_of(device: torch.device) -> float | None:
         return 1e-9 * torch.cuda.mem_get_info(device)[0]
     found = [line.split() for line in _read(_PHYSICAL).splitlines() if line.startswith("MemAvailable:")]
     free = [1024 * int(words[1]) for words in found]
-    for limit, used in zip(_MEMORY_FILES, _USED_FILES, strict=True):
+    for limit, used, counted in _GROUPS:
         if (most := _read(limit)).isdigit() and (now := _read(used)).isdigit():
-            free.append(max(0, int(most) - int(now)))
+            lines = dict(line.split() for line in _read(counted).splitlines())
+            remembered = int(lines.get("total_inactive_file", lines.get("inactive_file", 0)))  # files, given back
+            free.append(max(0, int(most) - int(now) + remembered))
     return 1e-9 * min(free) if free else None
 
 

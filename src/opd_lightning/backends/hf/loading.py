@@ -22,6 +22,16 @@ from opd_lightning.sandbox import resolve
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
+_TAKES_OTHERS = (
+    "auto-round",
+    "awq",
+    "fp8",
+    "gptq",
+    "mxfp8",
+    "quark",
+    "sinq",
+)  # settings beside those of their signature
+
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -212,6 +222,8 @@ def check_quantization(role: str, quantization_config: Mapping[str, Any] | None)
             f"{argument}: bitsandbytes needs load_in_4bit: true or load_in_8bit: true beside"
             f" {sorted(quantization_config)}."
         )
+    if method in _TAKES_OTHERS:
+        return
     settings_of = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method, BitsAndBytesConfig)
     names = [name for name in inspect.signature(settings_of).parameters if name != "kwargs"]
     if unknown := sorted({*quantization_config} - {"quant_method", *names}):
