@@ -9,11 +9,13 @@ import yaml
 from opd_lightning.backends.hf import HFTeacher
 from opd_lightning.commands import cli
 from opd_lightning.commands.plan import find_hardware
-from opd_lightning.commands.plan_report import make_report
-from opd_lightning.planning import HARDWARE, Budget, Case, Phase, Rehearsal
+from opd_lightning.commands.plan_report import make_report, one_line
+from opd_lightning.commands.planned_case import _planned_teacher
+from opd_lightning.planning import HARDWARE, Budget, Case, Phase, Rehearsal, TeacherElsewhere
 from opd_lightning.planning.budget import WHOLE, Layout, budget
 from opd_lightning.planning.case import SharedTeacher
 from opd_lightning.planning.remedies import _changes
+from opd_lightning.teachers import MixtureTeacher
 
 CONFIG = {  # of a model that nobody could load here
     "model_type": "qwen3",
@@ -173,6 +175,16 @@ def test_the_report_says_where_the_teacher_is(settings, words):
     planned = Budget([phase("student", activations=1)], 1.0)
     report = make_report(case, planned, HARDWARE["H200"], Layout(True, num_devices=8, is_sharded=True))
     assert any(words in note for note in report.notes)
+
+
+def test_a_teacher_of_several_is_said_to_be_missing():
+    teacher = MixtureTeacher({"a": HFTeacher("teacher")})
+    planned = Budget([phase("student", activations=1)], 1.0)
+    planned_as = _planned_teacher(teacher, Student())
+    missing = " and MixtureTeacher, which is not counted,"
+    for each, words in ((planned_as, missing), (TeacherElsewhere(teacher.offer, 100), "")):
+        case = Case(None, None, None, each, None, 1, 1, 1)
+        assert one_line(case, planned) == f"about 1e-06 MB of 1 GB at the peak, student (activations 1e-06 MB){words}"
 
 
 @pytest.mark.parametrize(("sharded", "named"), [(None, set()), (False, {"teacher.sharded: null"}), (True, set())])

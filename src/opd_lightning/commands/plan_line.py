@@ -47,7 +47,7 @@ class PlanLine(Callback):
         except NotPlannedError as error:
             print(error, file=sys.stderr)
             return
-        print(f"plan: {one_line(planned)}", file=sys.stderr)
+        print(f"plan: {one_line(case, planned)}", file=sys.stderr)
         if not planned.fits:
             rank_zero_warn(
                 f"plan: a step is likely to need more memory than {device} has, {planned.peak_gb:.2f} of"

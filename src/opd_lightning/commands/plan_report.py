@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from opd_lightning.backends.hf import HFTeacher
-from opd_lightning.planning import Budget, Case, Hardware, Layout, Remedy
+from opd_lightning.planning import Budget, Case, Hardware, Layout, Remedy, TeacherElsewhere
 from opd_lightning.reports.contents import Report, Statement, Table, number
 
 _OFFSET = "An allocator may keep a quarter more than is in use, and a process takes memory before it has a model."
@@ -18,7 +18,7 @@ def make_report(
     rollouts = f"{case.num_rollouts} rollouts of {case.prompt_tokens} + {case.response_tokens} tokens"
     batches = f"in {case.num_micro_batches} micro-batches of {case.rows}"
     return Report(
-        title=f"plan: {one_line(planned)} on {machine.name}",
+        title=f"plan: {one_line(case, planned)} on {machine.name}",
         subtitle=f"A step: {rollouts}, {batches}" + (" on each device" if layout.num_devices > 1 else ""),
         statements=[_verdict(planned, useful)],
         tables=[_memory(planned), _seconds(planned), *([_remedies(useful)] if useful else [])],
@@ -26,12 +26,16 @@ def make_report(
     )
 
 
-def one_line(planned: Budget) -> str:
-    """The peak of a step, and what it is made of."""
+def one_line(case: Case, planned: Budget) -> str:
+    """The peak of a step, what it is made of, and what is missing."""
     worst = planned.worst
     parts = sorted(worst.peak.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{part} {_amount(size)}" for part, size in parts if size >= 0.02 * worst.total)
-    return f"about {_amount(worst.total)} of {planned.memory_gb:.3g} GB at the peak, {worst.name} ({shown})"
+    teacher = case.teacher
+    missing = teacher.uncounted if isinstance(teacher, TeacherElsewhere) else None
+    return f"about {_amount(worst.total)} of {planned.memory_gb:.3g} GB at the peak, {worst.name} ({shown})" + (
+        f" and {missing}, which is not counted," if missing else ""
+    )
 
 
 def _memory(planned: Budget) -> Table:

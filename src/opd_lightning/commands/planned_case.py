@@ -13,13 +13,13 @@ from opd_lightning.backends.hf import HFEngine, HFStudent, HFTeacher
 from opd_lightning.backends.hf.bare_tokenizer import bare_tokenizer, has_tokenizer
 from opd_lightning.backends.hf.preflight import Compatibility
 from opd_lightning.backends.vllm.colocated import VLLMColocatedEngine
-from opd_lightning.backends.vllm.server import VLLMServerEngine
+from opd_lightning.backends.vllm.server import VLLMServerEngine, VLLMServerTeacher
 from opd_lightning.callbacks.effopd import EffOPD
 from opd_lightning.interfaces import Problem, Rollout, Teacher
 from opd_lightning.planning import Case, TeacherElsewhere
 from opd_lightning.rollouts.problem_sets import read_problems
 from opd_lightning.rollouts.stored import Stored
-from opd_lightning.teachers import BaseModelTeacher
+from opd_lightning.teachers import BaseModelTeacher, StoredTeacher
 from opd_lightning.training.datamodule import OPDDataModule
 from opd_lightning.training.metrics import add_metrics
 from opd_lightning.training.module import OPDModule
@@ -134,7 +134,10 @@ def _planned_teacher(teacher: Teacher, student: HFStudent) -> Teacher:
     if isinstance(teacher, BaseModelTeacher):
         return teacher
     if not isinstance(teacher, HFTeacher):
-        return TeacherElsewhere(teacher.offer, student.tokenizer.vocab_size)
+        is_here = not isinstance(teacher, VLLMServerTeacher | StoredTeacher)
+        return TeacherElsewhere(
+            teacher.offer, student.tokenizer.vocab_size, type(teacher).__name__ if is_here else None
+        )
     planned = copy.copy(teacher)
     if not (has_tokenizer(teacher.source) and has_tokenizer(student.source)):
         vocab_size = min(student.tokenizer.vocab_size, bare_tokenizer(teacher.source).vocab_size)

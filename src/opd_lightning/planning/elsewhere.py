@@ -15,10 +15,11 @@ class TeacherElsewhere(Teacher):
     Args:
         offer: What that one gives.
         vocab_size: Tokens that both models share.
+        uncounted: Name of one whose models are in this process after all, but in no way that can be rehearsed.
     """
 
-    def __init__(self, offer: ScoreRequest, vocab_size: int) -> None:
-        self._offer, self._vocab_size = offer, vocab_size
+    def __init__(self, offer: ScoreRequest, vocab_size: int, uncounted: str | None = None) -> None:
+        self._offer, self._vocab_size, self.uncounted = offer, vocab_size, uncounted
 
     @property
     @override
