@@ -129,6 +129,9 @@ def test_shares_and_engines_of_a_device():
     assert [each.name for each in gpu.phases] == ["generate", "student", "optimizer"]
     assert gpu.phases[0].peak["engine"] == 4e8 and "engine" not in gpu.phases[1].peak
     assert gpu.phases[1].peak["teacher weights"] == 5 and gpu.phases[1].peak["loss"] == 4 * 8 * 10 * 100
+    assert gpu.phases[2].peak["activations"] == 800  # the copy of all weights that torch steps over
+    fused = budget(case, replace(found, is_fused=True), Layout(True, engine_awake_gb=0.4), 1.0)
+    assert "activations" not in fused.phases[2].peak
     copies = {"EffOPD's copies": 7}
     found = Rehearsal([Phase("generate", copies, 1.0, 0, 0, 1)], trained_bytes=7, gathered_bytes=0)
     assert budget(case, found, Layout(False), 1.0).worst == Phase("search", {"EffOPD's copies": 14}, 0.0, 0, 0, 0)

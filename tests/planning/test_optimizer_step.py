@@ -34,6 +34,7 @@ def test_what_is_held_is_what_a_real_one_holds(name):
         weights = make_weights()
         with counter.part("state"):
             step = OptimizerStep(make, weights)
+        assert step.is_fused == bool(fused)
         counter.restart()
         step.step()
     assert counter.live["state"] == pytest.approx(real, abs=8192)

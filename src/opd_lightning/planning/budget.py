@@ -107,7 +107,7 @@ def _on_device(phase: Phase, case: Case, found: Rehearsal, layout: Layout) -> Ph
         if phase.name == "student":
             entries = min(_ENTRIES_PER_BLOCK, case.objective.chunk_tokens * case.student.tokenizer.vocab_size)
             peak["loss"] = peak.get("loss", 0) + 4 * _NUM_BUFFERS * entries
-        if phase.name == "optimizer":  # torch steps all weights at once there, over a copy
+        if phase.name == "optimizer" and not found.is_fused:  # torch steps all weights at once there, over a copy
             share = layout.num_devices if layout.is_sharded else 1
             peak["activations"] = peak.get("activations", 0) + found.trained_bytes // share
     engine_gb = layout.engine_awake_gb if phase.name in ("generate", "search") else layout.engine_asleep_gb

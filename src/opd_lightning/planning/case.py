@@ -140,6 +140,7 @@ class Rehearsal:
         resting_bytes: Of the teacher, while it rests in the memory of the processor; None where it stays.
         scores_bytes: Of the teacher's scores of all micro-batches but one.
         saved_bytes: Which the quantised teacher does without.
+        is_fused: Whether the optimiser's step makes no copy of the weights on a GPU.
     """
 
     phases: Sequence[Phase]
@@ -150,6 +151,7 @@ class Rehearsal:
     resting_bytes: int | None = None
     scores_bytes: int = 0
     saved_bytes: int = 0
+    is_fused: bool = False
 
 
 def micro_batch(case: Case) -> MicroBatch:

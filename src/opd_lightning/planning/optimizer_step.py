@@ -41,6 +41,11 @@ class OptimizerStep:
             num_bytes, self._num_spare = _try_on_few_rows(make_optimizer, weights)
             self._state = torch.empty(num_bytes, dtype=torch.uint8)
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether it goes over each weight once, without a copy of them all."""
+        return self._optimizer is not None and bool(self._optimizer.defaults.get("fused"))
+
     def step(self) -> None:
         """Another step: what it holds meanwhile, and at least what it reads and writes."""
         if self._optimizer is not None:

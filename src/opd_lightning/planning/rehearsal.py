@@ -66,7 +66,7 @@ class _Stage:
     def __init__(self, case: Case, counter: OperationCounter, *, knows_time: bool) -> None:
         self._case, self._counter, self._knows_time = case, counter, knows_time
         self._teacher = copy.copy(case.teacher)  # the copy keeps the model that is none
-        self._scores_bytes = 0
+        self._scores_bytes, self._is_fused = 0, False
         with counter.part("student weights"):
             self._model = case.student.load()
         for each in (*self._model.parameters(), *self._model.buffers()):
@@ -82,6 +82,7 @@ class _Stage:
             gathered_bytes=_gathered(self._model),
             gathered_gradient_bytes=_gathered(self._model, only_trained=True),
             scores_bytes=self._scores_bytes,
+            is_fused=self._is_fused,
         )
         teacher = self._teacher
         if not isinstance(teacher, HFTeacher):
@@ -100,6 +101,7 @@ class _Stage:
         self._make_gradients()
         with counter.part("optimiser state"):
             optimizer = OptimizerStep(case.make_optimizer, self._trained)
+        self._is_fused = optimizer.is_fused
         with counter.part("EffOPD's copies"):
             copies = [torch.empty_like(each) for each in self._trained for _ in range(case.num_copies)]
         if self._teacher is not None:
