@@ -1,6 +1,7 @@
 """Teachers in 8 and 4 bits: what they say beside the same one in full, and what is said where that does not fit."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +52,10 @@ def test_a_teacher_that_does_not_fit_in_full_is_not_loaded(monkeypatch):
         "What quantisation changes of the teacher: in full it takes 0.0025 GB, and 0.001 GB are free on cpu. Measure it"
         " on a machine that has the memory."
     )
+    free = {"cpu": 0.001, "meta": 100.0}  # room on the device is not enough: weights are read by way of the CPU
+    monkeypatch.setattr("opd_lightning.commands.whole_teacher.free_memory_of", lambda device: free[device.type])
+    elsewhere = replace(pair, device=torch.device("meta"))
+    assert ", and 0.001 GB are free on cpu." in load_whole_teacher(elsewhere)
 
 
 @pytest.mark.slow
