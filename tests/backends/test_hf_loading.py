@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from opd_lightning.backends.hf import HFStudent, HFTeacher, LoraSettings, check_compatibility
-from opd_lightning.backends.hf.loading import ModelSource
+from opd_lightning.backends.hf.loading import ModelSource, most_tokens
 from opd_lightning.interfaces import Student, Tokenizer
 
 
@@ -129,6 +129,23 @@ def test_what_transformers_reads_beside_the_named_settings_of_a_method_is_not_re
         if reads and not name.startswith(("bitsandbytes", "nvfp4")):  # these look to tell what they do not know
             HFTeacher("teacher", quantization_config={"quant_method": name, "a setting of its own": 1})
     HFTeacher("teacher", quantization_config={"quant_method": "awq", "bits": 4, "version": "gemm"})
+
+
+def test_rotary_factors_that_change_with_the_length_of_a_batch_end_the_context(tmp_path, tiny_qwen3_folder):
+    """Beside a longer rollout, a short one would be read with other factors: by nats, and not as it was written."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    model = make_model("phi3", rope_parameters=rope, original_max_position_embeddings=32)
+    folder = str(save_folder(tmp_path, model, make_tokenizer()))
+    assert model.config.max_position_embeddings == 128
+    assert HFStudent(folder).context_length == 32
+    with pytest.raises(ValueError, match=r"student\.max_context_length: .* takes at most 32 tokens, got 64"):
+        HFStudent(folder, max_context_length=64).context_length  # noqa: B018
+    with pytest.warns(UserWarning, match=r"context of 32 tokens is shorter .* Set student\.max_context_length: 32"):
+        assert (
+            check_compatibility(HFStudent(str(tiny_qwen3_folder)), ModelSource(folder, "teacher")).context_length == 32
+        )
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    assert most_tokens(make_model(rope_parameters=yarn).config) == 128  # the same factors whatever the length
 
 
 def test_a_tokenizer_with_more_ids_than_rows_is_refused_before_the_weights(tmp_path):

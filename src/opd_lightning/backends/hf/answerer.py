@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from opd_lightning.backends.hf.anatomy import body_states, linear_head, verify_anatomy
-from opd_lightning.backends.hf.loading import ModelSource, load_config, load_model
+from opd_lightning.backends.hf.loading import ModelSource, load_config, load_model, most_tokens
 from opd_lightning.backends.hf.saving import plain_weights, save_configuration
 from opd_lightning.interfaces import LinearHead, MicroBatch, Student, Tokenizer
 
@@ -45,10 +45,8 @@ class _HFAnswerer(Student):
     @override
     def context_length(self) -> int:
         """Most tokens that both take."""
-        config = load_config(self._source).get_text_config(decoder=True)
-        return min(
-            getattr(config, "max_position_embeddings", self._student.context_length), self._student.context_length
-        )
+        own, limit = most_tokens(load_config(self._source)), self._student.context_length
+        return limit if own is None else min(own, limit)
 
     @override
     def load(self) -> nn.Module:

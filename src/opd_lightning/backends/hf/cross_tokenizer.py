@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from opd_lightning.backends.hf.loading import load_config, load_eos_ids, load_tokenizer
+from opd_lightning.backends.hf.loading import load_config, load_eos_ids, load_tokenizer, most_tokens
 from opd_lightning.backends.hf.preflight import Compatibility
 from opd_lightning.backends.hf.reading import Reader, Reading, Unreadable, units_of
 from opd_lightning.backends.hf.teacher import HFTeacher
@@ -130,8 +130,7 @@ class CrossTokenizerTeacher(HFTeacher):
             role="teacher",
         )
         check_vocabulary_rows(self.source, config, own)
-        limit: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-        self._compatibility = Compatibility(own.vocab_size, limit)
+        self._compatibility = Compatibility(own.vocab_size, most_tokens(config))
         self._reader = Reader(student.tokenizer, own, self.closing_tokens)
         for probe in _PROBES:
             try:

@@ -115,6 +115,24 @@ def load_config(source: ModelSource) -> Any:
         return AutoConfig.from_pretrained(source.location, **source.options)
 
 
+def most_tokens(config: Any) -> int | None:
+    """Tokens that a sequence may have; None when the configuration names no number.
+
+    Rotary factors that change with the length (longrope) change for a whole batch at once. There it is the length up to
+    which they do not, since what a rollout's tokens are worth must not depend on how long those beside it are.
+    """
+    decoder = config.get_text_config(decoder=True)
+    limits: list[int | None] = [getattr(decoder, "max_position_embeddings", None)]
+    rope = getattr(decoder, "rope_parameters", None) or {}
+    for each in (
+        rope,
+        *(part for part in rope.values() if isinstance(part, Mapping)),
+    ):  # some have one per kind of layer
+        if each.get("rope_type") == "longrope":
+            limits.append(each.get("original_max_position_embeddings"))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def load_tokenizer(source: ModelSource) -> Any:
     """Load the tokenizer."""
     source.check()

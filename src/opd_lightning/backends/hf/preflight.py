@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from opd_lightning.backends.hf.loading import ModelSource, load_config, load_eos_ids, load_tokenizer
+from opd_lightning.backends.hf.loading import ModelSource, load_config, load_eos_ids, load_tokenizer, most_tokens
 from opd_lightning.backends.hf.tokenizer import HFTokenizer, check_vocabulary_rows
 from opd_lightning.interfaces import Student, Tokenizer
 
@@ -54,7 +54,7 @@ def check_compatibility(student: Student, source: ModelSource) -> Compatibility:
     check_vocabulary_rows(source, config, teacher)
     _compare_stop_ids(own, teacher, source)
     _compare_rendering(own, teacher, source)
-    limit: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = most_tokens(config)
     if limit is not None and limit < student.context_length:
         warnings.warn(
             f"{source.argument}: the teacher's context of {limit} tokens is shorter than the student's of"

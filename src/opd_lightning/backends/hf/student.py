@@ -25,6 +25,7 @@ from opd_lightning.backends.hf.loading import (
     load_eos_ids,
     load_model,
     load_tokenizer,
+    most_tokens,
 )
 from opd_lightning.backends.hf.packing import allow_packing, is_packed, response_states
 from opd_lightning.backends.hf.saving import plain_weights, save_configuration, save_model
@@ -139,7 +140,7 @@ class HFStudent(Student):
     @cached_property
     def context_length(self) -> int:
         """Most tokens (prompt + response) that the model accepts."""
-        limit: int | None = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = most_tokens(self.config)
         if limit is None and self.max_context_length is None:
             raise ValueError(f"student.max_context_length: the configuration of {self.path!r} names none; set it.")
         if limit is not None and self.max_context_length is not None and self.max_context_length > limit:
