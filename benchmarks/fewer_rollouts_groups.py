@@ -74,6 +74,8 @@ GROUPS: dict[str, tuple[range, list[Arm]]] = {  # seeds, arms; most important fi
     "long-tuned-first": (range(1), [LONG_TUNED]),
     "long-screen-reuse": (SCREEN, [long(128, 1e-3, 8, 4, max_updates=240), replace(LONG, max_updates=240)]),
     "long-reuse-tuned": (FRESH_FIVE, [long(128, 1e-3, 8, 4, max_updates=96)]),  # to the near bar
+    "long-reuse-decay": (FRESH_FIVE, [long(128, 1e-3, 8, 4, decay=256, max_updates=256)]),
+    "long-plain-decay": (FRESH_FIVE, [long(64, 2e-3, decay=64, evaluate_every=5, max_updates=64)]),
     "long-horizon": (range(30, 32), [replace(LONG, horizon=32)]),
     "long-vllm": (  # in an environment with vLLM
         range(30, 32),

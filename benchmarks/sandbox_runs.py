@@ -101,6 +101,7 @@ def measure(trainer: Any, module: OPDModule, num_held_out: int) -> dict[str, flo
         module.spec.tokenizer, problems, range(len(problems)), num_samples=1, seed_parts=("held out",)
     )
     with undisturbed(module, seed=0):
+        data.source.wait()  # one that generates ahead is using the engine
         data.engine.sync(module.student, module.weight_version)
         rollouts = answer(data.engine, data.task, prompts, data.sampling, num_samples=1).rollouts
         distilled_from = module.teacher
