@@ -15,6 +15,7 @@ from opd_lightning.backends.vllm.server import (
     NCCLTransfer,
     ServerUnreachable,
     VLLMServerEngine,
+    exchange,
 )
 from opd_lightning.interfaces import Problem, Prompt, Sampling
 
@@ -315,6 +316,19 @@ def test_an_interrupt_calls_off_what_a_server_is_still_generating(student, folde
             with pytest.raises((ConnectionError, CancelledError)):
                 future.result(50)  # the server has not answered yet
         engine.close()
+
+
+def test_a_server_that_is_closed_just_before_it_is_asked_is_one_that_does_not_answer(monkeypatch):
+    server = exchange.Server("http://127.0.0.1:9", api_key=None, timeout=1.0, max_in_flight=1, max_mib=1)
+    ask = exchange._Line.exchange
+
+    def ask_when_closed(line, *request):
+        server.close()
+        return ask(line, *request)
+
+    monkeypatch.setattr(exchange._Line, "exchange", ask_when_closed)
+    with pytest.raises(exchange.FailedAttempt, match="closed here"):
+        server.ask("/health")
 
 
 @pytest.mark.parametrize(("sampling", "known"), [(WARM, True), (GREEDY, True), (Sampling(top_p=0.9), False)])

@@ -182,6 +182,10 @@ class _Line:
             if self._is_late:
                 raise _TooLate from None
             raise
+        except RuntimeError as error:  # the client's own, where another thread closed it a moment before
+            if self._is_closed:
+                raise httpx2.TransportError("closed here") from error
+            raise
         finally:
             alarm.cancel()
             with self._lock:
