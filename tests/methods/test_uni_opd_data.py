@@ -10,6 +10,7 @@ import torch
 from opd_lightning.interfaces import Problem, PromptBatch, Rollout, RolloutBatch, Sampling
 from opd_lightning.methods import BalancedMarks, MarginShift, UpsampledByPasses
 from opd_lightning.methods.uni_opd_data import surplus
+from opd_lightning.rollouts.answer_files import FORMAT, header_path
 from opd_lightning.rollouts.batching import collate
 from opd_lightning.rollouts.shaping import attach
 
@@ -114,7 +115,11 @@ def test_answers_that_are_left_out_have_no_say_in_the_margin():
         (lambda: BalancedMarks("batch"), r"source\.per: expected one of prompt, step"),
         (lambda: BalancedMarks(right_per_wrong=0), r"source\.right_per_wrong: expected a positive number"),
         (lambda: BalancedMarks(right_from=0), r"source\.right_from: expected a mark"),
-        (lambda: UpsampledByPasses("a.jsonl").setup(PROBLEMS, 0), r"selector\.answers: there is no file 'a\.jsonl'"),
+        (
+            lambda: UpsampledByPasses("a.jsonl").setup(PROBLEMS, 0),
+            r"selector\.answers: there is no file 'a\.jsonl'.* --num_attempts 1 --reject\.duplicates false"
+            r" --reject\.truncated false --reject\.repetitive false --output a\.jsonl`",
+        ),
         (
             lambda: UpsampledByPasses("a.jsonl", least_passes=3, most_passes=2),
             r"selector\.most_passes: expected 0 <= least_passes=3 <= most_passes, got 2",
@@ -133,3 +138,29 @@ def test_files_that_do_not_fit(tmp_path):
         UpsampledByPasses(write(tmp_path / "a.jsonl", {"a": [None]})).setup(PROBLEMS, 0)
     with pytest.raises(ValueError, match=r"no answers to 4 of 4.*Name the file of this data set"):
         UpsampledByPasses(write(tmp_path / "b.jsonl", {"a": [1]}), missing="keep").setup(PROBLEMS, 0)
+
+
+@pytest.mark.parametrize(
+    ("role", "counts", "rewards", "message"),
+    [
+        ("teacher", {}, PASSES, "holds answers of the teacher, not of the student"),
+        ("student", {"kept": 25, "rejected: duplicate": 7}, PASSES, r"lacks answers that were rejected \(7 duplicate\)"),
+        (None, {}, {**PASSES, "all": [1]}, "has 8 answers to problem 'none' and 1 to 'all'"),
+    ],
+)
+def test_a_file_that_is_not_all_that_the_student_answered_is_refused(tmp_path, role, counts, rewards, message):
+    path = tmp_path / "a.jsonl"
+    selector = UpsampledByPasses(write(path, rewards))
+    if role is not None:
+        header_path(path).write_text(json.dumps({"format": FORMAT, "settings": {"role": role}, "counts": counts}))
+    with pytest.raises(ValueError, match=f"selector.answers: .*{message}.*Write it anew .*--reject.duplicates false"):
+        selector.setup(PROBLEMS, 0)
+
+
+def test_a_file_of_all_that_the_student_answered_is_taken(tmp_path):
+    path = tmp_path / "a.jsonl"
+    selector = UpsampledByPasses(write(path, PASSES))
+    counts = {"generated": 32, "kept": 32}
+    header_path(path).write_text(json.dumps({"format": FORMAT, "settings": {"role": "student"}, "counts": counts}))
+    selector.setup(PROBLEMS, 0)
+    assert selector.epoch_length

@@ -16,13 +16,17 @@ from opd_lightning.distributed import gather_objects
 from opd_lightning.interfaces import Problem, PromptBatch, Rollout, RolloutBatch, Sampling, Tokenizer
 from opd_lightning.objectives.arguments import check_one_of
 from opd_lightning.randomness import derive_seed
-from opd_lightning.rollouts.answer_files import check_ending, read_answers
+from opd_lightning.rollouts.answer_files import check_ending, read_answers, read_header
 from opd_lightning.rollouts.on_policy import OnPolicy
 from opd_lightning.selection import Weighted
 
 Per = Literal["prompt", "step"]
 Missing = Literal["refuse", "keep"]
 Key = TypeVar("Key", bound=Hashable)
+_COMMAND = (  # every answer counts: of those left out, a problem that is always solved alike would keep one
+    "`opd-lightning rollout --role student --num_samples 8 --num_attempts 1 --reject.duplicates false --reject.truncated"
+    " false --reject.repetitive false --output"
+)
 
 
 class UpsampledByPasses(Weighted):
@@ -32,7 +36,8 @@ class UpsampledByPasses(Weighted):
     to `most_passes` right answers weigh `times` as much as the others (see `Weighted` for what a weight means).
 
     Args:
-        answers: File of `opd-lightning rollout --role student --num_samples 8`, with marks.
+        answers: File of `opd-lightning rollout --role student --num_samples 8`, with marks, of which nothing was
+            rejected (docs/methods/uni_opd_data.md has the whole command).
         least_passes: Fewest right answers of a problem that comes more often.
         most_passes: Most right answers: 7 of 8 in the paper, in one place 8.
         times: How many times as often. No published value was found: 2 is ours.
@@ -75,7 +80,7 @@ class UpsampledByPasses(Weighted):
         """Take the problems, and count right answers to each.
 
         Raises:
-            ValueError: There is no such file, it has no marks, or lacks answers.
+            ValueError: There is no such file, it has no marks, lacks answers, or is not all that the student answered.
         """
         self._passes = self._count()
         without = [problem.uid for problem in problems if problem.uid not in self._passes]
@@ -107,9 +112,11 @@ class UpsampledByPasses(Weighted):
         if not path.is_file():
             raise ValueError(
                 f"selector.answers: there is no file {self.answers!r} (relative paths start from {Path.cwd()}). Write"
-                " it with `opd-lightning rollout --role student --num_samples 8`."
+                f" it with {self._command}."
             )
+        self._check_header(read_header(path))
         passes: Counter[str] = Counter()
+        numbers: Counter[str] = Counter()
         for place, row in read_answers(path):
             uid, reward = row.get("uid"), row.get("reward")
             if not isinstance(uid, str) or not isinstance(reward, int | float) or math.isnan(reward):
@@ -118,7 +125,29 @@ class UpsampledByPasses(Weighted):
                     f" {uid!r} and {reward!r}. Write the file with a task that marks all its problems."
                 )
             passes[uid] += reward >= self.right_from
+            numbers[uid] += 1
+        (most, many), (least, few) = (choose(numbers.items(), key=lambda each: each[1]) for choose in (max, min))
+        if few < many:
+            self._refuse(f"has {many} answers to problem {most!r} and {few} to {least!r}, so right ones say nothing")
         return passes
+
+    def _check_header(self, header: Mapping[str, Any] | None) -> None:
+        """Refuse a file that says itself that it is not all that the student answered."""
+        if header is None:  # others wrote it
+            return
+        if (role := header["settings"]["role"]) != "student":
+            self._refuse(f"holds answers of the {role}, not of the student")
+        lost = {name: n for name, n in header["counts"].items() if name.startswith("rejected: ") and n}
+        if lost:
+            what = ", ".join(f"{n} {name.removeprefix('rejected: ')}" for name, n in lost.items())
+            self._refuse(f"lacks answers that were rejected ({what}), so right ones are miscounted")
+
+    def _refuse(self, what: str) -> None:
+        raise ValueError(f"selector.answers: {self.answers!r} {what}. Write it anew with {self._command}.")
+
+    @property
+    def _command(self) -> str:
+        return f"{_COMMAND} {self.answers}`"
 
 
 class BalancedMarks(OnPolicy):
