@@ -10,6 +10,8 @@ from toys import LetterTask, make_data, make_module, make_trainer
 
 from opd_lightning.callbacks.samples import COLUMNS, PrintSamples, coloured_response, divergence_colours, log_samples
 from opd_lightning.interfaces import Task
+from opd_lightning.methods.uni_opd_data import left_untrained
+from opd_lightning.rollouts.on_policy import OnPolicy
 
 
 def test_colour_grows_with_the_divergence():
@@ -43,6 +45,18 @@ def test_samples_show_prompt_answer_reward_and_loss(tmp_path, tiny_qwen3_folder,
     assert "step 3  train/" in text
     assert "say" in text
     assert "loss/token" in text
+
+
+class LeavesOut(OnPolicy):
+    def share(self, asked, graded, seed):
+        return replace(graded, rollouts=[left_untrained(graded.rollouts[0]), *graded.rollouts[1:]])
+
+
+def test_an_answer_that_a_source_leaves_out_is_said_to_be(tmp_path, tiny_qwen3_folder, tiny_teacher_folder, capsys):
+    trainer = make_trainer(tmp_path, 1, callbacks=[PrintSamples(num_samples=1)])
+    trainer.fit(make_module(tiny_qwen3_folder, tiny_teacher_folder), make_data(source=LeavesOut()))
+    text = capsys.readouterr().out
+    assert "  left out" in text and "nan" not in text and "loss/token" not in text
 
 
 class Questions(Task):

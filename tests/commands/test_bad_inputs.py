@@ -289,6 +289,11 @@ CASES = [
         {"model.optimizer": of_class("AdamWW")},
     ),
     bad(
+        "unknown optimiser of a module",
+        r"model.optimizer: there is no torch.optim.AdamWW. Did you mean AdamW\?$",
+        {"model.optimizer": of_class("torch.optim.AdamWW")},
+    ),
+    bad(
         "unknown callback",
         r"no class PrintSample here.* Did you mean PrintSamples\?",
         {"trainer.callbacks": [of_class("PrintSample")]},
@@ -384,7 +389,7 @@ CASES = [
     # columns and sets
     bad(
         "no question column",
-        r"line 1: there is no column 'question'; available: problem, .*source.question",
+        r"line 1: there is no column 'question'; available: problem, .*with `question`, beside the path in data.task",
         math("rows.jsonl", ROWS.replace("question", "problem")),
     ),
     bad(
@@ -629,7 +634,7 @@ CASES = [
     ),
     bad(
         "negative learning rate",
-        r"model.optimizer: Invalid learning rate: -1.0",
+        r"model.optimizer.lr: Invalid learning rate: -1.0",
         {"model.optimizer": of_class("torch.optim.AdamW", lr=-1.0)},
     ),
     bad(

@@ -173,7 +173,7 @@ def refuse(act, message):
         act()
 
 
-def test_mistakes():
+def test_mistakes(tmp_path):
     tokenizer, source = BigramStudent().tokenizer, BestOfTeacher(Written(answer([1], float("nan"))))
     source.candidates.admit = lambda problems, *_: list(problems)
     refuse(lambda: source.admit([PROBLEM], tokenizer, SAMPLING, 3), r"data\.rollouts_per_prompt: .*even.*got 3\. Set")
@@ -181,6 +181,13 @@ def test_mistakes():
     source = BestOfTeacher(Written(answer([1], 1.0)), Written(answer([1], 1.0), answer([2], float("nan"))))
     source.candidates.admit = source.recovered.admit = lambda problems, *_: list(problems)
     refuse(lambda: source.admit([PROBLEM], tokenizer, SAMPLING, 2), r"source\.recovered: .*no marks.*Write the file")
+    (tmp_path / "a.jsonl").write_text('{"uid": "a", "response": "3", "finished": false}\n')
+    source = BestOfTeacher(Stored(str(tmp_path / "a.jsonl"), reencode=True), num_candidates=3)
+    refuse(
+        lambda: source.admit([PROBLEM], tokenizer, SAMPLING, 4),
+        r"1 have fewer than the 6 .*--num_samples 6 --reject\.duplicates false`, or lower data\.source\.num_candidates,"
+        r" now 3 for each answer of the student\.$",
+    )
     refuse(lambda: BestOfTeacher(Written(), num_candidates=0), r"source\.num_candidates: expected .* at least 1")
     refuse(lambda: BestOfTeacher(Written(), right_from=0), r"source\.right_from: expected a mark in \(0, 1\]")
     refuse(lambda: TwoContexts(-1), r"objective\.teacher_weight: expected a number of at least 0")

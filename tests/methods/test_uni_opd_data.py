@@ -138,13 +138,20 @@ def test_files_that_do_not_fit(tmp_path):
         UpsampledByPasses(write(tmp_path / "a.jsonl", {"a": [None]})).setup(PROBLEMS, 0)
     with pytest.raises(ValueError, match=r"no answers to 4 of 4.*Name the file of this data set"):
         UpsampledByPasses(write(tmp_path / "b.jsonl", {"a": [1]}), missing="keep").setup(PROBLEMS, 0)
+    with pytest.raises(ValueError, match=r"no answers to 4 of 4"):
+        UpsampledByPasses(write(tmp_path / "c.jsonl", {})).setup(PROBLEMS, 0)
 
 
 @pytest.mark.parametrize(
     ("role", "counts", "rewards", "message"),
     [
         ("teacher", {}, PASSES, "holds answers of the teacher, not of the student"),
-        ("student", {"kept": 25, "rejected: duplicate": 7}, PASSES, r"lacks answers that were rejected \(7 duplicate\)"),
+        (
+            "student",
+            {"kept": 25, "rejected: duplicate": 7},
+            PASSES,
+            r"lacks answers that were rejected \(7 duplicate\)",
+        ),
         (None, {}, {**PASSES, "all": [1]}, "has 8 answers to problem 'none' and 1 to 'all'"),
     ],
 )

@@ -126,6 +126,7 @@ def test_what_a_file_lacks_is_counted_and_skipped_if_asked(tmp_path, tokenizer):
         "1 have none (first: 'train/3')",
         "1 have fewer than the 2 that a step takes",
         "1 have longer ones than sampling.max_new_tokens=8",
+        "`opd-lightning rollout --num_samples 2 --reject.duplicates false`, or lower data.rollouts_per_prompt. Set",
         "Set skip_unusable: true beside its path",
     ):
         assert part in str(caught.value)
@@ -161,9 +162,9 @@ def test_a_file_of_somebody_elses_is_encoded(tmp_path, tokenizer):
     rows = [{"uid": p.uid, "response": "by hand"} for p in PROBLEMS]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = str(tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match=r"has no header.*source\.reencode: true"):
+    with pytest.raises(ValueError, match=r"has no header.*set reencode: true"):
         Stored(path).admit(PROBLEMS, tokenizer, SAMPLING, 1)
-    with pytest.raises(ValueError, match=r"source\.closing_token: None does not close .* one of \['<\|endoftext\|>'"):
+    with pytest.raises(ValueError, match=r"Stored\.closing_token: None does not close .* one of \['<\|endoftext\|>'"):
         Stored(path, reencode=True).admit(PROBLEMS, tokenizer, SAMPLING, 1)
     source = Stored(path, reencode=True, closing_token="<|im_end|>")
     source.admit(PROBLEMS, tokenizer, SAMPLING, 1)
@@ -184,7 +185,7 @@ def test_damaged_rows_are_named(tmp_path, tokenizer, change, message):
     rows = make_rows(tokenizer)
     rows[1] |= change
     path = write(tmp_path / "a.jsonl", rows, tokenizer)
-    with pytest.raises(ValueError, match=rf"source\.path: '.*a\.jsonl', line 2: .*{message}"):
+    with pytest.raises(ValueError, match=rf"Stored\.path: '.*a\.jsonl', line 2: .*{message}"):
         Stored(path).admit(PROBLEMS, tokenizer, SAMPLING, 1)
 
 
@@ -194,10 +195,10 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer):
             Stored(str(path), **options).admit(PROBLEMS, tokenizer, SAMPLING, 1)
         assert "\n" not in str(caught.value)
 
-    fails("there is no file", tmp_path / "none.jsonl")
+    fails("Stored.path: there is no file .*StoredTeacher.*--role student --score true", tmp_path / "none.jsonl")
     fails("expected a file ending in", tmp_path / "a.txt")
     fails("holds no answers", write(tmp_path / "empty.jsonl", [], tokenizer))
-    fails("Set source.reencode: true", tmp_path / "empty.jsonl", closing_token="x")
+    fails("Set reencode: true, too", tmp_path / "empty.jsonl", closing_token="x")
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     fails("expected a parquet file", tmp_path / "a.parquet")
     path = Path(write(tmp_path / "cut.jsonl", make_rows(tokenizer), tokenizer))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd_lightning import sandbox
+from opd_lightning.backends.hf.loading import ModelSource
 from opd_lightning.sandbox import make
 from opd_lightning.sandbox.make import draw_batches, measure_accuracy, misjudge, write_solution
 from opd_lightning.tasks.arithmetic import ArithmeticTask, solve
@@ -41,6 +42,8 @@ def test_unknown_sandbox_models_are_refused(path):
         ValueError, match=f"expected sandbox:student, .* or sandbox:long-teacher, got '{re.escape(path)}'"
     ):
         sandbox.resolve(path)
+    with pytest.raises(ValueError, match=r"^teacher\.path: expected sandbox:student"):
+        ModelSource(path, "teacher").check()
 
 
 def test_finding_the_models_imports_nothing_heavy():

@@ -216,7 +216,7 @@ GOOD_LINE = '{"question": "1+1?", "answer": "2"}\n'
         (
             "sums.jsonl",
             '{"question": "1"}',
-            r"line 1: there is no column 'answer'; available: question\. .*source\.answer",
+            r"line 1: there is no column 'answer'; available: question\. .*with `answer`, beside the path",
         ),
         (
             "sums.jsonl",
@@ -331,7 +331,7 @@ def test_questions_are_joined_from_columns(data):
     (problem,) = load_problems(source, "train")
     assert problem.messages[0]["content"] == "{2} Tom has 3 {red} pens. How many?\nAnswer:"
     assert set(problem.columns) == {"Body", "meta", "n"}
-    with pytest.raises(ValueError, match=r"there is no column 'Boddy'; available: Body, .* source\.question"):
+    with pytest.raises(ValueError, match=r"there is no column 'Boddy'; available: Body, .*with `question`"):
         load_problems(DataSource(data(rows), question="{Boddy} {n}"), "train")
     with pytest.raises(ValueError, match=r"column 'meta': expected text or a number, got {'Question'"):
         load_problems(DataSource(data(rows), question="{Body} {meta}"), "train")

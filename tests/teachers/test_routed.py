@@ -101,7 +101,10 @@ def test_unknown_values_are_refused_before_training_with_all_the_routes(folders)
     with pytest.raises(ValueError, match=r"problem 'u3' has 3 in the column 'level'.*Routes: '1', '2'\. Add one, or"):
         routed.check_problems(problems)
     make(folders, **ROUTES, default="large").check_problems(problems)
-    with pytest.raises(ValueError, match=r"none of its columns \(source, level\) is the column 'domain'"):
+    with pytest.raises(
+        ValueError,
+        match=r"problem 'u1' has the columns source, level, but no column 'domain', and there is no route for that",
+    ):
         make(folders, column="domain").check_problems(problems)
     with pytest.raises(ValueError, match=r"'default' in the column 'source'.*Routes: 'small', 'large'"):
         make(folders, column="source").check_problems(problems)

@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(tmp_path, student)
         assert "\n" not in str(caught.value)
 
     path = tmp_path / "a.jsonl"
-    with pytest.raises(ValueError, match=r"model.teacher.path: expected a file ending in .jsonl or .parquet"):
+    with pytest.raises(ValueError, match=r"StoredTeacher.path: expected a file ending in .jsonl or .parquet"):
         StoredTeacher("a.csv")
     fails("there is no file .*--score true", str(path))
     fails("StoredTeacher cannot give .*full vocabulary", write(path, student), ScoreRequest(full_vocabulary=True))

@@ -7,7 +7,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from toys import LetterTask, make_data, make_module, make_trainer
 
 from opd_lightning import BaseModelTeacher, HFStudent, LoraSettings, Student
-from opd_lightning.backends.hf import HFTeacher
+from opd_lightning.backends.hf import CrossTokenizerTeacher, HFTeacher
+from opd_lightning.backends.vllm.colocated import VLLMColocatedEngine
 from opd_lightning.methods import AntiSelfDistillation, BalancedMarks, Judge, LongReturn, MarginShift, RubricObjective
 from opd_lightning.objectives import NLL, SampledTokenObjective
 from opd_lightning.rollouts.horizon import ConstantHorizon
@@ -97,6 +98,9 @@ def test_training_problems_without_a_teacher_are_refused_before_a_weight_is_load
     make_trainer(tmp_path, 1, limit_val_batches=1).fit(module(routes=routes), make_data(task=Unlabelled()))
 
 
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
 class Unmarked(LetterTask):
     """Every third problem has no mark."""
 
@@ -118,6 +122,35 @@ def test_a_source_that_reads_marks_refuses_answers_without_before_a_weight_is_lo
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, 1).fit(module, make_data(source=BalancedMarks(), **settings))
     assert module.student is None
+
+
+@pytest.mark.parametrize("settings", [{"offload": True}, {"sharded": None}, {"quantization_config": NF4}, None])
+def test_a_teacher_that_cannot_answer_is_refused_before_a_weight_is_loaded(
+    tmp_path, tiny_qwen3_folder, tiny_teacher_folder, settings
+):
+    teacher = None if settings is None else HFTeacher(str(tiny_teacher_folder), **settings)
+    module = make_module(tiny_qwen3_folder, tiny_teacher_folder, teacher_object=teacher, objective=LongReturn())
+    module.teacher = teacher
+    if settings is None:
+        module.objective = NLL()
+    strategy = "fsdp2" if settings == {"sharded": None} else "auto"
+    with pytest.raises(ValueError, match=r"^data\.source: TeacherMixed needs a teacher .* offload: false"):
+        make_trainer(tmp_path, 1, strategy=strategy).fit(module, make_data(source=TeacherMixed()))
+    assert module.student is None
+
+
+def test_engines_that_do_not_fit_a_source_need_not_be_installed(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
+    module = make_module(tiny_qwen3_folder, tiny_teacher_folder, objective=LongReturn())
+    with pytest.raises(ValueError, match=r"^data\.engine: TeacherMixed .* VLLMColocatedEngine draws from one"):
+        make_trainer(tmp_path, 1).fit(module, make_data(source=TeacherMixed(), engine=VLLMColocatedEngine()))
+
+
+def test_a_teacher_that_can_answer_is_one_that_says_how(tiny_teacher_folder):
+    plain = HFTeacher(str(tiny_teacher_folder))
+    assert plain.is_here(False) and not plain.is_here(True)
+    assert HFTeacher(str(tiny_teacher_folder), sharded=False).is_here(True)
+    assert not Routed({"0": plain}, "level").is_here(False)
+    assert not CrossTokenizerTeacher(str(tiny_teacher_folder)).is_here(False)
 
 
 class Forgetful(OnPolicy):
@@ -162,7 +195,7 @@ BY_MARKS, BY_JUDGE = SampledTokenObjective(advantage=AntiSelfDistillation()), Ru
 @pytest.mark.parametrize(
     ("objective", "settings", "message"),
     [
-        (BY_MARKS, {"rollouts_per_prompt": 1}, r"^data\.rollouts_per_prompt: SampledToken.* Set it to 2 or more"),
+        (BY_MARKS, {"rollouts_per_prompt": 1}, r"^data\.rollouts_per_prompt: AntiSelf.* Set it to 2 or more"),
         (BY_JUDGE, {"rollouts_per_prompt": 1}, r"^data\.rollouts_per_prompt: Rubric.* Set it to 2 or more"),
         (BY_MARKS, {"horizon": ConstantHorizon(2)}, r"^data\.horizon: .* Set horizon: null"),
     ],

@@ -96,11 +96,12 @@ class PrintSamples(Callback):
         for rollout in batch.rollouts[: self.num_samples]:
             losses, step = by_seed[rollout.seed], batch.step + 1
             prompt = printable(str(rollout.problem.messages[-1]["content"]).strip())
-            uid, loss = printable(rollout.problem.uid), float(losses.mean())
+            uid, loss = printable(rollout.problem.uid), float(losses.mean()) if len(losses) else None
             reward = None if math.isnan(rollout.reward) else rollout.reward  # a task without answers gives none
             marked = "" if reward is None else f"  reward {reward:.2f}"
             header = Text(f"step {step}  {uid}{marked}", style="bold")
-            header.append(f"  loss/token {loss:.4f}  tokens {len(losses)}", style="not bold")
+            trained = "left out" if loss is None else f"loss/token {loss:.4f}  tokens {len(losses)}"
+            header.append(f"  {trained}", style="not bold")
             response = coloured_response(tokenizer, rollout, losses) if is_divergence else Text(printable(rollout.text))
             say(trainer, header, Text(prompt, style="dim"), response)
             rows.append([step, uid, prompt, response.plain, reward, loss, len(losses)])

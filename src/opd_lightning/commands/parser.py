@@ -87,6 +87,7 @@ _UNKNOWN_OPTION = re.compile(r"unrecognized arguments: (?=.*--)(.*)")
 _UNKNOWN_SETTING = re.compile(r"(?:Subcommand|Group) '\w+' does not accept option '([\w.]+)'")
 _UNKNOWN_ARGUMENT = re.compile(r"Problem with given class_path '([\w.]+)': Option '([\w.]+)' is not accepted")
 _UNKNOWN_CLASS = re.compile(r"(\w+): (?:(?!\w+: ).)*?Expected a dot import path string: (\w+)(?:; got \2)?")
+_UNKNOWN_IN_MODULE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'(?:, got \1\.\2$)?")
 _FILLED_IN = ("params", "optimizer")  # arguments that the training gives, not the user
 _MANY = 20
 
@@ -126,6 +127,7 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     text = _UNKNOWN_SETTING.sub(lambda match: _about_setting(match[1], options), text)
     text = _UNKNOWN_ARGUMENT.sub(lambda match: _about_argument(*match.groups()), text)
     text = _UNKNOWN_CLASS.sub(lambda match: _about_class(match[0], *match.groups()), text)
+    text = _UNKNOWN_IN_MODULE.sub(lambda match: _about_module(*match.groups()), text)
     text = re.sub(r"Problem with given class_path '[\w.]*?(\w+)':", r"\1:", text)
     text = text.replace("Expected a dot import path string:", "or a class path:").replace(".;", ".")
     if text.endswith(":"):  # nothing of what was said about it is worth repeating
@@ -187,3 +189,7 @@ def _about_class(message: str, setting: str, name: str) -> str:
         f"{setting}: there is no class {name} here; expected {listed}a class path such as my_package.MyClass."
         + nearest(name, names)
     )
+
+
+def _about_module(module: str, name: str) -> str:
+    return f"there is no {module}.{name}.{nearest(name, dir(import_module(module)))}"

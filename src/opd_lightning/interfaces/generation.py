@@ -171,6 +171,17 @@ class RolloutSource(ABC):
         """
         self.engine = engine
 
+    def check_teacher(self, teacher: Teacher | None, is_cut_up: bool) -> None:  # noqa: B027 - most ask it nothing
+        """Look at the teacher's settings, before any weight is loaded.
+
+        Args:
+            teacher: Not loaded yet.
+            is_cut_up: Whether the student's weights are cut up over processes (`FSDP2Strategy`).
+
+        Raises:
+            ValueError: This source needs another one.
+        """
+
     def admit(
         self, problems: Sequence[Problem], tokenizer: Tokenizer, sampling: Sampling, num_rollouts: int
     ) -> list[Problem]:

@@ -272,6 +272,10 @@ class Teacher(ABC):
         """The loaded teacher as a model that answers, and how to run it; None where this process cannot run it so."""
         return None
 
+    def is_here(self, is_cut_up: bool) -> bool:
+        """Whether `as_student` will give a model that can answer, as far as settings say; `is_cut_up`: under FSDP2."""
+        return type(self).as_student is not Teacher.as_student
+
     def prefetch(self, rollout: Rollout, request: ScoreRequest, step: int) -> None:  # noqa: B027 - most cannot
         """Begin to score a rollout whose step is not complete yet; `score_all` will ask for it soon.
 

@@ -100,7 +100,8 @@ class BestOfTeacher(RolloutSource):
                 f" it takes an even number, got {num_rollouts}. Set it to 2."
             )
         wanted = self.num_candidates * num_rollouts // 2
-        admitted = self.candidates.admit(problems, tokenizer, sampling, wanted)
+        fewer = f"lower data.source.num_candidates, now {self.num_candidates} for each answer of the student"
+        admitted = self.candidates.admit(problems, tokenizer, sampling, wanted, fewer)
         if self.recovered is not None:
             self.recovered.admit(admitted, tokenizer, sampling, 1)
         files = {"candidates": self.candidates} | ({} if self.recovered is None else {"recovered": self.recovered})

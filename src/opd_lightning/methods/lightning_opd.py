@@ -95,7 +95,7 @@ class DebiasedTeacher(StoredTeacher):
         for uid, answer in answers:
             if answer.log_probs is None or not answer.sampled.isfinite().all():
                 raise ValueError(
-                    f"model.teacher.path: {self.path!r}, {answer.place} (problem {uid!r}): DebiasedTeacher needs finite"
+                    f"StoredTeacher.path: {self.path!r}, {answer.place} (problem {uid!r}): DebiasedTeacher needs finite"
                     " scores and the log-probabilities that the tokens were drawn with. Write it with an engine that"
                     " knows them, or take StoredTeacher."
                 )

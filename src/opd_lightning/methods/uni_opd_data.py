@@ -24,8 +24,8 @@ Per = Literal["prompt", "step"]
 Missing = Literal["refuse", "keep"]
 Key = TypeVar("Key", bound=Hashable)
 _COMMAND = (  # every answer counts: of those left out, a problem that is always solved alike would keep one
-    "`opd-lightning rollout --role student --num_samples 8 --num_attempts 1 --reject.duplicates false --reject.truncated"
-    " false --reject.repetitive false --output"
+    "`opd-lightning rollout --role student --num_samples 8 --num_attempts 1 --reject.duplicates false"
+    " --reject.truncated false --reject.repetitive false --output"
 )
 
 
@@ -126,8 +126,8 @@ class UpsampledByPasses(Weighted):
                 )
             passes[uid] += reward >= self.right_from
             numbers[uid] += 1
-        (most, many), (least, few) = (choose(numbers.items(), key=lambda each: each[1]) for choose in (max, min))
-        if few < many:
+        if len(set(numbers.values())) > 1:
+            (most, many), *_, (least, few) = numbers.most_common()
             self._refuse(f"has {many} answers to problem {most!r} and {few} to {least!r}, so right ones say nothing")
         return passes
 

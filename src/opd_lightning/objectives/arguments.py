@@ -70,7 +70,12 @@ def check_whole_distribution(sampling: Sampling, student_temperature: float, all
         ValueError: They differ and that is not accepted.
     """
     reasons = []
-    if sampling.temperature != student_temperature:
+    if sampling.temperature == 0:
+        reasons.append(
+            "sampling.temperature is 0, which is always the likeliest token; set it above 0"
+            f" (objective.student_temperature is {student_temperature})"
+        )
+    elif sampling.temperature != student_temperature:
         reasons.append(
             f"sampling.temperature is {sampling.temperature} but objective.student_temperature is "
             f"{student_temperature}; set both to the same value"

@@ -118,7 +118,7 @@ def encode_answer(
         if token_id is None or token_id not in stop_ids:
             known = sorted(token for token, number in tokenizer.vocabulary.items() if number in stop_ids)
             raise ValueError(
-                f"source.closing_token: {closing_token!r} does not close the student's responses. Set it to one of"
+                f"Stored.closing_token: {closing_token!r} does not close the student's responses. Set it to one of"
                 f" {known}."
             )
         token_ids.append(token_id)

@@ -64,9 +64,9 @@ class Stored(RolloutSource):
         reencode: bool = False,
         closing_token: str | None = None,
     ) -> None:
-        check_ending("source.path", path)
+        check_ending("Stored.path", path)
         if closing_token is not None and not reencode:
-            raise ValueError("source.closing_token: closes answers that are encoded anew. Set source.reencode: true.")
+            raise ValueError("Stored.closing_token: closes answers that are encoded anew. Set reencode: true, too.")
         self.path = path
         self.skip_unusable = skip_unusable
         self.other_prompts = other_prompts
@@ -89,9 +89,21 @@ class Stored(RolloutSource):
 
     @override
     def admit(
-        self, problems: Sequence[Problem], tokenizer: Tokenizer, sampling: Sampling, num_rollouts: int
+        self,
+        problems: Sequence[Problem],
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        num_rollouts: int,
+        fewer: str = "lower data.rollouts_per_prompt",
     ) -> list[Problem]:
         """Read the file; the problems that have enough usable answers in it.
+
+        Args:
+            problems: Those of the task.
+            tokenizer: The student's.
+            sampling: How the run samples.
+            num_rollouts: Answers wanted of each.
+            fewer: What to do to need fewer of them.
 
         Raises:
             ValueError: The file cannot be read, was written for another tokenizer, or lacks answers.
@@ -104,7 +116,7 @@ class Stored(RolloutSource):
         }
         admitted = [problem for problem in problems if problem.uid in self._answers]
         if len(admitted) < len(problems) and not (self.skip_unusable and admitted):
-            raise ValueError(self._what_is_missing(problems, answers, sampling, num_rollouts))
+            raise ValueError(self._what_is_missing(problems, answers, sampling, num_rollouts, fewer))
         first = tokenizer.render(admitted[0].messages)
         self._check_prompt(Prompt(admitted[0], tuple(first), ()), self._answers[admitted[0].uid][0])
         wanted = {problem.uid for problem in admitted}
@@ -145,7 +157,7 @@ class Stored(RolloutSource):
         """
         for name, value in self.state_dict().items():
             if name in state and state[name] != value:
-                what = f"{self.path!r} has changed" if name == "digest" else f"source.{name} is {value}"
+                what = f"{self.path!r} has changed" if name == "digest" else f"{name} of {self.path!r} is {value}"
                 raise ValueError(
                     f"data.source: {what}, but the checkpoint was written with {state[name]}. Resume with the same, or"
                     " start a new run from the checkpoint's weights (opd-lightning export, then student.path)."
@@ -179,7 +191,8 @@ class Stored(RolloutSource):
             raise ValueError(
                 f"data.source: this run renders the prompt of problem {prompt.problem.uid!r} otherwise than when"
                 f" {self.path!r} was written (another question under this uid, chat template, template_kwargs or system"
-                " prompt). Use the same, or set source.other_prompts: true to train the answers under this run's."
+                " prompt). Use the same, or set other_prompts: true beside its path to train the answers under this"
+                " run's."
             )
 
     # ------------------------------------------------------------------------------------------------------- reading
@@ -188,8 +201,9 @@ class Stored(RolloutSource):
         path = Path(self.path).expanduser()
         if not path.is_file():
             raise ValueError(
-                f"source.path: there is no file {self.path!r} (relative paths start from {Path.cwd()}). Write it with"
-                " `opd-lightning rollout --output`."
+                f"Stored.path: there is no file {self.path!r} (relative paths start from {Path.cwd()}). Write it with"
+                f" `opd-lightning rollout --output {self.path}`; if a StoredTeacher reads it as well, add `--role"
+                " student --score true`."
             )
         self._header, self._digest = read_header(path), digest_of_file(path)
         if self._header is not None and not self.reencode and not self.other_prompts:
@@ -200,27 +214,29 @@ class Stored(RolloutSource):
         stop_ids = resolve_stop_ids(tokenizer, sampling)
         answers: dict[str, list[StoredAnswer]] = {}
         for place, row in read_answers(path):
-            where = f"source.path: {self.path!r}, {place}"
+            where = f"Stored.path: {self.path!r}, {place}"
             if self.reencode:
                 answer = encode_answer(row, where, tokenizer, stop_ids, self._name_of_closing(row))
             else:
                 answer = read_answer(row, where, tokenizer, stop_ids)
             answers.setdefault(row["uid"], []).append(answer)
         if not answers:
-            raise ValueError(f"source.path: {self.path!r} holds no answers. Write it anew with less strict rules.")
+            raise ValueError(f"Stored.path: {self.path!r} holds no answers. Write it anew with less strict rules.")
         return answers
 
     def _check_tokenizer(self, tokenizer: Tokenizer) -> None:
         if self._header is None:
             raise ValueError(
-                f"source.path: {self.path!r} has no header, so nobody knows whose token ids it holds. Write it with"
-                " `opd-lightning rollout`, or set source.reencode: true to encode the texts of its column `response`."
+                f"Stored.path: {self.path!r} has no header, so nobody knows whose token ids it holds. Write it with"
+                " `opd-lightning rollout`, or set reencode: true beside its path to encode the texts of its column"
+                " `response`."
             )
         written = self._header["settings"]["tokenizer"]["vocabulary"]
         if written != describe_tokenizer(tokenizer)["vocabulary"]:
             raise ValueError(
-                f"source.path: the answers in {self.path!r} are token ids of another vocabulary than the student's."
-                " Have a teacher of the student's family answer, or set source.reencode: true to encode the texts anew."
+                f"Stored.path: the answers in {self.path!r} are token ids of another vocabulary than the student's."
+                " Have a teacher of the student's family answer, or set reencode: true beside its path to encode the"
+                " texts anew."
             )
 
     def _name_of_closing(self, row: Row) -> str | None:
@@ -236,6 +252,7 @@ class Stored(RolloutSource):
         answers: Mapping[str, list[StoredAnswer]],
         sampling: Sampling,
         num_rollouts: int,
+        fewer: str,
     ) -> str:
         missing = [problem.uid for problem in problems if problem.uid not in self._answers]
         absent = [uid for uid in missing if uid not in answers]
@@ -247,6 +264,10 @@ class Stored(RolloutSource):
         remedy = "Set skip_unusable: true beside its path to leave these problems out, or write answers to them."
         if len(missing) == len(problems):
             remedy = "Use the data set and the settings that it was written for."
+        if few:
+            command = f"`opd-lightning rollout --num_samples {num_rollouts} --reject.duplicates false`"
+            more = f"Write {num_rollouts} answers to each problem with {command}, or {fewer}."
+            remedy = more if len(few) == len(problems) else f"{more} {remedy}"
         return (
             f"data.source: {self.path!r} lacks usable answers to {len(missing)} of {len(problems)} training problems:"
             f" {'; '.join(parts)}. {remedy}"

@@ -14,6 +14,7 @@ from opd_lightning.interfaces import (
     RolloutEngine,
     Sampling,
     StepPrompts,
+    Teacher,
     Tokenizer,
 )
 from opd_lightning.rollouts.on_policy import OnPolicy
@@ -30,7 +31,7 @@ class TeacherMixed(OnPolicy):
         teacher_share: Of the teacher, in [0, 1]; 0 is `OnPolicy`.
 
     Raises:
-        ValueError: It is outside; from `setup`, the engine draws from one model; from `rollouts`, the teacher only
+        ValueError: It is outside; from `setup`, the engine draws from one model; from `check_teacher`, the teacher only
             scores.
 
     Source: arXiv 2306.08543, section 2.2 (alpha = 0.2).
@@ -57,6 +58,11 @@ class TeacherMixed(OnPolicy):
                 " from one. Use HFEngine without static_shapes."
             )
         super().setup(engine)
+
+    @override
+    def check_teacher(self, teacher: Teacher | None, is_cut_up: bool) -> None:
+        if self.teacher_share and (teacher is None or not teacher.is_here(is_cut_up)):
+            raise ValueError(_needs(teacher))
 
     @override
     def admit(
@@ -86,11 +92,15 @@ class TeacherMixed(OnPolicy):
         teacher = student.teacher
         loaded = None if teacher is None else teacher.as_student()
         if teacher is None or loaded is None:
-            raise ValueError(
-                f"data.source: TeacherMixed needs a teacher whose model lies in this process, got"
-                f" {type(teacher).__name__ if teacher is not None else None}. Use an HFTeacher with offload: false (and"
-                " under fsdp2 sharded: false)."
-            )
+            raise ValueError(_needs(teacher))
         if self._blend is None or self._blend.model is not loaded[1]:
             self._blend = Blend(teacher.as_answerer(student.spec), loaded[1], self.teacher_share)
         return self._blend
+
+
+def _needs(teacher: Teacher | None) -> str:
+    name = None if teacher is None else type(teacher).__name__
+    return (
+        f"data.source: TeacherMixed needs a teacher whose model lies in this process, got {name}. Use an"
+        " HFTeacher that is not quantised, with offload: false (and under fsdp2 sharded: false)."
+    )

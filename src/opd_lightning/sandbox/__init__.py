@@ -31,8 +31,12 @@ def long_teacher_path() -> Path:
     return _folder("long-teacher")
 
 
-def resolve(path: str) -> str:
+def resolve(path: str, setting: str = "model path") -> str:
     """Turn the name of a sandbox model into its folder and return any other path or hub id unchanged.
+
+    Args:
+        path: Of a model, as it was given.
+        setting: Who gave it, for the message.
 
     Raises:
         ValueError: There is no such sandbox model.
@@ -42,7 +46,7 @@ def resolve(path: str) -> str:
     name = path.removeprefix(_PREFIX)
     if name not in _NAMES:
         known = ", ".join(_PREFIX + known for known in _NAMES[:-1])
-        raise ValueError(f"model path: expected {known} or {_PREFIX}{_NAMES[-1]}, got {path!r}.")
+        raise ValueError(f"{setting}: expected {known} or {_PREFIX}{_NAMES[-1]}, got {path!r}.")
     return str(_folder(name))
 
 

@@ -166,7 +166,7 @@ def _column(row: Mapping[str, Any], setting: str, path: str) -> Any:
     if value is MISSING:
         raise UnusableRow(
             f": there is no column {path!r}; available: {', '.join(map(str, row)) or 'none'}. Name the right one"
-            f" with source.{setting}."
+            f" with `{setting}`, beside the path in data.task."
         )
     return value
 

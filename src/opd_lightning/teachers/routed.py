@@ -69,10 +69,10 @@ class Routed(SeveralTeachers):
         if self.default is not None:
             return self.default
         columns = ", ".join(["source", *problem.columns])
-        found = f"{value!r} in" if value is not MISSING else f"none of its columns ({columns}) is"
+        found = f"{value!r} in the column" if value is not MISSING else f"the columns {columns}, but no column"
         raise ValueError(
-            f"model.teacher.routes: problem {problem.uid!r} has {found} the column {self.column!r}, and there is no"
-            f" route for that. Routes: {', '.join(map(repr, names))}. Add one, or name a teacher for all others in"
+            f"model.teacher.routes: problem {problem.uid!r} has {found} {self.column!r}, and there is no route for"
+            f" that. Routes: {', '.join(map(repr, names))}. Add one, or name a teacher for all others in"
             " model.teacher.default."
         )
 

@@ -14,7 +14,7 @@ from opd_lightning.objectives import ListedScores
 from opd_lightning.rollouts.answer_files import check_ending, describe_tokenizer, read_answers, read_header
 from opd_lightning.rollouts.answer_scores import ScoredAnswer, read_scored_answer
 
-_SETTING = "model.teacher.path"
+_SETTING = "StoredTeacher.path"  # wherever it stands
 
 
 class StoredTeacher(Teacher):
@@ -133,6 +133,6 @@ class StoredTeacher(Teacher):
         if not path.is_file():
             raise ValueError(
                 f"{_SETTING}: there is no file {self.path!r} (relative paths start from {Path.cwd()}). Write it with"
-                " `opd-lightning rollout --role student --score true --output`."
+                f" `opd-lightning rollout --role student --score true --output {self.path}`."
             )
         return path

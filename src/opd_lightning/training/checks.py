@@ -68,6 +68,7 @@ def check_fit(
             f" {none_or_some} answers to mark. Use Shuffled (Mixture for a MixedTask), or a task that marks all."
         )
     _check_comparison(objective, data)
+    data.source.check_teacher(teacher, isinstance(trainer.strategy, FSDP2Strategy))
     if data.source.needs_marks:
         _check_marks(data, f"{type(data.source).__name__} reads the marks of answers", "source")
     objective.check_sampling(data.sampling)
@@ -143,15 +144,15 @@ def _check_comparison(objective: Objective, data: OPDDataModule) -> None:
     Raises:
         ValueError: There is one answer per prompt, or the task's marks are compared and not every answer has one.
     """
-    compares = f"{type(objective).__name__} compares"
+    advantage = objective.advantage if isinstance(objective, SampledTokenObjective) else None
+    compares = f"{type(objective if advantage is None else advantage).__name__} compares"
     if data.rollouts_per_prompt < 2 and (objective.compares_answers or objective.compares_marks):
         raise ValueError(
             f"data.rollouts_per_prompt: {compares} a prompt's answers with one another, and there is one of each. Set"
             " it to 2 or more."
         )
-    if not objective.compares_marks:
-        return
-    _check_marks(data, f"{compares} the marks of a prompt's answers", "objective")
+    if objective.compares_marks:
+        _check_marks(data, f"{compares} the marks of a prompt's answers", "objective")
 
 
 def _check_marks(data: OPDDataModule, owner: str, setting: str) -> None:
@@ -222,13 +223,12 @@ def check_strategy(trainer: Trainer, teacher: Teacher | None) -> None:
             "model.teacher.sharded: a teacher is cut up as the student is, by trainer.strategy: fsdp2, and this run has"
             f" {type(strategy).__name__}. Set the strategy, or leave sharded out."
         )
-    if isinstance(strategy, FSDP2Strategy):
-        for part in inside:
-            if isinstance(part, BaseModelTeacher | MovingAverageTeacher):
-                raise ValueError(
-                    f"model.teacher: {type(part).__name__} runs the student itself, which under fsdp2 all processes"
-                    " must do equally often. Use HFTeacher with the student's path, or trainer.strategy: ddp."
-                )
+    for part in inside:
+        if isinstance(strategy, FSDP2Strategy) and isinstance(part, BaseModelTeacher | MovingAverageTeacher):
+            raise ValueError(
+                f"model.teacher: {type(part).__name__} runs the student itself, which under fsdp2 all processes must do"
+                " equally often. Use HFTeacher with the student's path, or trainer.strategy: ddp."
+            )
 
 
 def _with_those_inside(teacher: Teacher) -> Iterator[Teacher]:

@@ -147,8 +147,8 @@ class OPDDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the problems of this stage and check that every prompt fits the student's context."""
         assert self.trainer is not None
+        self.source.setup(self.engine)  # first: what does not fit together need not be installed
         self.engine.preflight(self._student.spec)
-        self.source.setup(self.engine)
         if stage == "fit" and (self.stream is None or self.trainer.global_step == 0):  # a new run starts from the start
             found, wanted = self._read_problems("train", self.sampling), self.rollouts_per_prompt
             self._training_problems = self.source.admit(found, self.tokenizer, self.sampling, wanted)

@@ -129,7 +129,8 @@ def check_optimizer(make_optimizer: OptimizerCallable, make_lr_scheduler: LRSche
     try:
         optimizer = make_optimizer([parameter])
     except (ValueError, TypeError) as error:
-        raise ValueError(f"model.optimizer: {error}") from error
+        setting = "model.optimizer.lr" if str(error).startswith("Invalid learning rate") else "model.optimizer"
+        raise ValueError(f"{setting}: {error}") from error
     inner = getattr(optimizer, "optimizer", optimizer)  # EffOPDOptimizer wraps one
     closure = inspect.signature(inner.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:

@@ -168,6 +168,10 @@ class CrossTokenizerTeacher(HFTeacher):
     def as_student(self) -> None:
         """Not in the student's tokens."""
 
+    @override
+    def is_here(self, is_cut_up: bool) -> bool:
+        return False
+
     def _reading(self, rollout: Rollout) -> Reading:
         assert self._reader is not None
         try:

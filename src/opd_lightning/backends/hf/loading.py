@@ -69,7 +69,7 @@ class ModelSource:
 
     @property
     def _folder(self) -> Path:
-        return Path(resolve(self.path)).expanduser()
+        return Path(resolve(self.path, self.argument)).expanduser()
 
     @property
     def options(self) -> dict[str, Any]:

@@ -44,12 +44,10 @@ class HFTeacher(Teacher):
         path: Local folder or hub id.
         dtype: Dtype of the weights; "auto" is the one they are stored in.
         attn_implementation: Attention kernel, for example "sdpa" or "flash_attention_2"; None lets transformers choose.
-        quantization_config: Passed to transformers, for example
-            ``{"quant_method": "bitsandbytes", "load_in_4bit": true}``; `opd-lightning diagnose` then says what it
-            changes.
+        quantization_config: For transformers: ``{"quant_method": "bitsandbytes", "load_in_4bit": true}``, for example;
+            `opd-lightning diagnose` then says what it changes.
         offload: Keep the body in (pinned) CPU memory and bring it to the device once per step, for all micro-batches
-            together. Saves the body's memory during the student's passes for one transfer per step; `setup` prints
-            how many bytes that is.
+            together: for one transfer per step its memory (`setup` prints how much) is free in the student's passes.
         float32_head: Use a float32 copy of the head. A bfloat16 head rounds logits between 16 and 32 to steps of 0.125,
             as large as the differences late in training; costs memory and a slower matrix product.
         sharded: Under FSDP2 each process holds its share of the body (all but the head) and the layers are gathered
@@ -113,6 +111,10 @@ class HFTeacher(Teacher):
     def is_shared(self) -> bool:
         """Whether its body is cut up wherever the student is (FSDP2)."""
         return self.sharded is not False and not self.offload and self.quantization_config is None
+
+    def is_here(self, is_cut_up: bool) -> bool:
+        """Whether it rests whole on the device, not quantised."""
+        return not self.offload and self.quantization_config is None and not (is_cut_up and self.is_shared)
 
     @property
     def chat_template(self) -> str | None:
@@ -204,8 +206,7 @@ class HFTeacher(Teacher):
                 f" {limit} tokens. Set student.max_context_length: {limit}."
             )
         batch = batch.to(self._device)
-        own_precision = torch.autocast(self._device.type, enabled=False)
-        with torch.no_grad(), own_precision, self._body_on_device():
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False), self._body_on_device():
             hidden = response_states(self._model, batch, is_packed(self._model, self.packing))
         return HiddenScores(hidden, batch.tokens.ids, self._head, request.temperature)
 
@@ -235,10 +236,9 @@ class HFTeacher(Teacher):
         """The very weights that score; None where they are not on the device between two steps, or not all of them."""
         if self._model is None or self.offload or self._mesh is not None:
             return None
-        source = self.source
-        settings: dict[str, Any] = {"trust_remote_code": source.trust_remote_code, "revision": source.revision}
-        settings["packing"] = self.packing
-        return HFStudent(source.path, template_kwargs=self._template_kwargs, **settings), self._model
+        settings: dict[str, Any] = {"trust_remote_code": self.source.trust_remote_code, "packing": self.packing}
+        settings |= {"revision": self.source.revision, "template_kwargs": self._template_kwargs}
+        return HFStudent(self.source.path, **settings), self._model
 
     def close(self) -> None:
         """Let go of the weights."""
