@@ -154,7 +154,10 @@ def test_the_presets_of_the_docstring_run():
     ("sampling", "message"),
     [
         (Sampling(temperature=0.7), r"sampling\.temperature is 0\.7 but objective\.student_temperature is 1\.0"),
-        (Sampling(temperature=0.0), r"sampling\.temperature is 0, which .* set it above 0 \(.*temperature is 1\.0\)"),
+        (
+            Sampling(temperature=0.0),
+            r"sampling\.temperature is 0, .* above 0 is needed; set it to .*student_temperature, 1\.0",
+        ),
         (Sampling(top_p=0.9), r"sampling\.top_p=0\.9 and sampling\.top_k=0 cut tokens off"),
         (Sampling(top_k=20), r"sampling\.top_k=20 cut tokens off"),
     ],

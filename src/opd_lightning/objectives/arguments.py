@@ -72,8 +72,8 @@ def check_whole_distribution(sampling: Sampling, student_temperature: float, all
     reasons = []
     if sampling.temperature == 0:
         reasons.append(
-            "sampling.temperature is 0, which is always the likeliest token; set it above 0"
-            f" (objective.student_temperature is {student_temperature})"
+            "sampling.temperature is 0, which draws the likeliest token always, and one above 0 is needed; set it to"
+            f" objective.student_temperature, {student_temperature}"
         )
     elif sampling.temperature != student_temperature:
         reasons.append(
