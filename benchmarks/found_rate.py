@@ -29,6 +29,7 @@ STARTS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 SWEEP = (2e-4, 3e-4, 5e-4, 7e-4, 1e-3)
 METHODS: dict[str, Method] = {
     "opd": Method(),
+    "opd-again": Method(),  # at the time of the arms that are set against it
     "line-search": Method(lambda: LearningRateLineSearch(TeacherKLOnFixedRollouts(16))),
     "line-search-64": Method(lambda: LearningRateLineSearch(TeacherKLOnFixedRollouts())),
     "accepted-factors": Method(lambda: AcceptedFactors(TeacherKLOnFixedRollouts(16))),
@@ -58,6 +59,7 @@ GROUPS: dict[str, tuple[Sequence[int], list[Arm]]] = {  # seeds, arms
         ],
     ),
     "fresh": ((42, 43, 44), [*arms("line-search", 1e-6), *arms("opd", 5e-4, 7e-4), *arms("line-search", 1e-2)]),
+    "more-rollouts": (range(40, 45), [*arms("opd-again", 5e-4), *arms("line-search-64", 1e-6, 1e-2)]),
     "starts": (range(40, 45), arms("line-search", 1e-5)),
 }
 
@@ -76,16 +78,17 @@ def run_method(arm: Arm, seed: int) -> dict[str, Any]:
 
 
 def print_table() -> None:
-    """One line per arm; ratios of seconds are to plain OPD at 5e-4 with the same seed."""
+    """One line per arm; ratios of seconds are to plain OPD at 5e-4 with the same seed, of the same day."""
     ends: dict[str, dict[int, dict[str, float]]] = {}
     for entry in read_runs(RESULTS):
         bar, last = entry["settings"]["bar"], entry["trajectory"][-1]
         has_arrived = last["kl"] <= bar["kl"] and last["accuracy"] >= bar["accuracy"]
         ends.setdefault(entry["arm"], {})[entry["seed"]] = last if has_arrived else {}
-    plain = ends["opd lr=0.0005 prompts=64"]
+    plains = {name: ends[f"{name} lr=0.0005 prompts=64"] for name in ("opd", "opd-again")}
     print("| arm | seeds | reached | steps | seconds, of those at 5e-4 |\n|---|---|---|---|---|")
     for arm, by_seed in ends.items():
         there = {seed: end for seed, end in by_seed.items() if end}
+        plain = plains["opd-again" if arm.startswith(("opd-again", "line-search-64")) else "opd"]
         steps = ", ".join(f"{end['step']:.0f}" if end else "-" for _, end in sorted(by_seed.items()))
         ratios = [end["seconds"] / plain[seed]["seconds"] for seed, end in there.items() if plain.get(seed)]
         mean, spread = interval(ratios) if ratios else (math.nan, math.nan)
