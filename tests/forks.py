@@ -176,6 +176,8 @@ def begin(order):
         os.dup2(handle, number)
         os.close(handle)
     sys.stdin = os.fdopen(0, closefd=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a script's background they start as ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if order["ignored"]:
         signal.signal(getattr(signal, order["ignored"]), signal.SIG_IGN)
     os.chdir(order["cwd"])
