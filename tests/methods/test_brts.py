@@ -121,6 +121,11 @@ def test_state_is_that_of_its_files():
     source.load_state_dict({})
     with pytest.raises(ValueError, match=r"'b\.jsonl' has changed"):
         source.load_state_dict({"recovered": {"digest": "another"}})
+    alone = BestOfTeacher(Stored("a.jsonl"))
+    for resumed, written in ((alone, source), (source, alone)):
+        with pytest.raises(ValueError, match=r"data\.source\.recovered: .* Resume with the same"):
+            resumed.load_state_dict(written.state_dict())
+    alone.load_state_dict(alone.state_dict())
 
 
 def shaped(num_own, num_theirs):

@@ -1,6 +1,7 @@
 """What `VLLMColocatedEngine` promises besides the right tokens: seeds, stops, caches, leaving things alone."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -35,6 +36,13 @@ def test_a_rollout_is_a_function_of_its_seed(tied_pair):
     by_seed = {rollout.seed: rollout.response_ids.tolist() for rollout in backwards}
     assert all(by_seed[rollout.seed] == rollout.response_ids.tolist() for rollout in first)
     assert len({str(rollout.response_ids.tolist()) for rollout in first}) == len(first)
+
+
+def test_threads_that_generate_at_once_take_turns(tied_pair):
+    alone = tokens(tied_pair.vllm.generate(tied_pair.prompts, WARM))
+    with ThreadPoolExecutor(3) as threads:
+        at_once = list(threads.map(lambda _: tied_pair.vllm.generate(tied_pair.prompts, WARM), range(6)))
+    assert all(tokens(rollouts) == alone for rollouts in at_once)
 
 
 def test_any_stop_id_closes_a_response_and_is_part_of_it(tied_pair):

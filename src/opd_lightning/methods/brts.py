@@ -176,6 +176,17 @@ class BestOfTeacher(RolloutSource):
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Compare the files.
+
+        Raises:
+            ValueError: One has changed, or `recovered` was given only before or is given only now.
+        """
+        if "recovered" in state and bool(state["recovered"]) != (self.recovered is not None):
+            had, has = ("none", "some") if self.recovered is not None else ("some", "none")
+            raise ValueError(
+                f"data.source.recovered: the checkpoint was written with {had}, now there are {has}. Resume with the"
+                " same, or start a new run from the checkpoint's weights (opd-lightning export, then student.path)."
+            )
         self.candidates.load_state_dict(state.get("candidates", {}))
         if self.recovered is not None:
             self.recovered.load_state_dict(state.get("recovered", {}))

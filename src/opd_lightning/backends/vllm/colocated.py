@@ -111,6 +111,7 @@ class VLLMColocatedEngine(RolloutEngine):
         self._owns_process_group = False
         self._has_warned = False
         self._interrupted = threading.Event()
+        self._turn = threading.Lock()  # in one process vLLM serves one thread at a time
 
     @property
     def context_length(self) -> int | None:
@@ -156,9 +157,8 @@ class VLLMColocatedEngine(RolloutEngine):
         assert self._student is not None, "call setup before sync"
         if self._llm is not None and weight_version == self.weight_version:
             return
-        is_first = self._llm is None
-        with left_alone(self._device):
-            if is_first:
+        with self._turn, left_alone(self._device):
+            if self._llm is None:
                 self._start(model)
             self._wake()
             self._transfer(model, weight_version)
@@ -195,7 +195,7 @@ class VLLMColocatedEngine(RolloutEngine):
                 on_rollout(rollouts[i])
 
         # what random state and threads a child has is its own; here another thread may be training meanwhile
-        with nullcontext() if self.own_process else left_alone(self._device):
+        with self._turn, nullcontext() if self.own_process else left_alone(self._device):
             self._wake()
             engine = self._llm.llm_engine
             for i, (prompt, seed) in enumerate(requests):
