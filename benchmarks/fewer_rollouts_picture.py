@@ -25,9 +25,9 @@ PANELS = {  # title: arms with their labels
     },
     "long sandbox": {
         "long one round of 3,072": "one round of 3,072, again and again",
-        "long rollouts=64 lr=0.001": "plain, 64 rollouts a step",
-        "long rollouts=64 lr=0.0003 U=4x4": "rounds of 64, 4 passes of 4 updates",
-        "long rollouts=128 lr=0.0005 U=4x8": "rounds of 128, 4 passes of 8 updates",
+        "long rollouts=64 lr=0.001": "plain, 64 rollouts a step, 1e-3",
+        "long rollouts=64 lr=0.002": "the same, 2e-3",
+        "long rollouts=128 lr=0.0005 U=4x8": "rounds of 128, 4 passes of 8 updates, 5e-4",
     },
 }
 
