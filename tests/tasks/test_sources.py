@@ -196,6 +196,7 @@ GOOD_LINE = '{"question": "1+1?", "answer": "2"}\n'
         ("sums.csv", "question,answer\n1+1?,2\n1+1?\n", r"sums\.csv, line 3: expected 2 cells"),
         ("sums.csv", "question,answer\n1+1?,2,3\n", r"sums\.csv, line 2: expected 2 cells"),
         ("sums.csv", 'question,answer\n"1+1?,2\n', r"sums\.csv, after line 1: expected valid CSV"),
+        ("sums.csv", "question,answer,question\na,1,b\n", "sums.csv, line 1: several columns are called 'question'"),
         ("sums.json", GOOD_LINE * 2, r"sums\.json, line 2: expected valid JSON, .* file ending in \.jsonl"),
         ("sums.json", GOOD_LINE, r"sums\.json: expected a list of objects, got .*\(dict\)"),
         ("sums.json", "[1]", r"sums\.json, row 1: expected an object with named columns"),
@@ -298,6 +299,12 @@ def test_rows_that_are_not_even_rows_are_left_out_too(raw):
     assert [problem.uid for problem in problems] == ["sums/train/0", "sums/train/3"]
     with pytest.warns(UserWarning, match=r"1 of 2 rows .*line 3: expected 2 cells"):
         assert len(load_problems(DataSource(raw("question,answer\n1,1\n2\n", "sums.csv")), "train")) == 1
+
+
+def test_a_cell_may_be_long(raw):
+    limit = csv.field_size_limit()
+    (problem,) = load_problems(DataSource(raw(f"question,answer\n{'x' * 2 * limit},1\n", "sums.csv")), "train")
+    assert len(problem.messages[0]["content"]) == 2 * limit and csv.field_size_limit() == limit
 
 
 def test_a_file_of_bad_rows_is_refused(data):

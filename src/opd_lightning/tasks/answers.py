@@ -17,32 +17,41 @@ _SEARCHED_CHARACTERS = 50_000
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[\s\S]|[{}]")
 _HASHES = re.compile(r"####\s*([^\n]+)")
-_PHRASE = re.compile(r"\banswer\b[\s*]*(?:is\b|:|=)[\s*:]*", re.IGNORECASE)
+# what opens a displayed formula may have a line of its own
+_PHRASE = re.compile(r"\banswer\b[\s*]*(?:is\b|:|=)[\s*:]*(?:(?:\$\$|\\\[)[ \t]*\n\s*)?", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\.(?:\s|$)")
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?"
-_LAST_NUMBER = re.compile(rf"(?:(?<![\w)\]}}])-)?\$?{_DECIMAL}(?:/{_DECIMAL})?%?")
+_LAST_NUMBER = re.compile(rf"(?:(?<![\w)\]}}])-)?\$?(?:\d+ (?=\d+/\d))?{_DECIMAL}(?:/{_DECIMAL})?%?")
 # two letters at least: "5 x" may be a product, "5 dollars" is not
 _UNIT = r"(?:\s+(?P<unit>[A-Za-z]{2,}(?:[\s/-]+[A-Za-z]{2,})*)(?:\s*\^\s*\{?\d\}?)?)?"
 _NUMBER = re.compile(
     r"(?P<sign>[+-]?)\s*[€£¥]?\s*"
-    rf"(?:(?P<top>{_DECIMAL})(?:\s*/\s*(?P<bottom>{_DECIMAL}))?"
-    r"|\\[dt]?frac\s*(?:\{(?P<tex_top>-?\d+)\}\s*\{(?P<tex_bottom>\d+)\}|(?P<digit_top>\d)(?P<digit_bottom>\d)))"
+    rf"(?:(?:(?P<whole>\d+)\s+(?=\d+\s*/))?(?P<top>{_DECIMAL})(?:\s*/\s*(?P<bottom>{_DECIMAL})"
+    r"|\s*(?:\\times|\\cdot|[*x])\s*10\s*\^\s*(?:\{\s*(?P<power>[+-]?\d{1,3})\s*\}|(?P<plain_power>[+-]?\d{1,3})))?"
+    r"|(?P<tex_whole>\d+)?\s*"
+    r"\\[dt]?frac\s*(?:\{(?P<tex_top>-?\d+)\}\s*\{(?P<tex_bottom>\d+)\}|(?P<digit_top>\d)(?P<digit_bottom>\d)))"
     rf"\s*(?P<percent>%?){_UNIT}"
 )
 # words after a number that change it, so that it has to be worked out
 _NOT_A_UNIT = re.compile(
-    r"\b(?:hundred|thousand|[mbt]r?illion|dozen|half|halves|thirds?|quarters?|pi|sqrt|sin|cos|tan|log|ln|exp|infinity"
-    r"|squared|cubed|or|and|mod|base|over|plus|minus|choose|factorial|to)\b",
+    r"\b(?:hundred|thousand|[mbt]r?illion|dozen|lakh|crore)s?\b|\b(?:hal(?:f|ves)|thirds?|quarters?|pi|sqrt|sin|cos|tan"
+    r"|log|ln|exp|infinity|squared|cubed|or|and|mod|base|over|plus|minus|choose|factorial|to)\b"
+    r"|\b(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred|thousand|[mbt]r?illion)th(?:s\b|$)",  # not: sixth graders
     re.IGNORECASE,
 )
-_WORDS = re.compile(r"[A-Za-z][A-Za-z .'-]+")
+_WORDS = re.compile(r"[A-Za-z][A-Za-z .,;'-]+")
+_WORD = re.compile(r"[A-Za-z]+")
+_NO_PRODUCT = re.compile(r"[A-Za-z]{4}|\b[A-Z][a-z]{2}")  # fewer letters may be symbols: xyz is zyx
 _LETTER = re.compile(r"\(?([A-Za-z])\)?")
 
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 "),
+        (
+            r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|[mh]box|boldsymbol|bm|underline|emph)\s*\{([^{}]*)\}",
+            r" \1 ",
+        ),
         (r"\\(?:left|right|displaystyle)(?![A-Za-z])", ""),
         (r"(?<!\\)\\[,;:! ]", ""),
         (r"\{,\}", ","),
@@ -50,6 +59,7 @@ _REWRITES = [
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree(?![A-Za-z])|°", ""),
         (r"\\%|\bpercent\b", "%"),
         ("\N{MINUS SIGN}", "-"),
+        ("\N{MULTIPLICATION SIGN}", r"\\times "),
         (r"[\s~]+", " "),
     )
 ]
@@ -114,8 +124,8 @@ def same_answer(reference: str, answer: str) -> bool | None:
     """Compare two final answers without algebra; None means that algebra has to decide.
 
     True when they read the same after typesetting is taken off, are the same number (leading zeros, thousands
-    separators, currency, percent with or against the fraction it stands for, a/b, units in words) or the same words.
-    False when both are numbers that differ, or different letters.
+    separators, currency, percent with or against the fraction it stands for, a/b, 1 1/2, 3 x 10^8, units in words) or
+    the same words. False when both are numbers that differ, different letters, or other words of the same letters.
     """
     if not answer or len(answer) > MAX_ANSWER_CHARACTERS:
         return False
@@ -130,8 +140,9 @@ def same_answer(reference: str, answer: str) -> bool | None:
     letters = _LETTER.fullmatch(reference), _LETTER.fullmatch(answer)
     if letters[0] and letters[1]:
         return letters[0][1].casefold() == letters[1][1].casefold()
-    both_words = _WORDS.fullmatch(reference) and _WORDS.fullmatch(answer)
-    return True if both_words and reference.casefold() == answer.casefold() else None
+    if not (_WORDS.fullmatch(reference) and _WORDS.fullmatch(answer)):
+        return None
+    return True if reference.casefold() == answer.casefold() else False if _are_anagrams(reference, answer) else None
 
 
 def _plain(text: str) -> str:
@@ -148,11 +159,13 @@ def _number(text: str) -> tuple[Fraction, bool] | None:
     match = _NUMBER.fullmatch(text)
     if match is None or _NOT_A_UNIT.search(match["unit"] or ""):
         return None
+    whole = match["whole"] or match["tex_whole"] or "0"
     top = Fraction((match["top"] or match["tex_top"] or match["digit_top"]).replace(",", ""))
     bottom = Fraction((match["bottom"] or match["tex_bottom"] or match["digit_bottom"] or "1").replace(",", ""))
-    if bottom == 0:
+    if bottom == 0 or (whole != "0" and top < 0):
         return None
-    return (-top if match["sign"] == "-" else top) / bottom, bool(match["percent"])
+    size = (Fraction(whole) + top / bottom) * Fraction(10) ** int(match["power"] or match["plain_power"] or "0")
+    return -size if match["sign"] == "-" else size, bool(match["percent"])
 
 
 def _same_number(reference: tuple[Fraction, bool], answer: tuple[Fraction, bool]) -> bool | None:
@@ -162,4 +175,12 @@ def _same_number(reference: tuple[Fraction, bool], answer: tuple[Fraction, bool]
         distances.append(abs(left / 100 - right) if left_percent else abs(left - right / 100))
     if min(distances) == 0:
         return True
-    return False if min(distances) >= _SURELY_DIFFERENT else None
+    surely = min(_SURELY_DIFFERENT, max(abs(left), abs(right)) / 1000)  # to math-verify, 2e-7 and 1e-7 are the same
+    return False if min(distances) >= surely else None
+
+
+def _are_anagrams(one: str, other: str) -> bool:
+    """Other words of the same letters. math-verify reads words as products of letters: May would be Amy."""
+    words = [sorted(word.casefold() for word in _WORD.findall(text)) for text in (one, other)]
+    letters = [sorted("".join(each)) for each in words]
+    return words[0] != words[1] and letters[0] == letters[1] and bool(_NO_PRODUCT.search(f"{one} {other}"))

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -102,15 +103,21 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
-    line = 1
+    text = _read_text(path)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    line, limit = 1, csv.field_size_limit(max(len(text), csv.field_size_limit()))  # long cells are no fault of a file
     try:
+        names = Counter(reader.fieldnames or ())
+        if repeated := [name for name, count in names.items() if name and count > 1]:
+            raise ValueError(f"{path}, line 1: several columns are called {repeated[0]!r}. Rename all but one of them.")
         for row in reader:
             line = reader.line_num
             whole = None not in row and None not in row.values()
             yield f"line {line}", row if whole else f"expected {len(reader.fieldnames or ())} cells, as in the header."
     except csv.Error as error:
         raise ValueError(f"{path}, after line {line}: expected valid CSV, but {error}.") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
