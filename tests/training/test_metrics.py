@@ -76,6 +76,13 @@ def test_answers_that_nobody_marks_have_lengths_only():
     assert means.compute()["response_length"] == 2
 
 
+def test_problems_that_nobody_marks_are_neither_right_nor_wrong():
+    metric = AnswerMetrics(num_samples=2)
+    metric.update([[rollout(1.0), rollout(0.0)], [rollout(math.nan), rollout(math.nan)]])
+    found = metric.compute()
+    assert (found["avg_at_2"], found["pass_at_2"], found["num_problems"]) == (0.5, 1, 1)
+
+
 def test_rollout_statistics_are_sums_and_counts():
     statistics = rollout_statistics([rollout(1.0, length=3), rollout(0.0, length=5, finished=False)])
     assert statistics["accuracy"] == (1.0, 2)

@@ -91,7 +91,7 @@ class AnswerMetrics(Metric):
     """avg@n and pass@n of graded answers, with their lengths.
 
     avg@n is the mean reward over all n samples of all problems; pass@n the share of problems with at least one fully
-    right sample (reward 1). Answers of tasks that mark nothing (reward NaN) have their lengths only.
+    right sample (reward 1). Answers that nobody marks (reward NaN) have their lengths only and count in neither.
     """
 
     full_state_update = False
@@ -100,7 +100,7 @@ class AnswerMetrics(Metric):
     def __init__(self, num_samples: int) -> None:
         super().__init__()
         self.num_samples = num_samples
-        self.add_state("totals", torch.zeros(7, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("totals", torch.zeros(8, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, groups: Sequence[Sequence[Rollout]]) -> None:
         """Add the graded rollouts of some problems, one group per problem."""
@@ -115,24 +115,28 @@ class AnswerMetrics(Metric):
                 sum(not rollout.finished for rollout in rollouts),
                 len(rollouts),
                 len(groups),
+                sum(any(not math.isnan(rollout.reward) for rollout in group) for group in groups),
             ],
             dtype=self.totals.dtype,
             device=self.totals.device,
         )
 
     def compute(self) -> dict[str, float]:
-        """Return avg@n, pass@n, response length in tokens, truncation rate and the number of problems."""
-        reward, num_graded, passed, tokens, truncated, num_rollouts, num_problems = self.totals.tolist()
+        """Return avg@n, pass@n, response length in tokens, truncation rate and the number of problems.
+
+        That number is what the two marks are of; where nobody marks, that of all problems.
+        """
+        reward, num_graded, passed, tokens, truncated, num_rollouts, num_problems, num_marked = self.totals.tolist()
         if num_rollouts == 0:
             return {}
-        marks = {
-            f"avg_at_{self.num_samples}": reward / num_rollouts,
-            f"pass_at_{self.num_samples}": passed / num_problems,
-        }
-        return (marks if num_graded else {}) | {
+        marks = {}
+        if num_graded:
+            marks[f"avg_at_{self.num_samples}"] = reward / num_graded
+            marks[f"pass_at_{self.num_samples}"] = passed / num_marked
+        return marks | {
             "response_length": tokens / num_rollouts,
             "truncation_rate": truncated / num_rollouts,
-            "num_problems": num_problems,
+            "num_problems": num_marked or num_problems,
         }
 
 
