@@ -8,9 +8,12 @@ import re
 import pytest
 from recorded_tokens import write_records
 
+from opd_lightning.reports.contents import Curve, Panel, Section
+from opd_lightning.reports.files import write_text
 from opd_lightning.reports.token_view import token_fragment
 from opd_lightning.reports.training_runs.folder import read_runs
-from opd_lightning.reports.training_runs.page import write_report
+from opd_lightning.reports.training_runs.page import render_page, write_report
+from opd_lightning.reports.training_runs.report import RunReport
 
 pytest.importorskip("selenium")
 from selenium.webdriver import ActionChains
@@ -103,6 +106,15 @@ def test_values_under_pointer_and_keys(browser, pages):
     assert output.text.startswith("2: rollouts ")
     ActionChains(driver).move_to_element(driver.find_element(By.TAG_NAME, "h1")).perform()
     assert output.text == "" and not browser.complaints()
+
+
+def test_late_steps_are_shown_whole(browser, tmp_path):
+    panel = Panel("Late", "step", "", [Curve("value", [12345, 12346], [0.123456, 2])])
+    report = RunReport("A run", "", [], [], [], [Section("Curves", panels=[panel])])
+    write_text(tmp_path / "late.html", render_page(report))
+    panel = panel_of(browser.open(tmp_path / "late.html"), "Late")
+    panel.send_keys(Keys.HOME)
+    assert panel.find_element(By.TAG_NAME, "output").text == "12345: value 0.1235"
 
 
 def test_runs_can_be_hidden_and_tables_sorted(browser, pages):

@@ -12,7 +12,7 @@ from recorded_runs import SETTINGS
 from opd_lightning.reports.contents import Curve, Panel
 from opd_lightning.reports.plots import draw_alone
 from opd_lightning.reports.training_runs.folder import find_folder, read_metrics, read_run, read_runs
-from opd_lightning.reports.training_runs.held_out import difference, differences_of
+from opd_lightning.reports.training_runs.held_out import difference, differences_of, statement
 from opd_lightning.reports.training_runs.measures import (
     MEASURES,
     MOST_POINTS,
@@ -88,6 +88,30 @@ def test_time_by_part_adds_up(recorded):
     assert spent["student"].per_step == pytest.approx(spent["student"].total / 3)
     assert spent["searches"].total == run.series["effopd/seconds"][2]
     assert sum(each.of_steps for each in spent.values()) == pytest.approx(1)
+
+
+def test_steps_that_were_not_logged_took_time_too(tmp_path):
+    """`log_every_n_steps: 10`: two of twenty steps are logged, of two rounds in four; every search is."""
+    rows = [{"step": step, "train/seconds/student": 2, "train/round": step // 5} for step in (9, 19)]
+    rows += [{"step": 15, "effopd/score_before": -1, "effopd/seconds": 10}]
+    run = read_run(write_run(tmp_path / "run", [row | {"train/pass": 0} for row in rows]), "run")
+    student, searches = time_by_part(run)
+    assert (student.total, student.per_step, student.of_steps) == (40, 2, 0.8)
+    assert (searches.total, searches.per_step, searches.of_steps) == (10, 0.5, 0.2)
+    shown = dict(rollouts_table([run]).rows)
+    assert (shown["rounds of rollouts generated"], shown["steps per round, mean"]) == ("3", "6.67")
+
+
+def test_the_parts_of_a_long_run_are_drawn_at_the_same_steps(tmp_path):
+    """Thinned apart, searches would stand beside the other parts instead of on top of them."""
+    rows = [{"step": step, "train/seconds/student": 2} for step in range(2 * MOST_POINTS)]
+    rows += [{"step": 7, "effopd/score_before": -1, "effopd/seconds": 10}]
+    run = read_run(write_run(tmp_path / "run", rows), "run")
+    student, searches = time_panels([run])[0].curves
+    assert student.xs == searches.xs and set(student.ys) == {2}
+    assert {x: y for x, y in zip(searches.xs, searches.ys, strict=True) if y} == {6.5: 5}  # mean of steps 6 and 7
+    (both,) = time_panels([run, replace(run, label="again")])[0].curves[:1]
+    assert max(both.ys) == 7
 
 
 def test_generated_ahead_counts_what_was_waited_for(tmp_path):
@@ -183,11 +207,21 @@ def test_problems_that_changed_sides_by_value():
     deviation = math.sqrt(sum((x - 0.0625) ** 2 for x in (1, -1, 0, 0.25)) / 3)
     assert found.half_width == pytest.approx(1.96 * deviation / 2)
     assert difference("x", {"a": 1.0}, "y", {"b": 1.0}) is None
+    alike = difference("x", {"a": 0.0, "b": 0.0}, "y", {"a": 1.0, "b": 1.0})
+    assert alike.half_width == 1.5 and "+100.0 ± 150.0 points (no certain difference)" in statement(alike).words
 
 
 def test_wilsons_interval():
     assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # textbook values
     assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4) and wilson(1.0, 10)[1] == 1
+
+
+def test_an_accuracy_that_is_no_share_has_no_interval(tmp_path):
+    """The folder of any Trainer with a CSVLogger will do, and some count in percent."""
+    rows = [{"step": step, "val/avg_at_1": 45.0, "val/num_problems": 4} for step in (0, 1)]
+    run = read_run(write_run(tmp_path / "run", rows), "run")
+    (panel,) = panels_of(next(each for each in MEASURES if each.title == "Accuracy"), [run])
+    assert panel.curves[0].ys == [45, 45] and panel.curves[0].intervals == []
 
 
 def test_a_resumed_run_is_read_with_what_it_went_on_from(tmp_path):
@@ -202,6 +236,17 @@ def test_a_resumed_run_is_read_with_what_it_went_on_from(tmp_path):
     assert run.marks == {6: {"a": 0.5}}  # the validation after step 5 was of weights that the resumed run never had
     assert "val/avg_at_1" not in run.series or 5 not in run.series["val/avg_at_1"]
     assert "went on at step 3" in run.notes[0]
+
+
+def test_a_run_that_has_only_validated_since_it_was_resumed_keeps_what_was_before(tmp_path):
+    """`log_every_n_steps: 50`: training has logged nothing yet."""
+    first = [{"step": i, "train/loss": i} for i in (9, 19, 29)] + [{"step": 19, "val/avg_at_1": 0.5}]
+    before = write_run(tmp_path / "version_0", first)
+    config = {"ckpt_path": str(before / "checkpoints" / "last.ckpt")}
+    write_run(tmp_path / "version_1", [{"step": 24, "val/avg_at_1": 0.75}], config)
+    (run,) = read_runs([tmp_path])
+    assert run.series == {"train/loss": {9: 9, 19: 19}, "val/avg_at_1": {20: 0.5, 25: 0.75}}
+    assert "went on at step 24" in run.notes[0]
 
 
 def test_long_curves_are_thinned_to_means():

@@ -17,7 +17,7 @@ for (const panel of document.querySelectorAll(".panel")) {
       const i = curve.xs.indexOf(x);
       return i < 0 ? [] : [`${curve.label} ${format(curve.ys[i])}`];
     });
-    output.textContent = `${format(x)}: ${words.join(" · ")}`;
+    output.textContent = `${x}: ${words.join(" · ")}`; // steps are shown whole: 12345 is not 12350
     const share = (x - limits[0]) / (limits[1] - limits[0]);
     Object.assign(cursor.style, {
       left: `${100 * (box[0] + share * (box[1] - box[0]))}%`,

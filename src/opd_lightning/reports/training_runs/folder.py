@@ -94,9 +94,7 @@ def read_run(folder: Path, label: str) -> Run:
     notes += more
     before = _earlier_part(folder, settings)
     if before is not None:
-        first = min(
-            (step for name, values in series.items() if name.startswith("train/") for step in values), default=0
-        )
+        first = _first_step(series)
         earlier = read_run(before, label)
         kept = {name: {s: v for s, v in old.items() if s <= first} for name, old in earlier.series.items()}
         series = {
@@ -109,6 +107,11 @@ def read_run(folder: Path, label: str) -> Run:
             *notes,
         ]
     return Run(label, folder, series, settings, marks, tuple(notes))
+
+
+def _first_step(series: Mapping[str, Series]) -> int:
+    """Steps made before the first one that anything was logged of: training itself may not have been yet."""
+    return min(max(s - name.startswith("val/"), 0) for name, values in series.items() for s in values)
 
 
 def find_tokens(folder: Path) -> Path | None:

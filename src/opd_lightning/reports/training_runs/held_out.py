@@ -25,7 +25,8 @@ class Difference:
         after: Whose marks are compared.
         num_problems: That both have answered.
         mean: Of the marks, after minus before.
-        half_width: Of its 95 % interval (1.96 standard errors of the differences, problem by problem).
+        half_width: Of its 95 % interval (1.96 standard errors of the differences, problem by problem; where these are
+            all the same, 3 over the number of problems, the rule of three). None for one problem.
         gained: Problems that were wrong before and are right after, with both marks.
         lost: The other way round.
     """
@@ -49,7 +50,8 @@ def difference(before: str, first: Mapping[str, float], after: str, second: Mapp
     half_width = None
     if len(changes) > 1:
         variance = sum((change - mean) ** 2 for change in changes) / (len(changes) - 1)
-        half_width = 1.96 * math.sqrt(variance / len(changes))
+        is_known = variance > 1e-12  # a few differences that happen to be alike are not certain
+        half_width = 1.96 * math.sqrt(variance / len(changes)) if is_known else 3 / len(changes)
     return Difference(
         before,
         after,
@@ -97,7 +99,10 @@ def statement(found: Difference) -> Statement:
         f"Held-out problems, {found.after} beside {found.before}: {100 * found.mean:+.1f}{width} points ({verdict})",
         (
             ("because", f"{len(found.gained)} gained, {len(found.lost)} lost, of {found.num_problems} problems"),
-            ("rule", "95 % interval of the mean difference, problem by problem (1.96 standard errors)"),
+            (
+                "rule",
+                "95 % interval of the mean difference, problem by problem (1.96 standard errors; 3 / n if all equal)",
+            ),
         ),
     )
 

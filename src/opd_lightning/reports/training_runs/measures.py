@@ -205,12 +205,13 @@ def thinned(series: Series) -> tuple[list[float], list[float]]:
 
 
 def accuracy_intervals(run: Run, name: str) -> list[tuple[float, float]]:
-    """95 % intervals of a held-out accuracy; nothing for other metrics, or where the number of problems is unknown."""
+    """95 % intervals of a held-out accuracy; nothing for what is no share or of an unknown number."""
     sizes = run.series.get("val/num_problems", {})
     values = run.series[name]
     if not re.fullmatch(r"val/avg_at_\d+", name) or not values.keys() <= sizes.keys():
         return []
-    return [wilson(value, sizes[step]) for step, value in values.items() if math.isfinite(value)]
+    known = [(value, sizes[step]) for step, value in values.items() if math.isfinite(value)]
+    return [wilson(*each) for each in known] if all(0 <= value <= 1 and count > 0 for value, count in known) else []
 
 
 def wilson(share: float, count: float, z: float = 1.96) -> tuple[float, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from opd_lightning.reports.contents import Curve, Panel, Table, number, share
@@ -28,7 +29,7 @@ class PartOfTime:
 
     Attributes:
         part: Its name.
-        total: Over all steps.
+        total: Over all steps; those that were not logged count like those that were.
         per_step: Mean over the run's steps.
         of_steps: Share of the time of all parts.
     """
@@ -43,10 +44,18 @@ def time_by_part(run: Run) -> list[PartOfTime]:
     """Seconds of the parts that a step waits for, in their order, and those of searches after it."""
     seconds = _seconds(run)
     totals = {part: sum(value for value in series.values() if math.isfinite(value)) for part, series in seconds.items()}
-    whole, num_steps = sum(totals.values()), max((len(series) for series in seconds.values()), default=0)
+    logged = {step for part, series in seconds.items() if part != SEARCHES for step in series}
+    every = steps_between(logged)
+    totals = {part: total if part == SEARCHES else every * total for part, total in totals.items()}
+    whole, num_steps = sum(totals.values()), every * len(logged) or len(seconds.get(SEARCHES, ()))
     return [
         PartOfTime(part, total, total / num_steps, total / whole if whole else 0.0) for part, total in totals.items()
     ]
+
+
+def steps_between(logged: Collection[int]) -> float:
+    """Steps from one that was logged to the next, in the mean: `log_every_n_steps`; 1 where there is no next."""
+    return (max(logged) - min(logged)) / (len(logged) - 1) if len(logged) > 1 else 1.0
 
 
 def _seconds(run: Run) -> dict[str, Series]:
@@ -67,7 +76,7 @@ def time_panels(runs: Sequence[Run]) -> list[Panel]:
     if len(runs) == 1:
         curves = [
             Curve(part, *thinned(series), colour=place)
-            for place, (part, series) in enumerate(_seconds(runs[0]).items())
+            for place, (part, series) in enumerate(_by_step(runs[0]).items())
         ]
         if any(curve.xs for curve in curves):
             panels.append(Panel("Time of a step", X_LABEL, "seconds", curves, is_stacked=True, note=note))
@@ -75,11 +84,29 @@ def time_panels(runs: Sequence[Run]) -> list[Panel]:
         curves = [
             Curve(run.label, *thinned(whole), colour=place, run=place)
             for place, run in enumerate(runs)
-            if (whole := _whole(_seconds(run)))
+            if (whole := _whole(_by_step(run)))
         ]
         if curves:
             panels.append(Panel("Time of a step", X_LABEL, "seconds", curves, note=note))
     return [*panels, *panels_of(SPEED, runs), *panels_of(MEMORY_BY_PART, runs), *panels_of(MEMORY, runs)]
+
+
+def _by_step(run: Run) -> Mapping[str, Series]:
+    """Seconds of all parts at the same steps, for drawings on top of each other that are thinned alike.
+
+    A search counts at the first logged step from its own on, for its share of the steps since the one before.
+    """
+    seconds = _seconds(run)
+    steps = sorted({step for part, series in seconds.items() if part != SEARCHES for step in series})
+    if not steps:
+        return seconds
+    found = {part: {step: series.get(step, 0.0) for step in steps} for part, series in seconds.items()}
+    if SEARCHES in seconds:
+        found[SEARCHES] = dict.fromkeys(steps, 0.0)
+        for step, spent in seconds[SEARCHES].items():
+            place = min(bisect_left(steps, step), len(steps) - 1)
+            found[SEARCHES][steps[place]] += spent / steps_between(steps)
+    return found
 
 
 def _whole(seconds: Mapping[str, Series]) -> dict[int, float]:
@@ -98,7 +125,10 @@ def time_table(runs: Sequence[Run]) -> Table | None:
     if not rows:
         return None
     columns: tuple[str, ...] = ("part", "seconds per step", "share", "seconds in all")
-    note = "Wait: for rollouts that were generated ahead. Searches: of EffOPD and for the learning rate."
+    note = (
+        "Wait: for rollouts that were generated ahead. Searches: of EffOPD and for the learning rate. Steps that were"
+        " not logged (trainer.log_every_n_steps) are taken to be like those that were."
+    )
     return Table("Time by part", (("run",) if several else ()) + columns, rows, note)
 
 
@@ -128,10 +158,11 @@ def _rollouts(run: Run) -> dict[str, str]:
     if isinstance(prompts, int) and isinstance(each, int):
         found["rollouts per step"] = f"{prompts * each}"
     if rounds := run.series.get("train/round"):
-        num_rounds = len(set(rounds.values()))
-        found["rounds of rollouts generated"] = str(num_rounds)
-        found["steps per round, mean"] = number(len(rounds) / num_rounds)
-        found["passes over a round, at most"] = f"{1 + max(run.series['train/pass'].values()):.0f}"
+        num_rounds = 1 + max(rounds.values()) - min(rounds.values())  # not all of them need have been logged
+        found["rounds of rollouts generated"] = f"{num_rounds:.0f}"
+        found["steps per round, mean"] = number(len(rounds) * steps_between(rounds) / num_rounds)
+        if passes := run.series.get("train/pass"):
+            found["passes over a round, at most"] = f"{1 + max(passes.values()):.0f}"
     if staleness := run.series.get("train/staleness"):
         found["staleness in steps, largest"] = f"{max(staleness.values()):.0f}"
     for words, name in _MEANS:
