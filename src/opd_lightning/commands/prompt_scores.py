@@ -18,6 +18,7 @@ from opd_lightning.rollouts.answering import render_prompts
 from opd_lightning.rollouts.problem_sets import describe_problems
 from opd_lightning.rollouts.recording import Recording
 from opd_lightning.tasks.scored import read_scores
+from opd_lightning.training.resuming import describe_settings
 
 FORMAT = "opd_lightning prompt scores 1"
 _AT_ONCE = 32  # prompts of one portion: at most so many are measured again after a crash
@@ -47,7 +48,7 @@ def score_prompts(
         ValueError: There is a file of other settings, or one that this did not write.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    about = {**settings, "sampling": asdict(pair.sampling), "problems": describe_problems(problems)}
+    about = {**settings, **_describe(pair), "problems": describe_problems(problems)}
     recording = Recording(target, about, FORMAT)
     if recording.is_complete:
         say(f"{target} is complete already")
@@ -55,7 +56,9 @@ def score_prompts(
     try:
         with pair.loaded():
             assert pair.model is not None, "the pair is loaded"
-            recording.open({"format": FORMAT, "weights": sample_of_weights(pair.model)})
+            speaker = pair.speaker
+            models = [pair.model, *([] if speaker is None else [speaker[1]])]
+            recording.open({"format": FORMAT, "weights": " ".join(map(sample_of_weights, models))})
             if recording.repaired:
                 say(recording.repaired)
             for first in range(recording.num_done, len(problems), _AT_ONCE):
@@ -71,6 +74,18 @@ def score_prompts(
         recording.finish()
     finally:
         recording.close()
+
+
+def _describe(pair: Pair) -> dict[str, Any]:
+    """What of a pair the numbers depend on; which loss it trains they do not."""
+    return {
+        "student": pair.student.describe(),
+        "teacher": describe_settings(pair.teacher),
+        "engine": type(pair.engine).__name__,
+        "sampling": asdict(pair.sampling),
+        "temperatures": [pair.objective.student_temperature, pair.request.temperature],
+        "k": pair.k,
+    }
 
 
 def describe_scores(path: Path) -> Report:

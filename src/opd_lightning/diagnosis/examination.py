@@ -77,7 +77,8 @@ def diagnose(
         gradients = _gradients(pair, rollouts[::num_samples][:num_gradient_rollouts], say)
         aligned = _alignment(pair, compared[::num_samples][:num_alignment_nodes], say)
         covers = _cover(pair, groups, num_cells, say) if num_cells else [{} for _ in groups]
-        rows = [row | extra for row, extra in zip(prompt_rows(groups, compared, teacher.answers), covers, strict=True)]
+        shown = prompt_rows(groups, compared, teacher.answers, draws_as_compared=pair.draws_as_compared)
+        rows = [row | extra for row, extra in zip(shown, covers, strict=True)]
         example = pair.student.tokenizer.decode(prompts[0].token_ids, skip_special_tokens=False)
         own = template_numbers(REFERENCE, {}, example, rows)
         found = compare_templates(pair, own, templates, num_samples, say) if templates else ()

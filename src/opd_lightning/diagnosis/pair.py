@@ -76,6 +76,11 @@ class Pair:
         return replace(offer, top_k=max(top_k, needed.top_k if needed is not None else 0), temperature=temperature)
 
     @property
+    def draws_as_compared(self) -> bool:
+        """Whether answers are drawn at the temperature that their tokens are compared at (greedy ones know 1)."""
+        return (self.sampling.temperature or 1.0) == self.objective.student_temperature
+
+    @property
     def speaker(self) -> tuple[Student, nn.Module] | None:
         """The teacher as a model that answers; None where this process cannot run it."""
         return self.teacher.as_student()

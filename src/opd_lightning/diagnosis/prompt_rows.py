@@ -46,13 +46,16 @@ def measure_prompts(pair: Pair, prompts: Sequence[Prompt]) -> list[PromptRow]:
     groups = pair.answer(prompts)
     rollouts = [rollout for group in groups for rollout in group]
     compared = pair.compare(pair.shape(rollouts, len(groups[0])))
-    return prompt_rows(groups, compared, pair.answer_as_teacher(prompts) if pair.speaker is not None else None)
+    teacher = pair.answer_as_teacher(prompts) if pair.speaker is not None else None
+    return prompt_rows(groups, compared, teacher, draws_as_compared=pair.draws_as_compared)
 
 
 def prompt_rows(
     groups: Sequence[Sequence[Rollout]],
     compared: Sequence[TrainedRollout],
     teacher: Sequence[Sequence[Rollout]] | None,
+    *,
+    draws_as_compared: bool,
 ) -> list[PromptRow]:
     """One row per prompt; None where a number is not known.
 
@@ -60,6 +63,7 @@ def prompt_rows(
         groups: Answers of the student, those of a prompt together.
         compared: The same answers in the same order, token by token.
         teacher: Answers of the teacher, grouped likewise; None where it gave none.
+        draws_as_compared: Whether both are of one temperature (`Pair.draws_as_compared`).
     """
     rows = []
     left = iter(compared)
@@ -78,7 +82,7 @@ def prompt_rows(
                 "teacher_accuracy": theirs,
                 "teacher_gain": None if accuracy is None or theirs is None else theirs - accuracy,
                 **{name: _mean(_values(own, name), skip_unknown=True) for name in _FACTS},
-                "teacher_log_prob": _mean(_teacher_log_probs(own), skip_unknown=True),
+                "teacher_log_prob": _mean(_teacher_log_probs(own), skip_unknown=True) if draws_as_compared else None,
                 "response_length": _mean([float(len(rollout.response_ids)) for rollout in group]),
                 "truncation_rate": _mean([float(not rollout.finished) for rollout in group]),
             }
