@@ -100,7 +100,12 @@ def test_prompts_alone_are_scored(tmp_path, capsys):
         (
             {},
             ("--parts", "prompts", "--templates", "[]", "--num_prompts", "2"),
-            "templates: --parts prompts compares no templates. Leave one",
+            "templates: --parts prompts scores prompts and nothing else. Leave one",
+        ),
+        (
+            {},
+            ("--parts", "prompts", "--coverage_cells", "9", "--num_prompts", "2"),
+            "coverage_cells: --parts prompts scores prompts and nothing else. Leave one",
         ),
         (
             {},

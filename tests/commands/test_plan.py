@@ -8,7 +8,7 @@ import yaml
 
 from opd_lightning.backends.hf import HFTeacher
 from opd_lightning.commands import cli
-from opd_lightning.commands.plan import find_hardware
+from opd_lightning.commands.plan import _number, find_hardware
 from opd_lightning.commands.plan_report import make_report, one_line
 from opd_lightning.commands.planned_case import _planned_teacher
 from opd_lightning.planning import HARDWARE, Budget, Case, Phase, Rehearsal, TeacherElsewhere
@@ -78,6 +78,12 @@ def test_a_model_that_is_not_here_is_one_line(config, capsys, monkeypatch):
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert "student.path: cannot load the configuration of 'nobody/nothing'" in said and "give a local folder" in said
+
+
+def test_devices_are_counted_as_lightning_counts_them():
+    named = {"0,1": 2, "1,": 1, "3": 3, 4: 4, "auto": 1, "-1": 1, -1: 1}
+    assert {devices: _number(devices) for devices in named} == named
+    assert _number([0, 2, 3]) == 3
 
 
 def test_hardware_has_a_name_or_three_numbers():

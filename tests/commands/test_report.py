@@ -22,6 +22,14 @@ def without_curves(monkeypatch):
     monkeypatch.setattr("opd_lightning.reports.training_runs.page.can_draw", lambda: False)
 
 
+def test_a_tilde_is_the_home_folder(copied, tmp_path, monkeypatch):
+    """Shells leave it alone behind an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(copied[0].parent)
+    main(["report", str(copied[0]), "--output=~/shown"])
+    assert (tmp_path / "shown" / "report.html").exists() and not Path("~").exists()
+
+
 def test_a_run_and_two(copied, capsys):
     fast, slow = map(str, copied)
     main(["report", fast])
@@ -112,3 +120,4 @@ def test_folders_may_stand_anywhere():
         "x",
         "--tokens=true",
     ]
+    assert with_runs_named(["a", "--tokens", "false"]) == ["--runs", "['a']", "--tokens=false"]

@@ -61,6 +61,7 @@ def roll_out(tiny_qwen3_folder, tiny_teacher_folder, tmp_path):
             enable_model_summary=False,
             enable_checkpointing=False,
             default_root_dir=tmp_path,
+            **options.pop("trainer", {}),
         )
         trainer.rollout(module, data, str(tmp_path / output), **({"reject": LOOSE} | options))
         return [row for _, row in read_answers(tmp_path / output)]
@@ -207,6 +208,11 @@ def test_mistakes_are_answered_in_one_line(roll_out, tmp_path, tiny_qwen3_folder
     fails("model.teacher: there is none to score the answers", module=alone, role="student", score=True)
     fails("rollout.score_top_k: expected an integer of at least 0", score=True, score_top_k=-1)
     fails("rollout.num_samples: expected an integer of at least 1", num_samples=0)
+    for options in ({"limit_predict_batches": 1}, {"limit_predict_batches": 0.5}, {"fast_dev_run": True}):
+        fails(
+            "trainer.limit_predict_batches.* would count as complete without.* --num_problems",
+            trainer=options,
+        )
     roll_out("a.jsonl", num_problems=2)
     fails("begun with other settings: num_samples was 1, now it is 2", num_problems=2, num_samples=2)
 

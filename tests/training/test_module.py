@@ -323,8 +323,9 @@ def test_the_student_description_builds_the_same_student(folders):
 
 
 def test_limited_passes_are_refused(tmp_path, folders):
-    with pytest.raises(ValueError, match=r"limit_train_batches.*Set trainer.max_steps"):
-        run(tmp_path, *folders, limit_train_batches=2)
+    for limit in (2, 1, 0.5):  # 1 is one batch, 1.0 all of them
+        with pytest.raises(ValueError, match=r"limit_train_batches.*Set trainer.max_steps"):
+            run(tmp_path, *folders, limit_train_batches=limit)
 
 
 def test_fast_dev_run_trains_one_step_validates_one_batch_and_writes_nothing(tmp_path, folders):

@@ -50,7 +50,7 @@ def analyze(
         scales: Sizes of the early update in those of the last.
         num_problems: Held-out problems answered; null takes as many as the config says.
     """
-    folder = Path(output if output is not None else Path(run, "analysis"))
+    folder = Path(output if output is not None else Path(run, "analysis")).expanduser()
     _check(run, early, scales, num_problems)
     where = _device(device)
     updates = find_updates(run, start, matrices, points_from)

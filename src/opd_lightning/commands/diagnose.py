@@ -72,14 +72,13 @@ class DiagnosingTrainer(Trainer):
             output: Folder for diagnosis.json, diagnosis.html and prompts.jsonl (scores.jsonl with --parts prompts);
                 null is `diagnosis` in trainer.default_root_dir.
         """
-        folder = Path(output if output is not None else Path(self.default_root_dir, "diagnosis"))
+        folder = Path(output if output is not None else Path(self.default_root_dir, "diagnosis")).expanduser()
         check_folder("output", folder)
         pair = _pair_of(self, model, datamodule)
         problems = _problems_of(pair, datamodule, split, num_prompts)
         settings = _settings(pair, split, num_samples, self)
         if parts == "prompts":
-            if templates is not None:
-                raise ValueError("templates: --parts prompts compares no templates. Leave one of the two out.")
+            _check_left_out(templates=templates, alignment_nodes=alignment_nodes, coverage_cells=coverage_cells)
             score_prompts(pair, problems, folder / "scores.jsonl", settings, num_samples=num_samples, say=_say)
             show(describe_scores(folder / "scores.jsonl"), rich.get_console())
             return
@@ -96,6 +95,13 @@ class DiagnosingTrainer(Trainer):
             say=_say,
         )
         _write(replace(numbers, settings=settings), folder)
+
+
+def _check_left_out(**asked: Any) -> None:
+    """Refuse what `--parts prompts` would leave out although it was asked for."""
+    for name, value in asked.items():
+        if value is not None and value != 0:
+            raise ValueError(f"{name}: --parts prompts scores prompts and nothing else. Leave one of the two out.")
 
 
 def _is_quantised(pair: Pair) -> bool:

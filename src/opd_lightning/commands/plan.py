@@ -78,6 +78,7 @@ class PlanningTrainer(Trainer):
             json: File for the numbers.
         """
         if json is not None:
+            json = str(Path(json).expanduser())
             check_file("json", json)
         machine = find_hardware(hardware, memory_gb, tflops, bandwidth_gb_s)
         num_devices = devices or _number(self.asked["devices"]) * int(self.asked["num_nodes"])
@@ -146,9 +147,11 @@ def layout_of(num_devices: int, strategy: str, data: OPDDataModule, memory_gb: f
 
 def _number(devices: Any) -> int:
     """Of trainer.devices; 1 where it leaves the number to the machine."""
+    if isinstance(devices, str) and "," in devices:  # "0,1" names two, as [0, 1] does
+        devices = [place for place in devices.split(",") if place.strip()]
     if isinstance(devices, list):
         return len(devices)
-    return int(devices) if str(devices).isdigit() else 1
+    return int(devices) if str(devices).strip().isdigit() else 1
 
 
 def as_json(case: Case, planned: Budget, found: Rehearsal, machine: Hardware, layout: Layout) -> dict[str, Any]:

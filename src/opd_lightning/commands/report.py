@@ -18,6 +18,7 @@ from opd_lightning.reports.training_runs.page import write_report
 from opd_lightning.training.output_paths import check_folder
 
 _TAKE_A_VALUE = ("--runs", "--output", "--config")
+_BOOLEANS = ("true", "false")
 
 
 def report(runs: Sequence[str] = (), output: str | None = None, tokens: bool = False) -> None:
@@ -41,7 +42,8 @@ def report(runs: Sequence[str] = (), output: str | None = None, tokens: bool = F
         _write_tokens(runs, output)
         return
     found = read_runs(runs)
-    folder = Path(output) if output is not None else found[0].folder / ("report" if len(found) == 1 else "comparison")
+    usual = found[0].folder / ("report" if len(found) == 1 else "comparison")
+    folder = usual if output is None else Path(output).expanduser()
     check_folder("output", folder)
     shown = write_report(folder, found, fragments=_fragments(found))
     show(shown.for_terminal(), rich.get_console())
@@ -66,7 +68,7 @@ def _fragments(runs: Sequence[Run]) -> list[Fragment]:
 
 def _write_tokens(runs: Sequence[str], output: str | None) -> None:
     places = [Path(run) if has_records(Path(run)) else find_folder(run) for run in runs]
-    folder = Path(output) if output is not None else places[0] / "report"
+    folder = places[0] / "report" if output is None else Path(output).expanduser()
     check_folder("output", folder)
     page = render_token_page([find_tokens(place) or place for place in places], labels=list(map(name_of, places)))
     write_text(folder / "tokens.html", page)
@@ -74,16 +76,21 @@ def _write_tokens(runs: Sequence[str], output: str | None) -> None:
 
 
 def with_runs_named(words: Sequence[str]) -> list[str]:
-    """The words of the command line with the folders among them as the value of `--runs`, and `--tokens` as true.
+    """The words of the command line with the folders among them as the value of `--runs`.
+
+    `--tokens` alone is true; true or false behind it is its value, as it is after `=`.
 
     Raises:
         ValueError: Folders are named in both ways.
     """
     folders: list[str] = []
     others: list[str] = []
-    for before, word in zip(("", *words), words, strict=False):
+    for before, word, after in zip(("", *words), words, (*words[1:], ""), strict=False):
+        if before == "--tokens" and word in _BOOLEANS:
+            continue
         if word.startswith("-") or before in _TAKE_A_VALUE:
-            others.append("--tokens=true" if word == "--tokens" else word)
+            value = after if after in _BOOLEANS else "true"
+            others.append(f"--tokens={value}" if word == "--tokens" else word)
         else:
             folders.append(word)
     if not folders:

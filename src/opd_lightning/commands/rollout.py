@@ -62,6 +62,11 @@ class RolloutTrainer(Trainer):
             weights_only: Always true: what a checkpoint says is not run.
         """
         check_at_least(1, "rollout", num_problems=num_problems, num_samples=num_samples, num_attempts=num_attempts)
+        if str(self.limit_predict_batches) not in ("None", "1.0"):  # 1 is a single batch, and equal to 1.0
+            raise ValueError(
+                f"trainer.limit_predict_batches={self.limit_predict_batches} (fast_dev_run sets it): the file would"
+                " count as complete without the problems that were never asked. Leave it out and set --num_problems."
+            )
         output = str(Path(output).expanduser())
         check_ending("output", output)
         check_file("output", output)

@@ -36,7 +36,7 @@ class RunRecords(SaveConfigCallback):
         settings = yaml.safe_load(text)
         if (shown := leave_secrets_out(settings)) != settings:
             text = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
-        (folder / self.config_filename).write_text(text)
+        (folder / self.config_filename).write_text(text, encoding="utf-8")
         for logger in trainer.loggers:
             logger.log_hyperparams(flat(shown))
 

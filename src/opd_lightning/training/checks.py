@@ -47,7 +47,7 @@ def check_fit(
             f"model.teacher: {type(objective).__name__} needs a teacher, for example"
             " {class_path: HFTeacher, init_args: {path: ...}}."
         )
-    if trainer.limit_train_batches not in (None, 1.0) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+    if str(trainer.limit_train_batches) not in ("None", "1.0") and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise ValueError(
             "trainer.limit_train_batches: the prompt stream goes on where it stopped, so passes would differ in length"
             " and validations be lost. Set trainer.max_steps and trainer.val_check_interval instead."
