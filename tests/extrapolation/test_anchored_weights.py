@@ -156,6 +156,14 @@ def test_in_a_large_model_the_cosine_is_estimated_from_a_sample(monkeypatch):
     assert cosine == pytest.approx(float(torch.cosine_similarity(*deltas, dim=0)), abs=0.05)
 
 
+def test_a_weight_without_entries_is_sampled_in_a_large_model_too(monkeypatch):
+    monkeypatch.setattr(weights_module, "_NUM_SAMPLED", 2)
+    parameters = {"matrix": nn.Parameter(torch.zeros(4, 3)), "shard": nn.Parameter(torch.zeros(0))}
+    anchored = AnchoredWeights(parameters)
+    nudge(parameters)
+    assert anchored.measure()[0] > 0
+
+
 class CountedTensors(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts what is allocated, in entries of the weights' size."""
 

@@ -145,7 +145,8 @@ class AnchoredWeights:
 
     def _sample(self, tensor: Tensor) -> Tensor:
         stride = self._stride
-        while tensor.ndim > 0 and math.gcd(stride, tensor.shape[-1]) > 1 and stride > 1:
+        row = tensor.shape[-1] if tensor.ndim > 0 else 1
+        while row > 0 and math.gcd(stride, row) > 1:  # a shard may be empty
             stride += 1  # else the sample would hit the same few columns in every row
         return tensor.reshape(-1)[::stride].to(torch.promote_types(tensor.dtype, torch.float32))
 
