@@ -76,7 +76,8 @@ class Runs:
         weights = {name: gathered(weight).detach().clone() for name, weight in module.student.named_parameters()}
         plain = dict(module.spec.named_weights(module.model))  # what vLLM is given
         if trainer.is_global_zero:
-            torch.save({"weights": weights, "plain": plain}, self.output / f"{name}.pt")
+            cosines = [each.last_search.cosine for each in trainer.callbacks if isinstance(each, EffOPD)]
+            torch.save({"weights": weights, "plain": plain, "cosines": cosines}, self.output / f"{name}.pt")
             (self.output / f"{name}.json").write_text(json.dumps([notes.metrics, notes.numbers, notes.held]))
 
 

@@ -74,8 +74,9 @@ def test_engines_are_given_whole_merged_weights(runs):
 
 
 def test_a_resumed_run_is_the_whole_run_bit_for_bit(runs):
-    whole, resumed = (result(runs, 2, name)[0]["weights"] for name in ("search", "resumed"))
-    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+    whole, resumed = (result(runs, 2, name)[0] for name in ("search", "resumed"))
+    assert all(torch.equal(resumed["weights"][name], weight) for name, weight in whole["weights"].items())
+    assert resumed["cosines"] == whole["cosines"]  # with a direction from before the checkpoint, of which each had half
 
 
 def test_one_process_resumes_what_two_have_written(runs):

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from opd_lightning.callbacks.console import say
 from opd_lightning.callbacks.weight_search import WeightSearch
+from opd_lightning.distributed import gather_objects
 from opd_lightning.extrapolation import (
     DEFAULT_LORA_STEP,
     Accept,
@@ -77,6 +78,8 @@ class EffOPD(WeightSearch):
             callbacks has the same name.
     """
 
+    tells_searches = True  # says to settings that wait for searches that the module hears of them (`on_searched`)
+
     def __init__(
         self,
         score: Score | Callable[[LightningModule], float],
@@ -138,7 +141,7 @@ class EffOPD(WeightSearch):
             self._extrapolator.start(weights)
         self._restored, self._fitted = False, weakref.ref(pl_module)
         optimizer = self.find_optimizer(trainer)
-        self._hook = optimizer.register_step_post_hook(lambda *_: self._extrapolator.count_step())
+        self._hooks = [optimizer.register_step_post_hook(lambda *_: self._extrapolator.count_step())]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -176,7 +179,9 @@ class EffOPD(WeightSearch):
         """Put the older point and the counters into the checkpoint (tensors, numbers and containers only)."""
         if self._extrapolator.started:
             keeps_shards = getattr(trainer.strategy, "keeps_shards", False)  # Lightning's own writes rank 0's alone
-            checkpoint[self._key] = self._extrapolator.state_dict(gathered=not keeps_shards)
+            state = checkpoint[self._key] = self._extrapolator.state_dict(gathered=not keeps_shards)
+            if keeps_shards:  # all but the shards is taken from the first process, and each has sampled its own
+                state["directions"] = [mine for part in gather_objects(state["directions"]) for mine in part]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the older point and the counters from the checkpoint when training resumes from it."""
