@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from toys import adamw, make_data, make_module, make_trainer, weights_of
 
-from opd_lightning import EffOPD
+from opd_lightning import EffOPD, LearningRateLineSearch
 from opd_lightning.callbacks.rescue import RescueCheckpoint
 from opd_lightning.callbacks.start_validation import StartValidation
 
@@ -120,8 +121,8 @@ def test_a_step_that_fails_by_its_numbers_is_not_called_a_way_on(tmp_path, folde
     assert re.search(expected, capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("rescue_first", [True, False])
-def test_an_interrupted_search_is_not_saved(tmp_path, folders, rescue_first, capsys):
+@pytest.mark.parametrize(("kind", "rescue_first"), [(EffOPD, True), (EffOPD, False), (LearningRateLineSearch, True)])
+def test_an_interrupted_search_is_not_saved(tmp_path, folders, kind, rescue_first, capsys):
     scores = iter([0.0, 0.0, 0.0])
 
     def score(module):
@@ -130,10 +131,81 @@ def test_an_interrupted_search_is_not_saved(tmp_path, folders, rescue_first, cap
             raise KeyboardInterrupt
         return value
 
-    callbacks = [RescueCheckpoint(), EffOPD(score, schedule=[2, 4], candidates=(1.0, 2.0))]
+    options = {"schedule": [2, 4], "candidates": (1.0, 2.0)} if kind is EffOPD else {}
+    callbacks = [RescueCheckpoint(), kind(score, **options)]
     with pytest.raises(SystemExit):
         fit(tmp_path, folders, callbacks=callbacks if rescue_first else callbacks[::-1])
     assert "no rescue is saved, since a search" in capsys.readouterr().out
+    assert rescued(tmp_path) == []
+
+
+class Stranger(LightningModule):
+    """A module that counts no versions and takes its gradients from two batches."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(3, 1)
+
+    def training_step(self, batch, batch_idx):
+        return (self.layer(batch) - 1).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.1)
+
+
+class Numbers:
+    """Six batches, from where a resumed run has stopped."""
+
+    def __init__(self):
+        self.position = 0
+
+    def __len__(self):
+        return 6
+
+    def __iter__(self):
+        while self.position < 6:
+            self.position += 1
+            yield torch.randn(2, 3, generator=torch.Generator().manual_seed(self.position))
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+class StopsAt(Callback):
+    """Ends the run in a hook of some batch."""
+
+    def __init__(self, hook, batch_idx):
+        setattr(self, hook, self.stop)
+        self.batch_idx = batch_idx
+
+    def stop(self, trainer, pl_module, *rest):
+        if rest[-1] == self.batch_idx:
+            raise RuntimeError("stopped")
+
+
+def fit_stranger(folder, *callbacks, ckpt_path=None):
+    module = Stranger()
+    trainer = make_trainer(folder, -1, callbacks=list(callbacks), max_epochs=1, accumulate_grad_batches=2)
+    trainer.fit(module, Numbers(), ckpt_path=ckpt_path)
+    return module
+
+
+def test_in_the_middle_of_an_accumulation_any_module_goes_back_to_its_beginning(tmp_path):
+    whole = fit_stranger(tmp_path)
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit_stranger(tmp_path, StopsAt("on_train_batch_start", 3), RescueCheckpoint())
+    (path,) = rescued(tmp_path)
+    assert torch.equal(fit_stranger(tmp_path, ckpt_path=path).layer.weight, whole.layer.weight)
+
+
+def test_a_step_made_by_any_module_is_not_made_twice(tmp_path, capsys):
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit_stranger(tmp_path, StopsAt("on_train_batch_end", 3), RescueCheckpoint())
+    assert "no rescue is saved, since a step had changed the weights" in capsys.readouterr().out
     assert rescued(tmp_path) == []
 
 

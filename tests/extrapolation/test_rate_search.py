@@ -56,6 +56,8 @@ class Run:
         if search is not None:
             search.before_step()
         self.optimizer.step()
+        if search is not None:
+            search.count_step()
         if self.scheduler is not None:
             self.scheduler.step()
         self.step += 1

@@ -57,6 +57,12 @@ class LearningRateLineSearch(WeightSearch):
         self.last_search: RateReport | None = None
         self._search: RateSearch | None = None
         self._restored: dict[str, Any] | None = None
+        self._is_searching = False
+
+    @property
+    def has_pending_search(self) -> bool:
+        """Whether a step calls for a search that has not been finished."""
+        return self._is_searching or (self._search is not None and self._search.is_due)
 
     @override
     def check_setup(self, callbacks: list[Callback]) -> None:
@@ -81,17 +87,20 @@ class LearningRateLineSearch(WeightSearch):
         state, self._restored = self._restored, None
         if state is None and self._search is not None and trainer.global_step > 0:
             state = self._search.state_dict()  # the same run, fitted on
-        self._search = RateSearch(optimizer)
+        search = self._search = RateSearch(optimizer)
         if state is not None:
-            self._search.load_state_dict(state)
-        search = self._search
+            search.load_state_dict(state)
+        self._is_searching = False
 
         def before_step(*_: Any) -> None:
             if search.will_search:
                 reshard(pl_module)
             search.before_step()
 
-        self._hook = search.optimizer.register_step_pre_hook(before_step)
+        self._hooks = [
+            search.optimizer.register_step_pre_hook(before_step),
+            search.optimizer.register_step_post_hook(lambda *_: search.count_step()),
+        ]
 
     @override
     def on_train_batch_end(
@@ -101,6 +110,7 @@ class LearningRateLineSearch(WeightSearch):
         assert search is not None
         if not search.is_due:
             return
+        self._is_searching = True  # and it stays so when a score raises
         self.begin_scores(trainer, pl_module)
         report = search.search(
             lambda: self.take_score(trainer, pl_module, seed=search.num_steps),
@@ -111,6 +121,7 @@ class LearningRateLineSearch(WeightSearch):
             ],
             **self.around_search(pl_module),
         )
+        self._is_searching = False
         if report is None:
             return
         self.last_search = report

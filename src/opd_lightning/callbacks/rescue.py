@@ -16,6 +16,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Timer, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from opd_lightning.callbacks.console import say
@@ -50,6 +51,7 @@ class RescueCheckpoint(Callback):
         self.filename = filename
         self.patience = patience
         self.is_between_steps = True
+        self.has_gradients = False  # of the whole step under way: its optimiser may have begun
         self.loop_after_step: dict[str, Any] | None = None  # of the training loop, at the end of the last step
         self._is_saving = self._is_set_up = False
         self._folder: str | Path | None = None
@@ -75,12 +77,17 @@ class RescueCheckpoint(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.version_before_step = getattr(pl_module, "weight_version", None)
-        self.is_between_steps = False
+        self.is_between_steps = self.has_gradients = False
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self.has_gradients = True
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self.is_between_steps = True
-        self.loop_after_step = trainer.fit_loop.state_dict()
+        if not trainer.fit_loop._should_accumulate():  # gradients of part of a step are in no checkpoint
+            self.loop_after_step = trainer.fit_loop.state_dict()
         self.signals.agree()
 
     @override
@@ -180,7 +187,8 @@ class RescueCheckpoint(Callback):
         """Why a checkpoint written now would not resume exactly, if it would not."""
         if any(getattr(callback, "has_pending_search", False) for callback in trainer_callbacks(trainer)):
             return "a search was under way"
-        if not self.is_between_steps and getattr(pl_module, "weight_version", None) != self.version_before_step:
+        has_moved = getattr(pl_module, "weight_version", None) != self.version_before_step
+        if not self.is_between_steps and (self.has_gradients or has_moved):
             return "a step had changed the weights in part"
         if trainer.validating and any(isinstance(c, WeightAveraging) for c in trainer_callbacks(trainer)):
             return "averaged weights were in place for the validation"

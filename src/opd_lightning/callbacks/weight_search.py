@@ -33,7 +33,7 @@ class WeightSearch(Callback):
             )
         self.score = score
         self.optimizer_index = optimizer_index
-        self._hook: RemovableHandle | None = None  # on the optimiser's steps, while training goes on
+        self._hooks: list[RemovableHandle] = []  # on the optimiser's steps, while training goes on
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -101,6 +101,6 @@ class WeightSearch(Callback):
         self._detach()
 
     def _detach(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []

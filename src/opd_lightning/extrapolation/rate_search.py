@@ -113,6 +113,7 @@ class RateSearch:
         self.last_search: RateReport | None = None
         self._weights: AnchoredWeights | None = None
         self._step_rate = math.nan
+        self._num_before = 0  # steps made when these weights were kept
 
     @property
     def will_search(self) -> bool:
@@ -120,17 +121,20 @@ class RateSearch:
         return not self.is_final and self._weights is None and self.num_steps & (self.num_steps + 1) == 0
 
     def before_step(self) -> None:
-        """Count a step that is about to be made; keep the weights before it when it is to be searched."""
-        will_search = self.will_search
-        self.num_steps += 1
-        if will_search:
+        """Keep the weights before a step that is about to be made, when it is to be searched."""
+        if self.will_search:
             self._weights = AnchoredWeights(self._trainable())
             self._step_rate = float(self.optimizer.param_groups[0]["lr"])
+            self._num_before = self.num_steps
+
+    def count_step(self) -> None:
+        """Note that a step has been made."""
+        self.num_steps += 1
 
     @property
     def is_due(self) -> bool:
         """Whether a step has been made that is to be searched."""
-        return self._weights is not None
+        return self._weights is not None and self.num_steps > self._num_before
 
     def search(
         self,
@@ -220,6 +224,8 @@ class RateSearch:
             self.before_step()
 
         def after(*_: Any) -> None:
+            self.count_step()
+
             def evaluate() -> float:
                 with undisturbed(module, seed=self.num_steps):
                     return score()

@@ -181,7 +181,7 @@ def _check_radius(data: OPDDataModule, trainer: Trainer, facts_k: int) -> None:
         return
     if data.source.max_kl is None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if data.source.passes == "adaptive" and not any(hasattr(each, "has_pending_search") for each in callbacks):
+        if data.source.passes == "adaptive" and not any(hasattr(each, "tells_searches") for each in callbacks):
             raise ValueError(
                 "data.source.passes: 'adaptive' would only ever double them, since nothing here says that a round was"
                 " too long. Set data.source.max_kl, add an EffOPD callback with schedule: rounds, or give a number."
