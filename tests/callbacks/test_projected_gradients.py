@@ -25,10 +25,13 @@ class Regression(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
-def fit(folder, steps, *callbacks, ckpt_path=None):
-    module = Regression()
+def loader():
     batches = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(1)).expand(8, 4, 6)  # in any order alike
-    trainer = Trainer(
+    return torch.utils.data.DataLoader(batches, batch_size=None)
+
+
+def make_trainer(folder, steps, *callbacks):
+    return Trainer(
         accelerator="cpu",
         max_steps=steps,
         logger=False,
@@ -37,7 +40,11 @@ def fit(folder, steps, *callbacks, ckpt_path=None):
         default_root_dir=folder,
         callbacks=[*callbacks, ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)],
     )
-    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None), ckpt_path=ckpt_path, weights_only=True)
+
+
+def fit(folder, steps, *callbacks, ckpt_path=None):
+    module = Regression()
+    make_trainer(folder, steps, *callbacks).fit(module, loader(), ckpt_path=ckpt_path, weights_only=True)
     return module
 
 
@@ -63,6 +70,25 @@ def test_a_resumed_run_is_the_same_run(tmp_path, stop):
         tmp_path / "resumed", 7, ProjectedGradients(**settings), ckpt_path=tmp_path / "whole" / f"step={stop}.ckpt"
     )
     assert torch.equal(whole.mlp.weight, resumed.mlp.weight)
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_a_second_fit_goes_on_with_the_early_directions(tmp_path, stop):
+    whole = fit(tmp_path / "whole", 7, ProjectedGradients(after_steps=3, k=1, matrices="mlp"))
+    trainer, module = make_trainer(tmp_path, stop, ProjectedGradients(after_steps=3, k=1, matrices="mlp")), Regression()
+    for steps in (stop, 7):
+        trainer.fit_loop.epoch_loop.max_steps = steps
+        trainer.fit(module, loader())
+    assert torch.equal(whole.mlp.weight, module.mlp.weight)
+
+
+def test_a_run_whose_start_or_whose_matrices_are_not_known_is_refused(tmp_path):
+    fit(tmp_path, 4)
+    with pytest.raises(ValueError, match=r"ProjectedGradients: the run has made 4 steps without it"):
+        fit(tmp_path, 6, ProjectedGradients(matrices="mlp"), ckpt_path=tmp_path / "step=4.ckpt")
+    fit(tmp_path / "mlp", 4, ProjectedGradients(after_steps=2, matrices="mlp"))
+    with pytest.raises(ValueError, match=r"'mlp|head' chooses other weights than when the run began \('head\.weight'"):
+        fit(tmp_path, 6, ProjectedGradients(matrices="mlp|head"), ckpt_path=tmp_path / "mlp" / "step=4.ckpt")
 
 
 def test_settings_are_checked(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -20,13 +20,13 @@ class ProjectedGradients(Callback):
     """Projects the gradient of every chosen matrix onto the k leading right singular directions of its early update.
 
     After `after_steps` optimiser steps the update W - W_0 of each matrix is decomposed once; from then on its gradient
-    g becomes g V V^T just before the optimiser sees it, after any clipping. Where early directions are those that
-    training keeps, as arXiv 2606.07082 finds for on-policy distillation (V from some 20 % of training, k = 16), this
-    costs little; imitation of fixed answers suffers. Adam scales single entries, so its steps do not lie in the span
-    exactly. Works in any Lightning project that holds whole weights in each process.
+    g becomes g V V^T just before the optimiser sees it, after `OPDModule`'s clipping and before the trainer's. Where
+    early directions are those that training keeps, as arXiv 2606.07082 finds for on-policy distillation (V from some
+    20 % of training, k = 16), this costs little; imitation of fixed answers suffers. Adam scales single entries, so its
+    steps do not lie in the span exactly. Works in any Lightning project that holds whole weights in each process.
 
     Memory: a copy of the chosen weights on the CPU (and in checkpoints) up to that step, k directions of each from then
-    on.
+    on. A run goes on with the directions of its first part: resumed, and fitted on by the same trainer.
 
     Args:
         after_steps: Optimiser steps before.
@@ -34,7 +34,8 @@ class ProjectedGradients(Callback):
         matrices: A regular expression that is searched in the names of trained weights with two axes.
 
     Raises:
-        ValueError: A setting is out of range; when fit starts also when nothing is chosen, or weights are cut up.
+        ValueError: A setting is out of range; when fit starts also when nothing is chosen, weights are cut up, or the
+            run has made steps that this callback has not seen.
     """
 
     def __init__(self, after_steps: int = 12, k: int = 16, matrices: str = r"attn|attention|mlp|ffn|lora_") -> None:
@@ -50,7 +51,7 @@ class ProjectedGradients(Callback):
         self.after_steps, self.k, self.matrices = after_steps, k, matrices
         self._start: dict[str, Tensor] = {}
         self._bases: dict[str, Tensor] = {}
-        self._is_resumed = False
+        self._is_resumed = self._has_begun = False
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,10 +63,21 @@ class ProjectedGradients(Callback):
             )
         if any(isinstance(weight, DTensor) for weight in weights.values()):
             raise ValueError("ProjectedGradients: weights are cut up here. Use a single device or ddp.")
-        if not self._is_resumed:
+        if self._is_resumed or (self._has_begun and trainer.global_step > 0):
+            self._check_names(weights)
+        else:
             self._start = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
-            self._bases = {}
-        self._is_resumed = False
+            self._bases, self._has_begun = {}, False
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step > 0 and not (self._is_resumed or self._has_begun):
+            raise ValueError(
+                f"ProjectedGradients: the run has made {trainer.global_step} steps without it, so where its weights"
+                " began is not known. Start a new run, resume from a checkpoint that was written with it, or leave it"
+                " out."
+            )
+        self._is_resumed, self._has_begun = False, True
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -89,6 +101,15 @@ class ProjectedGradients(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._start, self._bases = dict(state_dict["start"]), dict(state_dict["bases"])
         self._is_resumed = True
+
+    def _check_names(self, weights: Mapping[str, Tensor]) -> None:
+        known = self._bases or self._start
+        if known.keys() != weights.keys():
+            (name, *_) = sorted(known.keys() ^ weights.keys())
+            raise ValueError(
+                f"ProjectedGradients.matrices: {self.matrices!r} chooses other weights than when the run began"
+                f" ({name!r}, for example). Set what the run began with, or leave ProjectedGradients out."
+            )
 
     def _weights(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         for name, weight in module.named_parameters():
