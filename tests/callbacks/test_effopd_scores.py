@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -7,15 +8,17 @@ from lightning.pytorch import Callback
 from toys import CopyEngine, LetterTask, adamw, make_data, make_module, make_trainer, weights_of
 
 from opd_lightning import EffOPD
-from opd_lightning.backends.hf import LoraSettings
+from opd_lightning.backends.hf import HFTeacher, LoraSettings
 from opd_lightning.callbacks.effopd_scores import (
     TaskAccuracy,
     TeacherKL,
     TeacherKLOnFixedRollouts,
+    TeacherKLOnNewRollouts,
     divergence_from_teacher,
 )
 from opd_lightning.interfaces import Score
 from opd_lightning.rollouts.batching import collate
+from opd_lightning.teachers import PrivilegedTeacher
 
 SCORES = {
     "accuracy": lambda: TaskAccuracy(num_prompts=4, num_samples=2),
@@ -96,6 +99,40 @@ def test_teacher_kl_is_the_reverse_kl_per_token_against_a_full_forward(
             num_tokens += len(rollout.response_ids)
     assert count == num_tokens
     assert total == pytest.approx(expected, rel=1e-4)
+
+
+class Whispers(PrivilegedTeacher):
+    """Is told how many answers a prompt has, and remembers what it was told."""
+
+    def __init__(self, path):
+        super().__init__(HFTeacher(str(path)), "{hint} {question}", missing="plain")
+        self.told = []
+
+    def check_problems(self, problems):
+        pass
+
+    def shape(self, groups):
+        return [[replace(each, context={"hint": str(len(group))}) for each in group] for group in groups]
+
+    def with_context(self, batch):
+        self.told += [rollout.context.get("hint") for rollout in batch.rollouts]
+        return super().with_context(batch)
+
+
+def test_scores_show_the_teacher_what_training_shows_it(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
+    teacher, told = Whispers(tiny_teacher_folder), {}
+
+    class Noted(EffOPD):
+        def on_train_batch_end(self, *args):
+            teacher.told.clear()
+            super().on_train_batch_end(*args)
+            told[self.name] = set(teacher.told)
+
+    scores = {"fixed": TeacherKLOnFixedRollouts(3), "fresh": TeacherKL(2, 3), "new": TeacherKLOnNewRollouts(2, 4)}
+    searches = [Noted(score, candidates=(0.5,), name=name) for name, score in scores.items()]
+    module = make_module(tiny_qwen3_folder, tiny_teacher_folder, teacher_object=teacher)
+    make_trainer(tmp_path, 1, callbacks=searches).fit(module, make_data())
+    assert told == {"fixed": {"2"}, "fresh": {"3"}, "new": {"4"}}  # as many as there are of a prompt; None is nothing
 
 
 def test_candidates_are_compared_on_common_random_numbers(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):

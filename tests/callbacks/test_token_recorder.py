@@ -16,6 +16,7 @@ from opd_lightning.interfaces import ScoreRequest, Tokenizer, TokenWeighting
 from opd_lightning.objectives import ListedScores
 from opd_lightning.reports.token_records import VALUES, find_records, read_header, read_record, steps_of, write_record
 from opd_lightning.reports.token_view import token_view
+from opd_lightning.teachers import PrivilegedTeacher
 
 
 def fit(folder, folders, steps=5, ckpt_path=None, recorder=None, data=None, save=None, **options):
@@ -182,6 +183,28 @@ def test_a_teacher_that_gives_lists_leaves_the_rest_null(folders, tmp_path):
     unknown = {name for name in VALUES if row[name] is None}
     assert unknown == {"reverse_kl", "forward_kl", "teacher_entropy", "token_weight"}
     assert len(row["teacher_top_ids"][0]) == 4 and read_header(tmp_path)["gives_vocabulary"] is False
+
+
+class Told(PrivilegedTeacher):
+    """Is shown something that only a step's groups can give."""
+
+    def check_problems(self, problems):
+        pass
+
+    def shape(self, groups):
+        return [[replace(each, context={"hint": f"one of {len(group)}"}) for each in group] for group in groups]
+
+
+def test_fixed_answers_are_read_with_what_the_teacher_was_shown(folders, tmp_path):
+    teacher = Told(HFTeacher(str(folders[1]), dtype="float32"), "{hint} {question}", missing="plain")
+    _, recorder = fit(tmp_path, folders, 1, teacher_object=teacher)
+    rows = read_record(tmp_path / "tokens" / "step=000000.parquet")
+    own = {tuple(row["token_ids"]): row["teacher_log_prob"] for row in rows if row["kind"] == "own"}
+    fixed = [row for row in rows if row["kind"] == "fixed"]
+    assert [own[tuple(row["token_ids"])] for row in fixed] == [pytest.approx(row["teacher_log_prob"]) for row in fixed]
+    again = TokenRecorder()
+    again.load_state_dict(recorder.state_dict())
+    assert [record["context"] for record in again.state_dict()["fixed"]] == [{"hint": "one of 2"}] * 2
 
 
 def test_without_a_teacher_there_is_the_student(tiny_qwen3_folder, tmp_path):

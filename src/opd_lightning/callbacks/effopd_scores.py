@@ -138,8 +138,12 @@ class TeacherKL(_OnFreshRollouts):
 
     @override
     def sum_and_count(self, trainer: Any, module: OPDModule) -> tuple[float, float]:
-        total, count = divergence_from_teacher(module, self.answer_prompts(trainer, module).rollouts)
+        total, count = divergence_from_teacher(module, self.answers_for_teacher(trainer, module))
         return -total, count
+
+    def answers_for_teacher(self, trainer: Any, module: OPDModule) -> Sequence[Rollout]:
+        """New answers, with what the teacher is shown beside them."""
+        return module.give_context(self.answer_prompts(trainer, module).rollouts, self.num_samples)
 
 
 class TeacherKLOnNewRollouts(TeacherKL):
@@ -158,7 +162,7 @@ class TeacherKLOnNewRollouts(TeacherKL):
 
     def __init__(self, num_prompts: int = 32, num_samples: int = 1) -> None:
         super().__init__(num_prompts, num_samples)
-        self._rollouts: list[Rollout] | None = None
+        self._rollouts: Sequence[Rollout] | None = None
         self._kept: KeptScores | None = None
 
     @override
@@ -174,7 +178,7 @@ class TeacherKLOnNewRollouts(TeacherKL):
     def sum_and_count(self, trainer: Any, module: OPDModule) -> tuple[float, float]:
         assert self._kept is not None, "begin comes first"
         if self._rollouts is None:
-            self._rollouts = self.answer_prompts(trainer, module).rollouts
+            self._rollouts = self.answers_for_teacher(trainer, module)
             request, batches = divergence_to_measure(module).request(), module.make_micro_batches(self._rollouts)
             if request is not None:
                 self._kept.score_round(trainer.global_step, batches, request, max_bytes=sys.maxsize)
@@ -208,7 +212,7 @@ class TeacherKLOnFixedRollouts(_MeanOverProcesses):
 
     @override
     def sum_and_count(self, trainer: Any, module: OPDModule) -> tuple[float, float]:
-        rollouts = module.last_rollouts
+        rollouts = module.give_context(module.last_rollouts)  # before the cut: a teacher may read whole groups
         if self.num_rollouts is not None:
             rollouts = rollouts[: -(-self.num_rollouts // trainer.world_size)]
         total, count = divergence_from_teacher(module, rollouts)
@@ -245,7 +249,7 @@ def divergence_from_teacher(
 
     Args:
         module: Student and teacher.
-        rollouts: On which states.
+        rollouts: On which states, with what the teacher is shown (`OPDModule.give_context`).
         teacher: Who else has the teacher's scores of them; None asks the teacher itself.
     """
     objective = divergence_to_measure(module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,8 @@ class TokenRecorder(Callback):
         own = _choose(batch.rollouts, self.num_rollouts)
         if not self._fixed:
             first = _choose(batch.rollouts, self.num_fixed)
-            chosen = gather_objects([batch.rollouts[place] for place in first])
+            told = pl_module.give_context(batch.rollouts)  # without it a teacher that is shown something is another one
+            chosen = gather_objects([told[place] for place in first])
             self._fix([rollout for part in chosen for rollout in part])
         shaped = pl_module.shape(batch)
         self._record(trainer, pl_module, batch.step, [shaped[place] for place in own], batch.staleness)
@@ -191,12 +193,18 @@ class TokenRecorder(Callback):
         assert module.data.stream is not None
         wanted = {record["uid"] for record in self._fixed_records}
         problems = {problem.uid: problem for problem in module.data.stream.problems if problem.uid in wanted}
-        self._fixed = [from_record(record, problems[record["uid"]]) for record in self._fixed_records]
+        self._fixed = [
+            replace(from_record(record, problems[record["uid"]]), context=record.get("context", {}))  # older ones: none
+            for record in self._fixed_records
+        ]
 
     def _fix(self, rollouts: Sequence[Rollout]) -> None:
         """Choose the answers that are looked at in every record from now on."""
         self._fixed = sorted(rollouts, key=_order)[: self.num_fixed]
-        self._fixed_records = [to_record(rollout) | {"uid": rollout.problem.uid} for rollout in self._fixed]
+        self._fixed_records = [
+            to_record(rollout) | {"uid": rollout.problem.uid, "context": dict(rollout.context)}
+            for rollout in self._fixed
+        ]
 
     def _record(
         self, trainer: Trainer, module: OPDModule, step: int, own: Sequence[Rollout], staleness: int | None

@@ -167,7 +167,8 @@ class _Trials(Callback):
                 sums["reward"] += sum(rollout.reward for rollout in rollouts)  # NaN without marks
                 sums["answers"] += len(rollouts)
                 if pl_module.teacher is not None:
-                    divergence, num_tokens = divergence_from_teacher(pl_module, rollouts)
+                    told = pl_module.give_context(rollouts, pl_module.data.validation_samples)
+                    divergence, num_tokens = divergence_from_teacher(pl_module, told)
                     sums["divergence"] += divergence
                     sums["tokens"] += num_tokens
 

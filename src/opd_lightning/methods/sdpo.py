@@ -102,7 +102,8 @@ class PeerTeacher(PrivilegedTeacher):
         if self.feedback is None and all(len(group) == 1 for group in groups) and rollouts:
             raise ValueError(
                 "data.rollouts_per_prompt: PeerTeacher shows one answer to the others of its prompt, and there is one"
-                " only. Set it to 2 or more (the paper takes 8), or set model.teacher.feedback."
+                " only. Set it to 2 or more (the paper takes 8), and num_samples of a score of EffOPD that answers anew"
+                " too, or set model.teacher.feedback."
             )
         return [[self._shown(rollout, group) for rollout in group] for group in groups]
 

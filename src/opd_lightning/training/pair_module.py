@@ -119,11 +119,16 @@ class PairModule(StudentModule):
         if self.teacher is not None and (self.trainer.state.fn == "fit" or self.measures_held_out):
             self.teacher.load_state_dict(checkpoint["opd_lightning"].get("teacher", {}))
 
-    def give_context(self, rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
-        """Rollouts with all that the teacher reads of whole groups."""
+    def give_context(self, rollouts: Sequence[Rollout], group_size: int | None = None) -> Sequence[Rollout]:
+        """Rollouts with all that the teacher reads of whole groups.
+
+        Args:
+            rollouts: Those of a prompt next to each other.
+            group_size: How many of each prompt; None is as many as in training.
+        """
         if self.teacher is None:
             return rollouts
-        return shape_groups(self.teacher, rollouts, self.data.rollouts_per_prompt)
+        return shape_groups(self.teacher, rollouts, group_size or self.data.rollouts_per_prompt)
 
     def make_micro_batches(self, rollouts: Sequence[Rollout], at_least: int = 1) -> list[MicroBatch]:
         """Cut rollouts under the token budget, into so many parts at least, and put them on the device."""
@@ -207,7 +212,7 @@ class PairModule(StudentModule):
         # not the run's own objective: its losses may read what is attached to training rollouts only
         plain = NLL(self.objective.chunk_tokens)
         plain.student_temperature = self.objective.student_temperature
-        batches = self.make_micro_batches(rollouts)
+        batches = self.make_micro_batches(self.give_context(rollouts, self.data.validation_samples))
         for compared in self.compare(batches, plain, self.score_request, facts_k=self.facts_k):
             self.held_out_facts.update(fact_statistics(compared.facts, HELD_OUT_FACTS))
 
