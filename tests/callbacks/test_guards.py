@@ -137,6 +137,23 @@ def test_held_out_problems_count_against_training(capsys):
     assert found == [False, False, False, True, False, False, True]
 
 
+def test_a_guard_that_sees_nothing_says_so_once():
+    run, guard, held_out = Run(), OverlapGuard(), HeldOutGuard()
+    with pytest.warns(UserWarning, match=r"OverlapGuard: overlap_ratio is not known in this run") as said:
+        run.step(guard, loss=1.0)
+        run.step(guard, loss=1.0)
+    assert len(said) == 1
+    run.callback_metrics = {"val/avg_at_1": 0.5}
+    held_out.on_validation_end(run, run)  # before the first step there are no metrics of training
+    with pytest.warns(UserWarning, match=r"HeldOutGuard: val/avg_at_2 is not known in this run"):
+        HeldOutGuard("val/avg_at_2").on_validation_end(run, run)
+    blind = HeldOutGuard()
+    run.step(blind, loss=1.0)
+    run.callback_metrics |= {"val/avg_at_1": 0.5}
+    with pytest.warns(UserWarning, match=r"HeldOutGuard: train/reverse_kl is not known in this run"):
+        blind.on_validation_end(run, run)
+
+
 @pytest.mark.parametrize(
     ("cls", "steps"),
     [

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from opd_lightning.callbacks.console import say
@@ -55,6 +56,7 @@ class Guard(Callback, ABC):
         self.first: float | None = None
         self.best: float | None = None
         self.is_alarmed = False
+        self._is_blind = False
 
     @abstractmethod
     def measure(self, trainer: Trainer, outputs: Any) -> float | None:
@@ -83,8 +85,19 @@ class Guard(Callback, ABC):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         value = self.measure(trainer, outputs)
-        if value is not None and math.isfinite(value):
+        if value is None and self.best is None and not self.recent:
+            self.miss(self.signal)
+        elif value is not None and math.isfinite(value):
             self.judge(value, trainer, pl_module)
+
+    def miss(self, name: str) -> None:
+        """Say, once, that a number which this guard needs is not there."""
+        if not self._is_blind:
+            self._is_blind = True
+            rank_zero_warn(
+                f"{type(self).__name__}: {name} is not known in this run, so this guard does not watch anything. See"
+                " docs/diagnose.md for what it needs, or leave it out."
+            )
 
     def judge(self, value: float, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take one more number in, log the mean, and act if need be."""

@@ -208,15 +208,27 @@ class HeldOutGuard(Guard):
         self.best_is_highest = higher_is_better
         self.training_at_best = math.inf
         self.training_now = math.inf
+        self._has_trained = False
 
     @override
     def measure(self, trainer: Trainer, outputs: Any) -> float | None:
-        return None  # once for each validation, not for each step
+        return None
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._has_trained = True  # it judges once for each validation, not for each step
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         held_out, training = logged(trainer, self.held_out), logged(trainer, self.training)
-        if trainer.state.fn != "fit" or trainer.sanity_checking or held_out is None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if training is None and self._has_trained:
+            self.miss(self.training)
+        if held_out is None:
+            self.miss(self.held_out)
             return
         best, self.training_now = self.best, math.inf if training is None else training
         self.best = held_out if best is None else (max if self.best_is_highest else min)(best, held_out)
