@@ -14,7 +14,7 @@ from opd_lightning.backends.vllm.server import Connection, VLLMServerTeacher
 from opd_lightning.interfaces import Sampling
 from opd_lightning.objectives import DivergenceObjective, StudentTopK
 from opd_lightning.selection import DifficultyPool
-from opd_lightning.training.resuming import check_resume, describe_settings
+from opd_lightning.training.resuming import check_optimizer, check_resume, describe_settings
 from opd_lightning.training.schedules import WarmupDecay
 
 
@@ -141,6 +141,23 @@ def test_precision_and_class_changes_are_compared_by_name():
     saved, current = ({"model.teacher": {"class": name, "k": 1}} for name in ("a.A", "b.B"))
     with pytest.warns(UserWarning, match=r"model\.teacher: .* with a\.A, this run has b\.B"):
         check_resume(saved, current)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda optimizer, length: WarmupDecay(optimizer, decay="linear", total_steps=length), "total_steps"),
+        (lambda optimizer, length: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=length), "T_max"),
+    ],
+    ids=["own", "torch"],
+)
+def test_another_schedule_is_said_to_be_ignored(make, name):
+    saved, current = (check_optimizer(adamw, lambda optimizer, n=n: make(optimizer, n)) for n in (10, 20))
+    expected = rf"lr_scheduler\.init_args\.{name}: a resumed run keeps the checkpoint's 10; this run's 20 is ignored"
+    with pytest.warns(UserWarning, match=expected):
+        check_resume(saved, current)
+    with warnings.catch_warnings(action="error"):
+        check_resume(saved, dict(saved))
 
 
 def test_older_checkpoints_that_do_not_say_are_accepted():

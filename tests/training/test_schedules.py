@@ -35,6 +35,23 @@ def test_cosine_is_half_way_in_the_middle_and_stays_at_the_end():
     assert seen[4:] == pytest.approx([0.0] * 4)
 
 
+def test_a_resumed_run_goes_on_along_the_curve_of_its_checkpoint():
+    def make(**options):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+        return optimizer, WarmupDecay(optimizer, **options)
+
+    whole, resumed = make(warmup_steps=2, decay="linear", total_steps=6), make(decay="cosine", total_steps=30)
+    for optimizer, scheduler in [whole] * 3:
+        optimizer.step()
+        scheduler.step()
+    for mine, other in zip(resumed, whole, strict=True):
+        mine.load_state_dict(other.state_dict())
+    for optimizer, scheduler in (whole, resumed):
+        optimizer.step()
+        scheduler.step()
+    assert resumed[0].param_groups[0]["lr"] == whole[0].param_groups[0]["lr"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

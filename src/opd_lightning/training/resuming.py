@@ -34,6 +34,7 @@ MAY_CHANGE = (  # with a warning: the state in the checkpoint fits, and what is 
 _OVERRIDE = "model.override_optimizer_on_resume"
 _OPTIMIZER_SETTINGS = "model.optimizer.init_args"
 _SCHEDULER = "model.lr_scheduler"
+_SCHEDULER_SETTINGS = "model.lr_scheduler.init_args"
 _ABSENT = object()
 
 
@@ -119,7 +120,7 @@ def check_optimizer(make_optimizer: OptimizerCallable, make_lr_scheduler: LRSche
     """Build optimiser and scheduler for a single number, take one step, and say what they are.
 
     Returns:
-        Their class names and the optimiser's settings, for `check_resume`.
+        Their class names and their settings, for `check_resume`.
 
     Raises:
         ValueError: One of them refuses its settings, the optimiser needs a closure, or the scheduler cannot be stepped
@@ -154,7 +155,14 @@ def check_optimizer(make_optimizer: OptimizerCallable, make_lr_scheduler: LRSche
         "model.optimizer": type(inner).__name__,
         _OPTIMIZER_SETTINGS: settings,
         _SCHEDULER: None if scheduler is None else type(scheduler).__name__,
+        _SCHEDULER_SETTINGS: None if scheduler is None else _settings_of(scheduler),
     }
+
+
+def _settings_of(scheduler: Any) -> Any:
+    """What a scheduler was made with, as far as it keeps that: not its optimiser, nor how far it is."""
+    described = describe_settings(scheduler)
+    return {name: value for name, value in described.items() if name not in ("class", "optimizer", "last_epoch")}
 
 
 def _try_step(parameter: nn.Parameter, optimizer: Any, scheduler: Any) -> None:
@@ -194,7 +202,7 @@ def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
             continue
         if old is _ABSENT:
             warnings.warn(f"{name}: an older checkpoint, which does not say; not compared.", stacklevel=2)
-        elif name.startswith(_OPTIMIZER_SETTINGS):
+        elif name.startswith((_OPTIMIZER_SETTINGS, _SCHEDULER_SETTINGS)):
             warnings.warn(
                 f"{name}: a resumed run keeps the checkpoint's {old}; this run's {new} is ignored. Set"
                 f" {_OVERRIDE}: true to use this run's optimiser settings and scheduler.",

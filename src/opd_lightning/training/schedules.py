@@ -60,9 +60,15 @@ class WarmupDecay(LambdaLR):
                 f"lr_scheduler.total_steps: decay={decay!r} needs the step at which it ends, larger than"
                 f" warmup_steps={warmup_steps}; got {total_steps}. Set it to trainer.max_steps."
             )
-        super().__init__(
-            optimizer,
-            lambda step: learning_rate_factor(
-                step, warmup_steps=warmup_steps, decay=decay, total_steps=total_steps, final_factor=final_factor
-            ),
+        self.warmup_steps, self.decay = warmup_steps, decay
+        self.total_steps, self.final_factor = total_steps, final_factor
+        super().__init__(optimizer, lambda step: self._factor(step))
+
+    def _factor(self, step: int) -> float:
+        return learning_rate_factor(  # of the settings in its state: a resumed run goes on along the same curve
+            step,
+            warmup_steps=self.warmup_steps,
+            decay=self.decay,
+            total_steps=self.total_steps,
+            final_factor=self.final_factor,
         )
