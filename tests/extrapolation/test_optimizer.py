@@ -265,6 +265,14 @@ def test_names_for_choosing_parameters(source):
         train(model, optimizer, 1)
 
 
+def test_two_weights_of_one_name_are_refused():
+    models = [make_model(), make_model()]
+    inner = torch.optim.SGD([{"params": model.named_parameters()} for model in models], lr=0.1)
+    with pytest.raises(ValueError, match=r"parameters: two trainable weights are named '0\.weight'"):
+        EffOPDOptimizer(inner, lambda: 0.0).step()
+    EffOPDOptimizer(inner, lambda: 0.0, module=torch.nn.ModuleList(models)).step()
+
+
 def test_an_autocast_block_around_the_whole_step():
     scores = []
     for inside in (True, False):

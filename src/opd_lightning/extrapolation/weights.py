@@ -52,12 +52,17 @@ def select_parameters(parameters: Iterable[tuple[str, Tensor]], choose: Paramete
         choose: A regular expression searched in each name, a predicate on names, or None for all.
 
     Raises:
-        ValueError: The expression is malformed, or no weight is left.
+        ValueError: The expression is malformed, two weights have one name, or no weight is left.
     """
     trainable: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, weight in parameters:
         if weight.requires_grad and id(weight) not in seen:
+            if name in trainable:
+                raise ValueError(
+                    f"parameters: two trainable weights are named {name!r}. Give each a name of its own: pass the"
+                    " optimiser parameters instead of named_parameters(), or set EffOPDOptimizer.module."
+                )
             seen.add(id(weight))
             trainable[name] = weight
     if not trainable:
