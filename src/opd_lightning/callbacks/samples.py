@@ -91,10 +91,10 @@ class PrintSamples(Callback):
             return
         tokenizer: Tokenizer = pl_module.spec.tokenizer  # type: ignore[union-attr, assignment]
         is_divergence = pl_module.objective.value_is_divergence  # type: ignore[union-attr]
-        by_seed = {trained.rollout.seed: trained.losses for trained in outputs["facts"].rollouts}
+        found = {_key(trained.rollout): trained.losses for trained in outputs["facts"].rollouts}
         rows = []
         for rollout in batch.rollouts[: self.num_samples]:
-            losses, step = by_seed[rollout.seed], batch.step + 1
+            losses, step = found[_key(rollout)], batch.step + 1
             prompt = printable(str(rollout.problem.messages[-1]["content"]).strip())
             uid, loss = printable(rollout.problem.uid), float(losses.mean()) if len(losses) else None
             reward = None if math.isnan(rollout.reward) else rollout.reward  # a task without answers gives none
@@ -107,6 +107,11 @@ class PrintSamples(Callback):
             rows.append([step, uid, prompt, response.plain, reward, loss, len(losses)])
         for logger in trainer.loggers:
             log_samples(logger, rows, step=trainer.global_step)
+
+
+def _key(rollout: Rollout) -> tuple[str, int, tuple[int, ...]]:
+    """What tells a rollout of a step apart: in files that others wrote all may have the same seed."""
+    return rollout.problem.uid, rollout.seed, tuple(rollout.response_ids.tolist())
 
 
 def log_samples(logger: Any, rows: list[list[Any]], step: int) -> None:
