@@ -1,12 +1,14 @@
 """Tasks without answers: what cannot work with them is refused before anything is trained."""
 
 import pytest
+import torch
 from toys import LetterTask, make_data, make_module, make_trainer
 
 from opd_lightning import EffOPD, TaskAccuracy, TeacherKL
 from opd_lightning.interfaces import Task
 from opd_lightning.objectives import NLL
 from opd_lightning.selection import DifficultyPool, Filtered
+from opd_lightning.teachers import MovingAverageTeacher
 
 
 class Questions(Task):
@@ -47,6 +49,16 @@ def test_validation_measures_the_divergence_in_fit_and_by_itself(tmp_path, folde
     again = make_trainer(tmp_path, 1, limit_val_batches=1.0).validate(make_module(*folders), data, verbose=False)[0]
     assert again["val/reverse_kl"] > 0
     assert not any("avg_at" in name for name in again)
+
+
+def test_an_average_of_the_student_is_not_forgotten_by_a_validation_after_the_fit(tmp_path, folders):
+    teacher = MovingAverageTeacher(rate=0.01)
+    module, data = make_module(*folders, teacher_object=teacher, objective=NLL()), make_data(task=Questions())
+    trainer = make_trainer(tmp_path, 1, limit_val_batches=1.0)
+    trainer.fit(module, data)
+    average = teacher.state_dict()["average"]
+    assert trainer.validate(module, data, verbose=False)[0]["val/reverse_kl"] > 1e-6  # of itself it would be 0
+    assert all(torch.equal(weight, average[name]) for name, weight in teacher.state_dict()["average"].items())
 
 
 def test_a_process_without_answers_of_its_own_keeps_the_names_of_the_others(tmp_path, folders):

@@ -65,6 +65,7 @@ class PairModule(StudentModule):
         self.facts_k = facts_k
         self.score_request: ScoreRequest | None = None
         self.held_out_facts = Means()
+        self._has_restored_teacher = False
 
     def setup(self, stage: str) -> None:
         """Check, before any weight is loaded, that the teacher speaks the student's tokens."""
@@ -89,9 +90,14 @@ class PairModule(StudentModule):
     on_test_start = on_validation_start
 
     def load_teacher(self) -> None:
-        """Load the teacher, once."""
-        if self.teacher is not None:
-            self.teacher.setup(self.spec, self.model, self.device)
+        """Load the teacher; one that follows the student begins anew with a new training only."""
+        if self.teacher is None:
+            return
+        begins = self.trainer.state.fn == "fit" and self.trainer.global_step == 0
+        if not (begins or self._has_restored_teacher) and (state := self.teacher.state_dict()):
+            self.teacher.load_state_dict(state)
+        self._has_restored_teacher = False
+        self.teacher.setup(self.spec, self.model, self.device)
 
     def teardown(self, stage: str) -> None:
         """Close the teacher."""
@@ -118,6 +124,7 @@ class PairModule(StudentModule):
         super().on_load_checkpoint(checkpoint)
         if self.teacher is not None and (self.trainer.state.fn == "fit" or self.measures_held_out):
             self.teacher.load_state_dict(checkpoint["opd_lightning"].get("teacher", {}))
+            self._has_restored_teacher = True
 
     def give_context(self, rollouts: Sequence[Rollout], group_size: int | None = None) -> Sequence[Rollout]:
         """Rollouts with all that the teacher reads of whole groups.
