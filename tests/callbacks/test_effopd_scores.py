@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -17,7 +18,9 @@ from opd_lightning.callbacks.effopd_scores import (
     divergence_from_teacher,
 )
 from opd_lightning.interfaces import Score
+from opd_lightning.methods.uni_opd_data import left_untrained
 from opd_lightning.rollouts.batching import collate
+from opd_lightning.rollouts.on_policy import OnPolicy
 from opd_lightning.teachers import PrivilegedTeacher
 
 SCORES = {
@@ -119,6 +122,11 @@ class Whispers(PrivilegedTeacher):
         return super().with_context(batch)
 
 
+class LeavesTheFirstOut(OnPolicy):
+    def share(self, asked, graded, seed):
+        return replace(graded, rollouts=[left_untrained(graded.rollouts[0]), *graded.rollouts[1:]])
+
+
 def test_scores_show_the_teacher_what_training_shows_it(tmp_path, tiny_qwen3_folder, tiny_teacher_folder):
     teacher, told = Whispers(tiny_teacher_folder), {}
 
@@ -128,10 +136,11 @@ def test_scores_show_the_teacher_what_training_shows_it(tmp_path, tiny_qwen3_fol
             super().on_train_batch_end(*args)
             told[self.name] = set(teacher.told)
 
-    scores = {"fixed": TeacherKLOnFixedRollouts(3), "fresh": TeacherKL(2, 3), "new": TeacherKLOnNewRollouts(2, 4)}
+    scores = {"fixed": TeacherKLOnFixedRollouts(1), "fresh": TeacherKL(2, 3), "new": TeacherKLOnNewRollouts(2, 4)}
     searches = [Noted(score, candidates=(0.5,), name=name) for name, score in scores.items()]
     module = make_module(tiny_qwen3_folder, tiny_teacher_folder, teacher_object=teacher)
-    make_trainer(tmp_path, 1, callbacks=searches).fit(module, make_data())
+    make_trainer(tmp_path, 1, callbacks=searches).fit(module, make_data(source=LeavesTheFirstOut()))
+    assert all(math.isfinite(search.last_search.baseline) for search in searches)
     assert told == {"fixed": {"2"}, "fresh": {"3"}, "new": {"4"}}  # as many as there are of a prompt; None is nothing
 
 

@@ -194,7 +194,7 @@ class TeacherKLOnFixedRollouts(_MeanOverProcesses):
     their states.
 
     Args:
-        num_rollouts: Rollouts used, over all processes; None takes all of the step.
+        num_rollouts: Rollouts used, over all processes, of those that were trained on; None takes all of them.
 
     Raises:
         ValueError: The number is below 1.
@@ -212,7 +212,8 @@ class TeacherKLOnFixedRollouts(_MeanOverProcesses):
 
     @override
     def sum_and_count(self, trainer: Any, module: OPDModule) -> tuple[float, float]:
-        rollouts = module.give_context(module.last_rollouts)  # before the cut: a teacher may read whole groups
+        told = module.give_context(module.last_rollouts)  # before the cut: a teacher may read whole groups
+        rollouts = [rollout for rollout in told if len(rollout.trained_positions)]
         if self.num_rollouts is not None:
             rollouts = rollouts[: -(-self.num_rollouts // trainer.world_size)]
         total, count = divergence_from_teacher(module, rollouts)
