@@ -168,6 +168,18 @@ def test_a_checkpoint_from_before_the_search_is_searched_at_its_next_step(tmp_pa
     assert rates(trainer)[0] > 1e-4
 
 
+def test_a_second_fit_searches_for_another_module_only(tmp_path):
+    search = LearningRateLineSearch(held_out())
+    trainer, module = fit(tmp_path, Regression(1e-5), search, max_steps=2), Regression(1e-5)
+    found = search.last_search
+    trainer.fit_loop.epoch_loop.max_steps = 3
+    trainer.fit(trainer.lightning_module, Batches())
+    assert search.last_search is found
+    trainer.fit_loop.epoch_loop.max_steps = 4
+    trainer.fit(module, Batches())
+    assert search.last_search is not found
+
+
 def test_each_optimiser_has_a_search_of_its_own(tmp_path):
     search = LearningRateLineSearch(held_out(), optimizer_index=1)
     first, second = rates(fit(tmp_path, Regression(1e-5, num_optimizers=2), search))

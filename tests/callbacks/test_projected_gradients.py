@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from opd_lightning.callbacks.projected_gradients import ProjectedGradients
 
@@ -80,6 +80,20 @@ def test_a_second_fit_goes_on_with_the_early_directions(tmp_path, stop):
         trainer.fit_loop.epoch_loop.max_steps = steps
         trainer.fit(module, loader())
     assert torch.equal(whole.mlp.weight, module.mlp.weight)
+
+
+class Thaws(Callback):
+    def on_fit_start(self, trainer, pl_module):
+        pl_module.head.weight.requires_grad_(False)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pl_module.head.weight.requires_grad_(batch_idx > 3)
+
+
+def test_weights_that_are_trained_later_are_left_alone(tmp_path):
+    frozen = fit(tmp_path, 4, Thaws(), ProjectedGradients(after_steps=2, k=1, matrices="mlp|head"))
+    thawed = fit(tmp_path / "on", 6, Thaws(), ProjectedGradients(after_steps=2, k=1, matrices="mlp|head"))
+    assert torch.linalg.matrix_rank(thawed.head.weight - frozen.head.weight, atol=1e-6) > 1
 
 
 def test_a_run_whose_start_or_whose_matrices_are_not_known_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,7 @@ class LearningRateLineSearch(WeightSearch):
         self._search: RateSearch | None = None
         self._restored: dict[str, Any] | None = None
         self._is_searching = False
+        self._fitted: weakref.ref[LightningModule] | None = None
 
     @property
     def has_pending_search(self) -> bool:
@@ -85,8 +87,10 @@ class LearningRateLineSearch(WeightSearch):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizer = self.find_optimizer(trainer)
         state, self._restored = self._restored, None
-        if state is None and self._search is not None and trainer.global_step > 0:
+        is_same = self._fitted is not None and self._fitted() is pl_module
+        if state is None and self._search is not None and is_same and trainer.global_step > 0:
             state = self._search.state_dict()  # the same run, fitted on
+        self._fitted = weakref.ref(pl_module)
         search = self._search = RateSearch(optimizer)
         if state is not None:
             search.load_state_dict(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,7 +32,8 @@ class ProjectedGradients(Callback):
     Args:
         after_steps: Optimiser steps before.
         k: Directions kept of each matrix.
-        matrices: A regular expression that is searched in the names of trained weights with two axes.
+        matrices: A regular expression that is searched in the names of the weights with two axes that are trained when
+            fit starts.
 
     Raises:
         ValueError: A setting is out of range; when fit starts also when nothing is chosen, weights are cut up, or the
@@ -51,7 +53,8 @@ class ProjectedGradients(Callback):
         self.after_steps, self.k, self.matrices = after_steps, k, matrices
         self._start: dict[str, Tensor] = {}
         self._bases: dict[str, Tensor] = {}
-        self._is_resumed = self._has_begun = False
+        self._is_resumed = False
+        self._fitted: weakref.ref[LightningModule] | None = None  # whose directions these are
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,27 +66,29 @@ class ProjectedGradients(Callback):
             )
         if any(isinstance(weight, DTensor) for weight in weights.values()):
             raise ValueError("ProjectedGradients: weights are cut up here. Use a single device or ddp.")
-        if self._is_resumed or (self._has_begun and trainer.global_step > 0):
+        is_same = self._fitted is not None and self._fitted() is pl_module
+        if self._is_resumed or (is_same and trainer.global_step > 0):
             self._check_names(weights)
         else:
             self._start = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
-            self._bases, self._has_begun = {}, False
+            self._bases, self._fitted = {}, None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step > 0 and not (self._is_resumed or self._has_begun):
+        if trainer.global_step > 0 and not self._is_resumed and self._fitted is None:
             raise ValueError(
                 f"ProjectedGradients: the run has made {trainer.global_step} steps without it, so where its weights"
                 " began is not known. Start a new run, resume from a checkpoint that was written with it, or leave it"
                 " out."
             )
-        self._is_resumed, self._has_begun = False, True
+        self._is_resumed, self._fitted = False, weakref.ref(pl_module)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if trainer.global_step < self.after_steps:
             return
-        weights = dict(self._weights(pl_module))
+        known = self._bases or self._start  # as when fit started: another optimiser's turn may switch gradients off
+        weights = {name: weight for name, weight in pl_module.named_parameters() if name in known}
         if not self._bases:
             for name, weight in weights.items():
                 change = weight.detach().double() - self._start[name].to(weight.device).double()
