@@ -68,6 +68,16 @@ def test_powers_of_two_and_the_last_step_in_bfloat16(tmp_path):
     assert updates.steps == [1, 2, 4, 8, 9] and torch.equal(updates.update(4, NAME), change.bfloat16().double())
 
 
+class Thawing(UpdateRecorder):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pl_module.mlp_frozen.requires_grad_(batch_idx > 0)
+
+
+def test_weights_that_are_trained_later_are_not_recorded(tmp_path):
+    fit(tmp_path, Thawing(), steps=2)
+    assert load_file(next((tmp_path / "updates" / "step=000002").iterdir())).keys() == {NAME}
+
+
 def test_a_resumed_run_records_what_an_uninterrupted_one_does(tmp_path):
     fit(tmp_path / "whole", UpdateRecorder(every_n_steps=2, dtype="float32"))
     trainer, _ = fit(tmp_path / "parts", UpdateRecorder(every_n_steps=2, dtype="float32"), steps=5)

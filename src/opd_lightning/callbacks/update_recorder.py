@@ -44,8 +44,9 @@ class UpdateRecorder(Callback):
 
     Args:
         every_n_steps: Record after every so many optimiser steps; None for powers of two.
-        matrices: A regular expression that is searched in the names of trained weights with two axes. By default the
-            attention and MLP matrices of all layers; ``layers\.(0|13|27)\.`` keeps three layers of them.
+        matrices: A regular expression that is searched in the names of weights with two axes that are trained when the
+            run begins. By default the attention and MLP matrices of all layers; ``layers\.(0|13|27)\.`` keeps three
+            layers of them.
         dirpath: Folder for the records; None is `updates` beside the logs of the run.
         dtype: Of the recorded updates.
         max_records: After so many steps nothing more is recorded, but for the last step.
@@ -83,6 +84,7 @@ class UpdateRecorder(Callback):
         self.folder: Path | None = None
         self.recorded: list[int] = []
         self._start: StoredTensors | None = None
+        self._names: set[str] | None = None  # of the weights in it, once it is there
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -102,6 +104,7 @@ class UpdateRecorder(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._names = None
         named = list(self._named(pl_module))
         if not named:
             some = [name for name, weight in pl_module.named_parameters() if weight.requires_grad and weight.ndim == 2]
@@ -123,7 +126,9 @@ class UpdateRecorder(Callback):
             )
         self.folder = folder
         self._start = tensors_of_folder(folder / START_FOLDER) if trainer.is_global_zero else None
+        self._names = set(trainer.strategy.broadcast([] if self._start is None else sorted(self._start.shapes)))
         self.recorded = [step for step in self.recorded if step <= trainer.global_step]
+        named = list(self._named(pl_module))
         size = sum(_record_bytes(name, weight, self._dtype) for name, weight in named)
         say(trainer, f"UpdateRecorder: {len(named)} weights, {size / 2**20:.3g} MiB per record, in {folder}")
 
@@ -166,7 +171,8 @@ class UpdateRecorder(Callback):
 
     def _named(self, module: LightningModule) -> Iterator[tuple[str, Tensor]]:
         for name, weight in module.named_parameters():
-            if weight.requires_grad and weight.ndim == 2 and self._chosen.search(name):
+            is_wanted = weight.requires_grad if self._names is None else name in self._names
+            if is_wanted and weight.ndim == 2 and self._chosen.search(name):
                 yield name, weight
 
     def _folder_of(self, trainer: Trainer) -> Path:
