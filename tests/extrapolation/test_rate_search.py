@@ -150,6 +150,14 @@ def test_a_step_of_nothing_is_not_searched_but_the_next_power_of_two_is():
     assert run.scheduler.base_lrs == pytest.approx([report.new_rate, 2 * report.new_rate])
 
 
+def test_a_first_group_that_stands_still_does_not_end_the_search():
+    run = Run(1e-4)
+    run.optimizer.param_groups[0]["lr"] = 0.0
+    report = run.train_step(RateSearch(run.optimizer))
+    assert report.accepted and report.old_rate == 2e-4
+    assert run.rates() == [0.0, report.new_rate]
+
+
 def test_its_state_is_plain_numbers_and_goes_on():
     run = Run(1e-3)
     search = RateSearch(run.optimizer)

@@ -29,7 +29,7 @@ class RateReport:
     Attributes:
         step: Optimiser steps counted when it ran.
         found: Scores of the multiples of that step.
-        old_rate: The rate of the first parameter group before (with a warm-up: the one that it leads to).
+        old_rate: The rate before (with a warm-up: the one that it leads to) of the first parameter group that has any.
         new_rate: The same rate now.
         is_final: Whether no further search will follow.
         seconds: Wall-clock time.
@@ -112,6 +112,7 @@ class RateSearch:
         self.is_final = False
         self.last_search: RateReport | None = None
         self._weights: AnchoredWeights | None = None
+        self._group = 0  # whose rate is told: the first that moves, since all are scaled alike
         self._step_rate = math.nan
         self._num_before = 0  # steps made when these weights were kept
 
@@ -124,7 +125,9 @@ class RateSearch:
         """Keep the weights before a step that is about to be made, when it is to be searched."""
         if self.will_search:
             self._weights = AnchoredWeights(self._trainable())
-            self._step_rate = float(self.optimizer.param_groups[0]["lr"])
+            rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+            self._group = next((number for number, rate in enumerate(rates) if rate > 0), 0)
+            self._step_rate = rates[self._group]
             self._num_before = self.num_steps
 
     def count_step(self) -> None:
@@ -179,7 +182,7 @@ class RateSearch:
             return agree(float(score()))
 
         weights.begin()
-        old_rate = peak_rate(self.optimizer, schedulers)
+        old_rate = peak_rate(self.optimizer, schedulers, self._group)
         try:
             found = find_step_length(evaluate)
             factor = found.best.scale * self._step_rate / old_rate if found.best.scale > 0 else 1.0

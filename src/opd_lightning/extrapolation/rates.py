@@ -30,11 +30,11 @@ def scale_rates(optimizer: Optimizer, schedulers: Iterable[Any], factor: float) 
         _scale(vars(scheduler), _SCHEDULER_RATES, factor)
 
 
-def peak_rate(optimizer: Optimizer, schedulers: Iterable[Any]) -> float:
-    """The largest rate of the first parameter group that its schedule is known to reach (the end of a warm-up, say)."""
-    group = optimizer.param_groups[0]
+def peak_rate(optimizer: Optimizer, schedulers: Iterable[Any], number: int = 0) -> float:
+    """The largest rate of a parameter group that its schedule is known to reach (the end of a warm-up, say)."""
+    group = optimizer.param_groups[number]
     peaks = [float(group[name]) for name in ("lr", "initial_lr", "max_lr") if name in group]
-    peaks += [float(scheduler.max_lrs[0]) for scheduler in _flat(schedulers) if hasattr(scheduler, "max_lrs")]
+    peaks += [float(scheduler.max_lrs[number]) for scheduler in _flat(schedulers) if hasattr(scheduler, "max_lrs")]
     return max(peaks)
 
 
