@@ -24,7 +24,9 @@ GREEDY = Sampling(max_new_tokens=8, temperature=0.0)
 WARM = Sampling(max_new_tokens=8, temperature=0.7)
 
 
-BOTH_HEADS = pytest.mark.parametrize("folder", [0, 14], indirect=True, ids=["exact head", "padded head"])
+BOTH_HEADS = pytest.mark.parametrize(
+    "folder", [pytest.param(0, marks=pytest.mark.slow), 14], indirect=True, ids=["exact head", "padded head"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +258,7 @@ def test_a_transfer_may_be_in_another_dtype(student, folder, tmp_path):
     assert torch.equal(fake.model.state_dict()[name], mine[name].bfloat16().float()) and weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("aborts", [[2], [0, 1]])
+@pytest.mark.parametrize("aborts", [[2], pytest.param([0, 1], marks=pytest.mark.slow)])
 def test_answers_that_are_called_off_are_asked_for_again(student, folder, aborts):
     fake = FakeVLLM(folder)
     with serve(fake) as url:

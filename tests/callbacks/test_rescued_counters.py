@@ -86,7 +86,11 @@ def whole(tmp_path_factory, tiny_qwen3_folder, tiny_teacher_folder):
 INTERVALS = [{}, {"val_check_interval": 1.0, "check_val_every_n_epoch": 1}]
 
 
-@pytest.mark.parametrize("options", INTERVALS, ids=["by steps", "by passes"])
+@pytest.mark.parametrize(
+    "options",
+    [INTERVALS[0], pytest.param(INTERVALS[1], marks=pytest.mark.slow)],
+    ids=["by steps", "by passes"],
+)
 @pytest.mark.parametrize(
     ("place", "step"),
     [

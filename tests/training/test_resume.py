@@ -48,7 +48,7 @@ def whole_weights(tmp_path_factory, tiny_qwen3_folder, tiny_teacher_folder):
 
 
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
-@pytest.mark.parametrize("selector", [Shuffled, InOrder, DifficultyPool])
+@pytest.mark.parametrize("selector", [Shuffled, pytest.param(InOrder, marks=pytest.mark.slow), DifficultyPool])
 @pytest.mark.parametrize("stop", [1, 4])  # an epoch is 3 steps: stop inside the first and inside the second
 def test_stop_and_resume_equals_one_run(
     tmp_path, tiny_qwen3_folder, tiny_teacher_folder, whole_weights, selector, lora, stop
