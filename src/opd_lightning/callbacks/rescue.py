@@ -187,8 +187,9 @@ class RescueCheckpoint(Callback):
         """Why a checkpoint written now would not resume exactly, if it would not."""
         if any(getattr(callback, "has_pending_search", False) for callback in trainer_callbacks(trainer)):
             return "a search was under way"
-        has_moved = getattr(pl_module, "weight_version", None) != self.version_before_step
-        if not self.is_between_steps and (self.has_gradients or has_moved):
+        if not self.is_between_steps and (
+            self.has_gradients or getattr(pl_module, "weight_version", None) != self.version_before_step
+        ):
             return "a step had changed the weights in part"
         if trainer.validating and any(isinstance(c, WeightAveraging) for c in trainer_callbacks(trainer)):
             return "averaged weights were in place for the validation"
