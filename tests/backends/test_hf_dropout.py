@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -96,9 +97,9 @@ ROLLOUTS = [rollout_of("a", 1, [9, 10], [11, 12, 13]), rollout_of("a", 2, [9, 10
 def test_what_an_adapter_drops_is_a_function_of_step_rollout_and_position(tiny_qwen3_folder, gradient_checkpointing):
     lora = LoraSettings(r=2, dropout=0.5)
     student = HFStudent(str(tiny_qwen3_folder), lora=lora, gradient_checkpointing=gradient_checkpointing)
+    torch.manual_seed(0)
     with pytest.warns(UserWarning, match="dropout"):
         model = student.load()
-    torch.manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
@@ -115,11 +116,12 @@ def test_what_an_adapter_drops_is_a_function_of_step_rollout_and_position(tiny_q
             states(batch).sin().sum().backward()  # not their squares, whose sum the last norm fixes
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
+    same = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)  # another mask changes them by about 1
     first, second = ROLLOUTS
     together = states(ROLLOUTS)
     for side in ("right", "left"):
-        torch.testing.assert_close(states([second, first], side=side)[5:], together[:3])
-    torch.testing.assert_close(torch.cat([states([first]), states([second])]), together)
+        same(states([second, first], side=side)[5:], together[:3])
+    same(torch.cat([states([first]), states([second])]), together)
     assert not torch.allclose(together[:3], together[3:6])  # another rollout of the same words
     assert not torch.allclose(states(ROLLOUTS, step=8), together)
     whole, in_parts = gradient(ROLLOUTS), gradient([second], [first])
