@@ -23,7 +23,7 @@ from fewer_rollouts_arms import PROBLEMS, Arm, Target
 from fewer_rollouts_groups import GROUPS
 from lightning.pytorch import Trainer, seed_everything
 from sandbox_runs import RESULTS as FOLDER
-from sandbox_runs import Trajectory, facts, fit, run_missing
+from sandbox_runs import Trajectory, facts, fit, measure, run_missing
 
 from opd_lightning.backends.hf import HFEngine, HFStudent, HFTeacher
 from opd_lightning.backends.vllm.colocated import VLLMColocatedEngine
@@ -92,6 +92,7 @@ class Costs(Trajectory):
         super().__init__(problem.num_held_out, arm.average)
         self.arm, self.problem, self.engine = arm, problem, engine
         self.since_evaluation = 0
+        self.final: dict[str, float] = {}
 
     def begin(self, trainer: Trainer) -> None:
         self.engine.forget()
@@ -124,6 +125,11 @@ class Costs(Trajectory):
         readout, point = "averaged_" if self.arm.average else "", points[-1]
         there = point[f"{readout}kl"] <= self.problem.kl and point[f"{readout}accuracy"] >= self.problem.accuracy
         return bool(there or self.seconds >= self.problem.max_seconds)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """The last look, at more problems."""
+        if num := self.problem.num_final:
+            self.final = {"problems": num} | measure(trainer, pl_module, num)
 
     def add_point(self, trainer: Trainer, module: Any) -> None:
         """Without counting what evaluation generates, and with the weights as they are."""
@@ -164,7 +170,8 @@ def run(arm: Arm, seed: int) -> dict[str, Any]:
     )
     fit(module, data, [*arm.make_callbacks(), costs], arm.max_updates)
     bar = {"kl": problem.kl, "accuracy": problem.accuracy}
-    return {"settings": asdict(arm) | facts() | {"bar": bar}, "trajectory": costs.points}
+    record = {"settings": asdict(arm) | facts() | {"bar": bar}, "trajectory": costs.points}
+    return record | ({"final": costs.final} if costs.final else {})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What fewer_rollouts.py compares: problems with their bars, and what a run may differ in."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Target:
         no_use_above: A loss in training at which a run need not be evaluated to be known as not there yet.
         max_seconds: Processor seconds after which a run gives up.
         max_tokens: Padded tokens of a micro-batch.
+        num_final: Held-out problems that are answered once more when the run is over; 0 for none.
     """
 
     student: str
@@ -48,6 +49,7 @@ class Target:
     no_use_above: float
     max_seconds: float
     max_tokens: int = 16384
+    num_final: int = 0
 
 
 def short(name: str, no_use_above: float, max_seconds: float) -> Target:
@@ -66,21 +68,24 @@ def short(name: str, no_use_above: float, max_seconds: float) -> Target:
     )
 
 
+LONG = Target(
+    "sandbox:long-student",
+    "sandbox:long-teacher",
+    LedgerTask,
+    max_new_tokens=MAX_NEW_TOKENS,
+    kl=BARS["far"].kl,  # the near one is on the way
+    accuracy=BARS["far"].accuracy,
+    num_held_out=NUM_HELD_OUT,
+    no_use_above=0.05,
+    max_seconds=300,
+    max_tokens=2048,
+)
 PROBLEMS = {
     "near": short("near", no_use_above=0.1, max_seconds=60),
     "far": short("far", no_use_above=0.01, max_seconds=120),
-    "long": Target(
-        "sandbox:long-student",
-        "sandbox:long-teacher",
-        LedgerTask,
-        max_new_tokens=MAX_NEW_TOKENS,
-        kl=BARS["far"].kl,  # the near one is on the way
-        accuracy=BARS["far"].accuracy,
-        num_held_out=NUM_HELD_OUT,
-        no_use_above=0.05,
-        max_seconds=300,
-        max_tokens=2048,
-    ),
+    "long": LONG,
+    # to the far divergence, and there enough problems to tell accuracies apart
+    "long-arrived": replace(LONG, make_task=lambda: LedgerTask(num_validation=1024), accuracy=0.0, num_final=1024),
 }
 
 

@@ -16,7 +16,7 @@ def near(rollouts: int, lr: float, mini_batches: int = 1, passes: int = 1, **opt
 
 def long(rollouts: int, lr: float, mini_batches: int = 1, passes: int = 1, **options: Any) -> Arm:
     """An arm of the long sandbox."""
-    return Arm(rollouts, lr, mini_batches, passes, target="long", **options)
+    return Arm(rollouts, lr, mini_batches, passes, **{"target": "long"} | options)
 
 
 SMALL_ROUNDS = near(64, 3e-4, 4, 4)
@@ -76,6 +76,14 @@ GROUPS: dict[str, tuple[range, list[Arm]]] = {  # seeds, arms; most important fi
     "long-reuse-tuned": (FRESH_FIVE, [long(128, 1e-3, 8, 4, max_updates=96)]),  # to the near bar
     "long-reuse-decay": (FRESH_FIVE, [long(128, 1e-3, 8, 4, decay=256, max_updates=256)]),
     "long-plain-decay": (FRESH_FIVE, [long(64, 2e-3, decay=64, evaluate_every=5, max_updates=64)]),
+    "long-arrived": (
+        FRESH_FIVE,
+        [
+            replace(LONG, target="long-arrived"),
+            long(64, 1e-3, evaluate_every=5, target="long-arrived"),
+            replace(LONG, target="long-arrived", average=0.97),
+        ],
+    ),
     "long-horizon": (range(30, 32), [replace(LONG, horizon=32)]),
     "long-vllm": (  # in an environment with vLLM
         range(30, 32),
