@@ -23,7 +23,7 @@ from fewer_rollouts_arms import PROBLEMS, Arm, Target
 from fewer_rollouts_groups import GROUPS
 from lightning.pytorch import Trainer, seed_everything
 from sandbox_runs import RESULTS as FOLDER
-from sandbox_runs import Trajectory, facts, fit, measure, run_missing
+from sandbox_runs import Trajectory, facts, fit, run_missing
 
 from opd_lightning.backends.hf import HFEngine, HFStudent, HFTeacher
 from opd_lightning.backends.vllm.colocated import VLLMColocatedEngine
@@ -129,7 +129,7 @@ class Costs(Trajectory):
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """The last look, at more problems."""
         if num := self.problem.num_final:
-            self.final = {"problems": num} | measure(trainer, pl_module, num)
+            self.final = {"problems": num} | self.readings(trainer, pl_module, num)
 
     def add_point(self, trainer: Trainer, module: Any) -> None:
         """Without counting what evaluation generates, and with the weights as they are."""

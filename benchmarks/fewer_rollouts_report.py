@@ -7,7 +7,7 @@ generation is taken to be so many times slower that it fills that share of a ste
 seconds; everything else stays as measured.
 
 Hardware: any.
-Command:  python benchmarks/fewer_rollouts_report.py [near|far|long-near|long-divergence|long ...]
+Command:  python benchmarks/fewer_rollouts_report.py [near|far|long-near|long-divergence|long|long-arrived ...]
 """
 
 import math
@@ -33,6 +33,7 @@ REPORTS = {  # bar: problem of the runs
     "long-near": "long",
     "long-divergence": "long",  # that of the far bar, without its accuracy
     "long": "long",
+    "long-arrived": "long-arrived",  # to that divergence again, and then many problems
 }
 LONG_BARS = {"long-near": vars(BARS["near"]), "long-divergence": {"kl": BARS["far"].kl, "accuracy": 0.0}}
 PLAIN_KEYS = ("max_kl", "search", "blind", "horizon", "is_behind", "penalty", "lora")
@@ -154,6 +155,27 @@ def read_long_sandbox() -> list[dict[str, Any]]:
     return runs
 
 
+def finals(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy on many problems where each run ended, percent, and minus the plain run's of the same seed."""
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for run in runs:
+        readout = "averaged_" if run["settings"].get("average") else ""
+        found[run["arm"]][run["seed"]] = 100 * run["final"][f"{readout}accuracy"]
+    plain = found[next(run["arm"] for run in runs if is_plain(run))]
+    lines = [
+        f"| arm | seeds | accuracy on {runs[0]['final']['problems']:,} | minus the plain run's |",
+        "|---|---|---|---|",
+    ]
+    for arm, by_seed in found.items():
+        less = [value - plain[seed] for seed, value in by_seed.items() if seed in plain]
+        mean, half = interval(less)
+        accuracy, difference = describe(list(by_seed.values())), f"{mean:+.1f} ± {half:.1f}"
+        lines.append(
+            f"| {arm} | {show_seeds(sorted(by_seed))} | {accuracy} | {'' if by_seed is plain else difference} |"
+        )
+    return "\n".join(lines)
+
+
 def describe(values: Sequence[float]) -> str:
     """Mean and half width of the 95 % t-interval."""
     mean, half = interval(values)
@@ -186,6 +208,8 @@ def main(names: Sequence[str]) -> None:
             print(f"\n### {name}: {title}\n\n{table.costs()}\n")
             print(f"Generation takes {table.measured_share:.0%} of the reference's seconds as measured.")
             others = [arm for arm in table.finishes if arm not in table.plain and any(table.finishes[arm].values())]
+            if name == "long-arrived":
+                print(f"\n{finals(chosen)}")
             print(f"\nTimes less than the best plain arm on each axis:\n\n{table.ratios(others)}")
 
 

@@ -81,16 +81,20 @@ class Trajectory(Callback):
         """Whether the run ends at the last of these points."""
 
     def add_point(self, trainer: Trainer, module: Any) -> None:
-        """What has been spent, reverse KL per token and sampled accuracy on the held-out problems."""
-        point = self.spent(trainer) | measure(trainer, module, self.num_held_out)
+        """What has been spent, and the readings of the held-out problems."""
+        self.points.append(self.spent(trainer) | self.readings(trainer, module, self.num_held_out))
+
+    def readings(self, trainer: Trainer, module: Any, num_held_out: int) -> dict[str, float]:
+        """What `measure` says of the weights, and of their average if there is one."""
+        found = measure(trainer, module, num_held_out)
         if self.average_decay:
             weights = [weight.data for weight in module.student.parameters()]
             current = [weight.clone() for weight in weights]
             torch._foreach_copy_(weights, self.average)
-            averaged = measure(trainer, module, self.num_held_out)
+            averaged = measure(trainer, module, num_held_out)
             torch._foreach_copy_(weights, current)
-            point |= {f"averaged_{name}": value for name, value in averaged.items()}
-        self.points.append(point)
+            found |= {f"averaged_{name}": value for name, value in averaged.items()}
+        return found
 
 
 def measure(trainer: Any, module: OPDModule, num_held_out: int) -> dict[str, float]:

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 from fewer_rollouts_groups import GROUPS
-from fewer_rollouts_report import RESULTS, Table, finish, is_plain
+from fewer_rollouts_report import RESULTS, Table, finals, finish, is_plain
 from sandbox_runs import read_runs, run_missing
 
 
@@ -50,6 +50,22 @@ def test_an_averaged_arm_is_read_at_its_average(runs):
     ]
     assert finish(averaged, averaged["settings"]["bar"])["rounds"] == 0
     assert is_plain(averaged) and not is_plain(runs[4])
+
+
+def test_final_accuracies_are_compared_seed_by_seed():
+    plain, reuse = (0.90, 0.94), {"accuracy": (0.91, 0.93), "averaged_accuracy": (0.92, 0.96)}
+    runs = [
+        make_run("plain", i, 9, 1.0, 0.5) | {"final": {"problems": 100, "accuracy": a}} for i, a in enumerate(plain)
+    ]
+    for average in (0.0, 0.9):
+        for i in range(2):
+            final = {"problems": 100} | {name: values[i] for name, values in reuse.items()}
+            arm = "averaged" if average else "reuse"
+            runs.append(make_run(arm, i, 2, 1.0, 0.5, passes=4, average=average) | {"final": final})
+    table = finals(runs).splitlines()
+    assert table[2].startswith("| near plain | 0, 1 | 92 ±") and table[2].endswith("|  |")
+    assert table[3].startswith("| near reuse | 0, 1 | 92 ±") and "| +0.0 ±" in table[3]
+    assert table[4].startswith("| near averaged | 0, 1 | 94 ±") and "| +2.0 ±" in table[4]
 
 
 def test_only_what_is_missing_is_run(tmp_path):
