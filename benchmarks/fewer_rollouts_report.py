@@ -168,11 +168,9 @@ def finals(runs: Sequence[Mapping[str, Any]]) -> str:
     ]
     for arm, by_seed in found.items():
         less = [value - plain[seed] for seed, value in by_seed.items() if seed in plain]
-        mean, half = interval(less)
-        accuracy, difference = describe(list(by_seed.values())), f"{mean:+.1f} ± {half:.1f}"
-        lines.append(
-            f"| {arm} | {show_seeds(sorted(by_seed))} | {accuracy} | {'' if by_seed is plain else difference} |"
-        )
+        (mean, half), (more, width) = interval(list(by_seed.values())), interval(less)
+        difference = "" if by_seed is plain else f"{more:+.1f} ± {width:.1f}"
+        lines.append(f"| {arm} | {show_seeds(sorted(by_seed))} | {mean:.1f} ± {half:.1f} | {difference} |")
     return "\n".join(lines)
 
 

@@ -63,9 +63,9 @@ def test_final_accuracies_are_compared_seed_by_seed():
             arm = "averaged" if average else "reuse"
             runs.append(make_run(arm, i, 2, 1.0, 0.5, passes=4, average=average) | {"final": final})
     table = finals(runs).splitlines()
-    assert table[2].startswith("| near plain | 0, 1 | 92 ±") and table[2].endswith("|  |")
-    assert table[3].startswith("| near reuse | 0, 1 | 92 ±") and "| +0.0 ±" in table[3]
-    assert table[4].startswith("| near averaged | 0, 1 | 94 ±") and "| +2.0 ±" in table[4]
+    assert table[2].startswith("| near plain | 0, 1 | 92.0 ±") and table[2].endswith("|  |")
+    assert table[3].startswith("| near reuse | 0, 1 | 92.0 ±") and "| +0.0 ±" in table[3]
+    assert table[4].startswith("| near averaged | 0, 1 | 94.0 ±") and "| +2.0 ±" in table[4]
 
 
 def test_only_what_is_missing_is_run(tmp_path):
