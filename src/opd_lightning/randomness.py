@@ -44,6 +44,17 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed torch's global generators of the CPU and of one device.
+
+    `torch.manual_seed` seeds every kind of device, and notes down the call stack for those not in use yet: that takes a
+    millisecond.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
 def hashed_uniforms(seeds: Tensor, position: int | Tensor) -> Tensor:
     """One uniform number in (0, 1) per seed, for one position of its stream.
 

@@ -140,7 +140,7 @@ def distill(packing, **options):
     (compared,) = compare(student, model, [collate(rollouts, 0)], objective, teacher, objective.request(), facts_k=4)
     compared.losses.sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    share, total = comparison_statistics(compared)[0]["padding_share"]
+    share, total = comparison_statistics([compared])[0]["padding_share"]
     return compared, gradients, float(share / total)
 
 

@@ -213,7 +213,7 @@ class TeacherKLOnFixedRollouts(_MeanOverProcesses):
     @override
     def sum_and_count(self, trainer: Any, module: OPDModule) -> tuple[float, float]:
         told = module.give_context(module.last_rollouts)  # before the cut: a teacher may read whole groups
-        rollouts = [rollout for rollout in told if len(rollout.trained_positions)]
+        rollouts = [rollout for rollout in told if rollout.num_trained]
         if self.num_rollouts is not None:
             rollouts = rollouts[: -(-self.num_rollouts // trainer.world_size)]
         total, count = divergence_from_teacher(module, rollouts)

@@ -222,7 +222,7 @@ class TokenRecorder(Callback):
         self.recorded.append(step)
 
     def _inspect(self, module: OPDModule, rollouts: Sequence[Rollout], *, is_trained: bool) -> list[InspectedRollout]:
-        rollouts = [rollout for rollout in rollouts if len(rollout.trained_positions)]
+        rollouts = [rollout for rollout in rollouts if rollout.num_trained]
         needed, teacher = module.score_request or module.objective.request(), module.teacher
         look = Look(
             module.objective,

@@ -75,7 +75,7 @@ class MicroBatch:
 
     def by_rollout(self, values: Tensor, dim: int = 0) -> list[Tensor]:
         """Cut values of response tokens, [N, ...] or with N at another dimension, into those of each rollout."""
-        return list(torch.split(values, [len(rollout.trained_positions) for rollout in self.rollouts], dim))
+        return list(torch.split(values, [rollout.num_trained for rollout in self.rollouts], dim))
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return a copy with its tensors on the device."""

@@ -135,6 +135,11 @@ class Rollout:
             return torch.arange(len(self.response_ids))
         return self.student_wrote.nonzero().squeeze(-1)
 
+    @property
+    def num_trained(self) -> int:
+        """N, the number of tokens that the student wrote."""
+        return len(self.response_ids) if self.student_wrote is None else int(self.student_wrote.sum())
+
     def to(self, *args: Any, **kwargs: Any) -> Rollout:
         """Nothing to move: rollouts live on the CPU."""
         return self

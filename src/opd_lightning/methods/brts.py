@@ -244,7 +244,7 @@ def with_shares(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """
     counts = [0, 0]
     for rollout in rollouts:
-        counts[_is_teachers(rollout)] += len(rollout.trained_positions)
+        counts[_is_teachers(rollout)] += rollout.num_trained
     own, theirs = (sum(column) for column in zip(*gather_objects(counts), strict=True))
     shares = [(own + theirs) / max(count, 1) for count in (own, theirs)]
     return [

@@ -55,7 +55,7 @@ def known_divisor(normalizer: Normalizer, micro_batches: Sequence[MicroBatch]) -
         return sum(micro_batch.num_tokens for micro_batch in micro_batches)
     if normalizer == "sequences":
         rollouts = [rollout for micro_batch in micro_batches for rollout in micro_batch.rollouts]
-        return sum(len(rollout.trained_positions) > 0 for rollout in rollouts)
+        return sum(rollout.num_trained > 0 for rollout in rollouts)
     if normalizer == "kept_tokens":
         return None
     raise ValueError(

@@ -83,37 +83,51 @@ def collate(rollouts: Sequence[Rollout], pad_id: int, *, side: Literal["left", "
         pad_id: Fills the padding; may equal a stop id, since nothing ever looks for it.
         side: Where the padding goes.
     """
-    lengths = [sequence_length(rollout) for rollout in rollouts]
-    width = max(lengths)
-    input_ids = torch.full((len(rollouts), width), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(rollouts), width), dtype=torch.int64)
-    position_ids = torch.zeros((len(rollouts), width), dtype=torch.int64)
-    rows, columns, positions = [], [], []
-    ids, log_probs = [], []
-    for row, (rollout, length) in enumerate(zip(rollouts, lengths, strict=True)):
-        start = width - length if side == "left" else 0
-        input_ids[row, start : start + length] = torch.cat([rollout.prompt_ids, rollout.response_ids])
-        attention_mask[row, start : start + length] = 1
-        position_ids[row, start : start + length] = torch.arange(length)
-        places = rollout.trained_positions
-        first = start + len(rollout.prompt_ids) - 1  # the last prompt token predicts the first response token
-        rows.append(torch.full_like(places, row))
-        columns.append(first + places)
-        positions.append(places)
-        ids.append(rollout.response_ids[places])
-        log_probs.append(rollout.log_probs[places])
+    # few operations on whole micro-batches, not many on each rollout: with short rollouts those take longer than moving
+    # the tokens
+    lengths = torch.tensor([sequence_length(rollout) for rollout in rollouts])
+    width = int(lengths.max())
+    starts = width - lengths if side == "left" else torch.zeros_like(lengths)
+    steps = torch.arange(width) - starts[:, None]
+    is_real = (steps >= 0) & (steps < lengths[:, None])
+    input_ids = torch.full(is_real.shape, pad_id, dtype=torch.int64)
+    input_ids[is_real] = torch.cat([ids for rollout in rollouts for ids in (rollout.prompt_ids, rollout.response_ids)])
+
+    sizes = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
+    places = _trained_places(rollouts)
+    rows = torch.arange(len(rollouts)).repeat_interleave(sizes)[places]
+    positions = places - (sizes.cumsum(0) - sizes)[rows]
+    firsts = starts + lengths - sizes - 1  # the last prompt token predicts the first response token
     return MicroBatch(
         input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        rows=torch.cat(rows),
-        columns=torch.cat(columns),
-        tokens=ResponseTokens(torch.cat(ids), torch.cat(log_probs), torch.cat(positions), _join_extras(rollouts)),
+        attention_mask=is_real.long(),
+        position_ids=torch.where(is_real, steps, 0),
+        rows=rows,
+        columns=firsts[rows] + positions,
+        tokens=ResponseTokens(
+            torch.cat([rollout.response_ids for rollout in rollouts])[places],
+            torch.cat([rollout.log_probs for rollout in rollouts])[places],
+            positions,
+            {name: values[places] for name, values in _join_extras(rollouts).items()},
+        ),
         rollouts=tuple(rollouts),
     )
+
+
+def _trained_places(rollouts: Sequence[Rollout]) -> Tensor:
+    """int64 [N]: where the tokens that the student wrote are in all responses laid end to end."""
+    if all(rollout.student_wrote is None for rollout in rollouts):
+        return torch.arange(sum(len(rollout.response_ids) for rollout in rollouts))
+    wrote = (
+        torch.ones(len(rollout.response_ids), dtype=torch.bool)
+        if rollout.student_wrote is None
+        else rollout.student_wrote
+        for rollout in rollouts
+    )
+    return torch.cat(list(wrote)).nonzero().squeeze(-1)
 
 
 def _join_extras(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
     names = rollouts[0].extras.keys()
     assert all(rollout.extras.keys() == names for rollout in rollouts), "an objective shapes all rollouts or none"
-    return {name: torch.cat([r.extras[name][r.trained_positions] for r in rollouts]) for name in names}
+    return {name: torch.cat([rollout.extras[name] for rollout in rollouts]) for name in names}

@@ -5,12 +5,13 @@ Knows students, teachers and objectives through their seams; knows no trainer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from opd_lightning.interfaces import MicroBatch, Objective, Rollout, ScoreRequest, Student, Teacher, TrainedRollout
 from opd_lightning.objectives import compare_in_chunks
@@ -35,15 +36,48 @@ class Comparison:
     facts: dict[str, Tensor]
     is_packed: bool = False
 
+    def detached(self) -> Comparison:
+        """The same without gradient."""
+        return replace(self, losses=self.losses.detach())
+
     def by_rollout(self) -> list[TrainedRollout]:
         """Losses and facts of each rollout, on the CPU."""
         together = torch.stack([self.losses.detach().float(), *self.facts.values()]).cpu()
+        names = tuple(self.facts)
         return [
-            TrainedRollout(rollout, losses, dict(zip(self.facts, facts, strict=True)))
-            for rollout, (losses, *facts) in zip(
+            TrainedRollout(rollout, table[0], _Rows(names, table[1:]))
+            for rollout, table in zip(
                 self.micro_batch.rollouts, self.micro_batch.by_rollout(together, dim=-1), strict=True
             )
         ]
+
+
+class _Rows(Mapping[str, Tensor]):
+    """Rows of a table by name: a step has thousands, and few are looked at.
+
+    Args:
+        names: One for each row.
+        table: [k, N].
+    """
+
+    def __init__(self, names: tuple[str, ...], table: Tensor) -> None:
+        self._names = names
+        self._table = table
+
+    @override
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self._table[self._names.index(name)]
+        except ValueError:
+            raise KeyError(name) from None
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def make_micro_batches(

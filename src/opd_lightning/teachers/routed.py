@@ -110,7 +110,7 @@ class Routed(SeveralTeachers):
         names = [self.route(rollout.problem) for rollout in batch.rollouts]
         if len(set(names)) == 1:
             return {names[0]: (torch.arange(batch.num_tokens), batch)}
-        lengths = torch.tensor([len(rollout.trained_positions) for rollout in batch.rollouts])
+        lengths = torch.tensor([rollout.num_trained for rollout in batch.rollouts])
         owner = torch.arange(len(names)).repeat_interleave(lengths)
         found = {}
         for name in self.teachers:

@@ -106,7 +106,7 @@ class StoredTeacher(Teacher):
         for answer in self._answers.get(rollout.problem.uid, []):
             difference = answer.difference(rollout)
             if difference is None:
-                own = slice(len(rollout.trained_positions))
+                own = slice(rollout.num_trained)
                 return answer.sampled[own], answer.top_ids[own], answer.top_log_probs[own]
             if difference[0] > shared:
                 nearest, (shared, reason) = answer.place, difference

@@ -29,11 +29,10 @@ def look_first(
     Raises:
         ValueError: The weighting gave others back than it was given, or nothing of one.
     """
-    seen: list[TrainedRollout] = []
     with torch.no_grad():
-        for compared in comparisons:
-            metrics.update(*comparison_statistics(compared))
-            seen += compared.by_rollout()
+        compared = list(comparisons)
+    metrics.update(*comparison_statistics(compared))
+    seen = [rollout for each in compared for rollout in each.by_rollout()]
     rollouts = list(weighting.look(seen))
     if [each.seed for each in rollouts] != [each.rollout.seed for each in seen]:
         raise ValueError(

@@ -58,10 +58,9 @@ class Means(Metric):
     def update(self, pairs: Mapping[str, SumAndCount], maxima: Mapping[str, Tensor | float] | None = None) -> None:
         """Add (sum, count) pairs and take maxima."""
         self._adopt_names(tuple(pairs), tuple(maxima or ()))
-        for name, (total, count) in pairs.items():
-            row = self.totals[self.names.index(name)]  # kept on the device: reading it here would wait for the GPU
-            row[0] += total
-            row[1] += count
+        if pairs:
+            rows = torch.tensor([self.names.index(name) for name in pairs], device=self.totals.device)
+            self.totals.index_add_(0, rows, _table(list(pairs.values()), self.totals))
         for name, value in (maxima or {}).items():
             peak = self.peaks[self.peak_names.index(name)]
             peak.copy_(torch.maximum(peak, torch.as_tensor(value, dtype=peak.dtype, device=peak.device)))
@@ -85,6 +84,18 @@ class Means(Metric):
             self.totals = torch.cat([self.totals, self.totals.new_zeros(missing, 2)])
         if missing := len(self.peak_names) - len(self.peaks):
             self.peaks = torch.cat([self.peaks, self.peaks.new_full((missing,), -torch.inf)])
+
+
+def _table(pairs: Sequence[SumAndCount], like: Tensor) -> Tensor:
+    """[k, 2] of the pairs, like another in dtype and device; none is read, which would wait for a GPU."""
+    entries = [entry for pair in pairs for entry in pair]
+    numbers = [0 if isinstance(entry, Tensor) else entry for entry in entries]
+    table = torch.tensor(numbers, dtype=like.dtype, device=like.device)
+    places = [i for i, entry in enumerate(entries) if isinstance(entry, Tensor)]
+    if places:
+        tensors = torch.stack([torch.as_tensor(entries[i], dtype=like.dtype, device=like.device) for i in places])
+        table = tensors if len(places) == len(table) else table.index_put((torch.tensor(places),), tensors)
+    return table.view(-1, 2)
 
 
 class AnswerMetrics(Metric):
@@ -177,17 +188,23 @@ def speeds(batch: RolloutBatch, seconds: Mapping[str, float]) -> dict[str, SumAn
     return pairs
 
 
-def comparison_statistics(compared: Comparison) -> tuple[dict[str, SumAndCount], dict[str, Tensor]]:
-    """(sum, count) and maxima of a compared micro-batch: loss, padding, and every fact where it is defined."""
-    batch, losses = compared.micro_batch, compared.losses.detach()
-    num_real = batch.attention_mask.sum()
-    num_run = num_real if compared.is_packed else torch.full_like(num_real, batch.attention_mask.numel())
+def comparison_statistics(
+    compared: Sequence[Comparison],
+) -> tuple[dict[str, SumAndCount], dict[str, Tensor]]:
+    """(sum, count) and maxima of compared micro-batches: loss, padding, and every fact where it is defined."""
+    if not compared:
+        return {}, {}
+    losses = torch.cat([each.losses.detach() for each in compared])
+    num_real = torch.stack([each.micro_batch.attention_mask.sum() for each in compared])
+    sizes = [0 if each.is_packed else each.micro_batch.attention_mask.numel() for each in compared]
+    num_run = torch.maximum(num_real, torch.tensor(sizes, device=num_real.device))
+    facts = {name: torch.cat([each.facts[name] for each in compared]) for name in compared[0].facts}
     sums: dict[str, SumAndCount] = {
-        "loss": (losses.sum(), batch.num_tokens),
-        "padding_share": (num_run - num_real, num_run),
+        "loss": (losses.sum(), len(losses)),
+        "padding_share": ((num_run - num_real).sum(), num_run.sum()),
     }
-    sums |= fact_statistics(compared.facts, tuple(compared.facts))
-    mismatch = compared.facts.get("rollout_mismatch")
+    sums |= fact_statistics(facts, tuple(facts))
+    mismatch = facts.get("rollout_mismatch")
     if mismatch is None:
         return sums, {}
     nothing = mismatch.new_full((1,), -torch.inf)  # where it is not known there is no maximum
@@ -196,9 +213,12 @@ def comparison_statistics(compared: Comparison) -> tuple[dict[str, SumAndCount],
 
 def fact_statistics(facts: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, SumAndCount]:
     """(sum, count) of the named facts that are known, over the tokens where they are defined."""
-    return {
-        name: (facts[name].nansum(dtype=torch.float64), (~facts[name].isnan()).sum()) for name in names if name in facts
-    }
+    known = [name for name in names if name in facts]
+    if not known:
+        return {}
+    table = torch.stack([facts[name] for name in known])
+    sums, counts = table.nansum(-1, dtype=torch.float64), (~table.isnan()).sum(-1)
+    return dict(zip(known, zip(sums, counts, strict=True), strict=True))
 
 
 def rollout_statistics(rollouts: Sequence[Rollout]) -> dict[str, SumAndCount]:

@@ -31,7 +31,8 @@ from opd_lightning.interfaces.arguments import check_at_least
 from opd_lightning.objectives import DivergenceObjective
 from opd_lightning.objectives.supports import DEFAULT_K
 from opd_lightning.objectives.token_weights import divide_gradients, known_divisor, loss_factors, weigh_tokens
-from opd_lightning.randomness import derive_seed
+from opd_lightning.randomness import derive_seed, seed_generators
+from opd_lightning.rollouts.comparison import Comparison
 from opd_lightning.teachers import KeptScores
 from opd_lightning.training.checkpoints import check_resumable
 from opd_lightning.training.checks import check_fit, check_horizon, check_weighting
@@ -122,7 +123,7 @@ class OPDModule(PairModule):
         assert batch.weight_version == self.weight_version or batch.staleness != 0, "these rollouts are not on-policy"
         # dropout must depend neither on how often the global generator was used before (a resumed run has used it less)
         # nor on the process, of which there may be more
-        torch.manual_seed(derive_seed(self.data.seed, "dropout", batch.step))
+        seed_generators(derive_seed(self.data.seed, "dropout", batch.step), self.device)
         self.stopwatch.restart()
         teacher = self.teacher_of(batch)
         rollouts = self.shape(batch, teacher, self.stopwatch)
@@ -163,6 +164,7 @@ class OPDModule(PairModule):
         num_tokens = sum(micro_batch.num_tokens for micro_batch in micro_batches)
         total_weight = torch.zeros((), device=self.device)
         trained: list[TrainedRollout] = []
+        done: list[Comparison] = []
         compare = partial(self.compare, objective=self.objective, request=self.score_request, clock=self.stopwatch)
         if looks := weighting is not None and weighting.looks_first:
             seen = compare(micro_batches, teacher=teacher, facts_k=self.facts_k)
@@ -182,9 +184,10 @@ class OPDModule(PairModule):
                     total_weight += weights.sum()
                 # DDP averages over processes; the loss is a sum over all of them
                 self.manual_backward(losses.sum() * (self.trainer.world_size / num_divided))
-            if not looks:
-                self.step_metrics.update(*comparison_statistics(compared))
-                trained += compared.by_rollout()
+            done.append(compared.detached())
+        if not looks:
+            self.step_metrics.update(*comparison_statistics(done))
+            trained = [rollout for compared in done for rollout in compared.by_rollout()]
         if weighting is not None:
             self.step_metrics.update({"token_weight": (total_weight, num_tokens)})
         if divisor is None:

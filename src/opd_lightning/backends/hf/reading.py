@@ -109,7 +109,7 @@ class Reader:
             student_wrote=None,
             extras={},
         )
-        return Reading(read, len(rollout.trained_positions), cells, student_ids)
+        return Reading(read, rollout.num_trained, cells, student_ids)
 
 
 def _text(raw: bytes, finished: bool) -> str:
