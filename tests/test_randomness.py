@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_lightning import randomness
-from opd_lightning.randomness import derive_seed, hashed_uniforms
+from opd_lightning.randomness import derive_seed, hashed_uniforms, seed_generators
 
 MASK = (1 << 64) - 1
 
@@ -109,3 +109,12 @@ def test_neighbours_are_independent(shift):
     counts = torch.bincount((values * 16).long() * 16 + (other * 16).long(), minlength=256).double()
     expected = values.numel() / 256
     assert float(((counts - expected) ** 2 / expected).sum()) < 346
+
+
+def test_global_generators_are_seeded_as_torch_seeds_them():
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        expected = torch.rand(3)
+        seed_generators(7, torch.device("cpu"))
+        assert torch.equal(torch.rand(3), expected)
+        assert torch.initial_seed() == 7

@@ -73,6 +73,15 @@ def test_collate_points_at_the_positions_that_predict_the_response(side):
         assert batch.position_ids[row][real].tolist() == list(range(sequence_length(rollout)))
 
 
+@pytest.mark.parametrize("nothing", [[], torch.tensor([])])  # float32, as torch makes empty tensors
+def test_an_empty_response_has_a_prompt_and_no_tokens(nothing):
+    batch = collate(
+        [make_rollout([5, 6], [8]), replace(make_rollout([5, 7, 9], []), response_ids=torch.as_tensor(nothing))], 0
+    )
+    assert batch.tokens.ids.tolist() == [8] and batch.tokens.ids.dtype == torch.int64
+    assert batch.input_ids.tolist() == [[5, 6, 8], [5, 7, 9]] and batch.rows.tolist() == [0]
+
+
 def test_pad_id_may_equal_a_token_of_the_response():
     batch = collate([make_rollout([5], [9]), make_rollout([5], [6, 6, 9])], pad_id=9)
     assert batch.tokens.ids.tolist() == [9, 6, 6, 9]

@@ -1,5 +1,6 @@
 import csv
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +8,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from opd_lightning.interfaces import Problem, Rollout
-from opd_lightning.training.metrics import AnswerMetrics, Means, log_values, rollout_statistics
+from opd_lightning.rollouts.batching import collate
+from opd_lightning.rollouts.comparison import Comparison
+from opd_lightning.training.metrics import AnswerMetrics, Means, comparison_statistics, log_values, rollout_statistics
 
 
 def rollout(reward, length=2, finished=True):
@@ -26,7 +29,8 @@ def test_means_divide_last():
     metric = Means()
     metric.update({"kl": (6.0, 2), "other": (0.0, 0)}, {"peak": 1.0})
     metric.update({"kl": (torch.tensor(3.0), torch.tensor(4))}, {"peak": 0.5})
-    metric.update({"late": (1.0, 1)})
+    metric.update({"late": (torch.tensor(0.5), 1), "kl": (0.0, torch.tensor(0))})
+    metric.update({"late": (0.5, 0)})
     assert metric.compute() == {"kl": 1.5, "late": 1.0, "peak": 1.0}  # "other" has no count: there is no mean to show
 
 
@@ -36,6 +40,22 @@ def test_means_start_again_after_reset():
     metric.reset()
     metric.update({"a": (1.0, 2)}, {"m": -2.0})
     assert metric.compute() == {"a": 0.5, "m": -2.0}
+
+
+def test_statistics_of_a_step_do_not_depend_on_its_micro_batches():
+    facts = {"kl": torch.tensor([1.0, math.nan, 4.0]), "rollout_mismatch": torch.tensor([0.5, math.nan, 2.0])}
+
+    def compared(first, last, width, is_packed):
+        rollouts = [rollout(0.0, length=last - first)]
+        batch = replace(collate(rollouts, 0), attention_mask=torch.tensor([[1] * (last - first + 1) + [0] * width]))
+        part = {name: values[first:last] for name, values in facts.items()}
+        return Comparison(batch, torch.arange(3.0, requires_grad=True)[first:last] + 1, part, is_packed)
+
+    sums, maxima = comparison_statistics([compared(0, 2, 2, False), compared(2, 3, 5, True)])
+    numbers = {name: (float(total), int(count)) for name, (total, count) in sums.items()}
+    assert numbers == {"loss": (6, 3), "padding_share": (2, 7), "kl": (5, 2), "rollout_mismatch": (2.5, 2)}
+    assert maxima == {"rollout_mismatch_max": 2.0}
+    assert comparison_statistics([]) == ({}, {})
 
 
 def test_means_keep_a_nan_visible():

@@ -91,7 +91,8 @@ def collate(rollouts: Sequence[Rollout], pad_id: int, *, side: Literal["left", "
     steps = torch.arange(width) - starts[:, None]
     is_real = (steps >= 0) & (steps < lengths[:, None])
     input_ids = torch.full(is_real.shape, pad_id, dtype=torch.int64)
-    input_ids[is_real] = torch.cat([ids for rollout in rollouts for ids in (rollout.prompt_ids, rollout.response_ids)])
+    token_ids = [ids.long() for rollout in rollouts for ids in (rollout.prompt_ids, rollout.response_ids)]  # or empty
+    input_ids[is_real] = torch.cat(token_ids)
 
     sizes = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
     places = _trained_places(rollouts)
@@ -105,7 +106,7 @@ def collate(rollouts: Sequence[Rollout], pad_id: int, *, side: Literal["left", "
         rows=rows,
         columns=firsts[rows] + positions,
         tokens=ResponseTokens(
-            torch.cat([rollout.response_ids for rollout in rollouts])[places],
+            torch.cat(token_ids[1::2])[places],
             torch.cat([rollout.log_probs for rollout in rollouts])[places],
             positions,
             {name: values[places] for name, values in _join_extras(rollouts).items()},
