@@ -4,20 +4,24 @@ Every setting is planned and then run: two steps of a real fit, twice, each in a
 only). In the first, memory that is let go goes back to the system at once (`mallopt`), so that the resident memory of
 the process, the figure that `model.measure_memory` logs, is that of its tensors; what was resident before the models
 were loaded is taken off. The second has the system's ordinary allocator and is for the seconds, in processor time, of
-the second step. Its peak is written down too.
+the second step: three turns of measuring the machine, planning and running, since others use the machine too; the
+error is the median turn's. `ordinary` measures the peak under that allocator.
 
-Command: python benchmarks/plan_accuracy.py memory [SETTING ...], then the same with `seconds`: adds what is missing
-`... replan` plans again for what has been measured, with what was known of the machine then; `... table` prints.
+Command: python benchmarks/plan_accuracy.py memory [SETTING ...], then `seconds`, `ordinary`: adds what is missing
+`... replan` plans the memory again for what has been measured; `... table` prints.
 """
 
 import ctypes
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +31,7 @@ import torch
 RESULTS = Path(__file__).parent / "results" / "plan_accuracy_cpu-2core.json"
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # mallopt(3)
 PARTS = ("generate", "teacher", "student", "optimizer")
+TURNS = 3
 
 
 @dataclass(frozen=True)
@@ -254,15 +259,24 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
 
 def run(setting: Setting, is_tidy: bool, folder: Path) -> dict[str, Any]:
     """A setting in a process of its own."""
-    target = folder / "measured.json"
-    pid = os.fork()
-    if pid == 0:
+
+    def work() -> dict[str, Any]:
         if is_tidy:
             library = ctypes.CDLL(None)
             library.mallopt(MMAP_THRESHOLD, 2**15)
             library.mallopt(TRIM_THRESHOLD, 2**16)
+        return measure(setting, folder)
+
+    return in_child(work, folder)
+
+
+def in_child(work: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """What it gives in a process of its own, which leaves no freed memory here that the next one would find."""
+    target = folder / "found.json"
+    pid = os.fork()
+    if pid == 0:
         try:
-            target.write_text(json.dumps(measure(setting, folder)))
+            target.write_text(json.dumps(work()))
         except BaseException:
             traceback.print_exc()
         os._exit(0)
@@ -274,49 +288,59 @@ def run(setting: Setting, is_tidy: bool, folder: Path) -> dict[str, Any]:
 
 def main(turn: str, names: list[str]) -> None:
     """Plan and measure; results are written after each setting."""
-    from opd_lightning.planning import Hardware, this_machine
+    from opd_lightning.planning import this_machine
 
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"settings": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name in names or SETTINGS:
             setting = SETTINGS[name]
             row = results["settings"].setdefault(name, {"setting": asdict(setting)})
-            if turn in row and not names:
+            if (turn if turn != "seconds" else "turns") in row and not names:
                 continue
-            known = Hardware(**row["hardware"]) if "hardware" in row else None
-            hardware = this_machine() if turn == "seconds" else known  # anew: others use the machine too
-            row["planned"] = plan(setting, Path(folder), hardware)
-            row |= {"hardware": asdict(hardware)} if hardware else {}
-            row[turn] = run(setting, turn == "memory", Path(folder))
+            if turn == "seconds":
+                row.pop("turns", None)
+            for _ in range(TURNS if turn == "seconds" else 1):
+                hardware = this_machine() if turn == "seconds" else None  # anew: others use the machine too
+                row["planned"] = in_child(partial(plan, setting, Path(folder), hardware), Path(folder))
+                found = run(setting, turn == "memory", Path(folder))
+                if turn != "seconds":
+                    row[turn] = found["peaks"]
+                else:
+                    planned = {part["name"]: part["seconds"] for part in row["planned"]["parts"]}
+                    turns = row.setdefault("turns", [])
+                    turns.append({"hardware": asdict(hardware), "planned": planned, "measured": found["seconds"]})
             results |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
             print(line_of(name, row), flush=True)
 
 
 def replan() -> None:
-    """Plan again, beside the measurements that are there."""
-    from opd_lightning.planning import Hardware
-
+    """Plan the memory again, beside the measurements that are there."""
     results = json.loads(RESULTS.read_text())
     with tempfile.TemporaryDirectory() as folder:
         for name, row in results["settings"].items():
-            hardware = Hardware(**row["hardware"]) if "hardware" in row else None
-            row["planned"] = plan(SETTINGS[name], Path(folder), hardware)
+            row["planned"] = plan(SETTINGS[name], Path(folder), None)
             print(line_of(name, row), flush=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def errors_of(row: dict[str, Any]) -> dict[str, float]:
     """Planned over measured, less 1: of the highest peak, of the step's seconds, and of its parts."""
-    planned = {part["name"]: part for part in row["planned"]["parts"]}
     errors = {}
     if "memory" in row:
-        errors["memory"] = peak_of(row) / max(row["memory"]["peaks"].values()) - 1
-    if "seconds" in row:
-        seconds = row["seconds"]["seconds"]
-        errors["seconds"] = sum(part["seconds"] for part in planned.values()) / sum(seconds.values()) - 1
-        errors |= {part: planned[part]["seconds"] / seconds[part] - 1 for part in PARTS if part in seconds}
+        errors["memory"] = peak_of(row) / max(row["memory"].values()) - 1
+    if "turns" in row:
+        errors["seconds"] = _median_error(row["turns"], PARTS)
+        errors |= {part: _median_error(row["turns"], [part]) for part in PARTS if part in row["turns"][0]["measured"]}
     return errors
+
+
+def _median_error(turns: list[dict[str, Any]], parts: Sequence[str]) -> float:
+    return statistics.median(
+        sum(turn["planned"].get(part, 0.0) for part in parts) / sum(turn["measured"].get(part, 0.0) for part in parts)
+        - 1
+        for turn in turns
+    )
 
 
 def peak_of(row: dict[str, Any]) -> float:
@@ -329,11 +353,13 @@ def line_of(name: str, row: dict[str, Any]) -> str:
     errors = errors_of(row)
     cells = [name, *[""] * 6]
     if "memory" in errors:
-        peak = max(row["memory"]["peaks"].values())
+        peak = max(row["memory"].values())
         cells[1:4] = [f"{1e-6 * peak:,.0f}", f"{1e-6 * peak_of(row):,.0f}", f"{errors['memory']:+.0%}"]
     if "seconds" in errors:
-        measured = sum(row["seconds"]["seconds"].values())
-        cells[4:7] = [f"{measured:.1f}", f"{measured * (1 + errors['seconds']):.1f}", f"{errors['seconds']:+.0%}"]
+        measured, planned = (
+            statistics.median(sum(turn[key].values()) for turn in row["turns"]) for key in ("measured", "planned")
+        )
+        cells[4:7] = [f"{measured:.1f}", f"{planned:.1f}", f"{errors['seconds']:+.0%}"]
     return "| " + " | ".join(cells) + " |"
 
 

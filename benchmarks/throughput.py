@@ -8,6 +8,7 @@ bandwidth.
 
     pip install -e .[bench]
     python benchmarks/throughput.py               # result in benchmarks/results/throughput_<hardware>.json
+    python benchmarks/throughput.py --products    # what the step's matrix products take alone, at their own sizes
     python benchmarks/throughput.py --growth      # how the seconds of our steps grow with what
 """
 
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from throughput_models import Shape, Work
+from throughput_models import Product, Shape, Work
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -126,6 +127,34 @@ def machine_rates() -> dict[str, float]:
     }
 
 
+def products_alone(work: Work) -> dict[str, float]:
+    """Seconds of the matrix products of each part of a step, one after the other, into memory that is there.
+
+    A product of few rows runs far below the machine's best rate: this is what code that calls them cannot go below.
+    """
+    from opd_lightning import DivergenceObjective
+
+    torch.set_num_threads(1)
+    seconds = {}
+    for part, products in work.products(DivergenceObjective().chunk_tokens).items():
+        seconds[part] = sum(each.times * seconds_of(each) for each in products)
+    return seconds
+
+
+def seconds_of(product: Product, turns: int = 5) -> float:
+    """Processor seconds of one, in the median turn; factors lie as layers have them."""
+    left, right = torch.randn(product.rows, product.inner), torch.randn(product.columns, product.inner)
+    out = torch.empty(product.rows, product.columns)
+    times = max(1, int(2e8 / (product.rows * product.inner * product.columns)))
+    taken = []
+    for _ in range(turns + 1):
+        start = time.process_time()
+        for _ in range(times):
+            torch.mm(left, right.T, out=out)
+        taken.append((time.process_time() - start) / times)
+    return statistics.median(taken[1:])
+
+
 def summarize(work: Work, found: dict[str, Any], rates: dict[str, float]) -> dict[str, Any]:
     """Medians, spread, and ours against the others and against the floor."""
     summary: dict[str, Any] = {}
@@ -207,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--warm_up", type=int, default=1, help="steps of each that are not counted")
     parser.add_argument("--case", action="append", choices=list(CASES))
     parser.add_argument("--growth", action="store_true", help="measure growth instead")
+    parser.add_argument("--products", action="store_true", help="measure the products alone instead")
     parser.add_argument("--out", type=Path, default=RESULTS / "throughput_cpu-2core.json")
     given = parser.parse_args(arguments)
     result = json.loads(given.out.read_text()) if given.out.exists() else {}
@@ -218,7 +248,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if given.growth:
             result["growth"] = measure_growth(given.steps, Path(folder))
-        for case in [] if given.growth else given.case or [name for name in CASES if name != "tiny"]:
+        cases = given.case or [name for name in CASES if name != "tiny"]
+        for case in cases if given.products else []:
+            result[case]["products"] = {"rates": machine_rates(), "seconds": products_alone(CASES[case])}
+            print(case, {part: round(value, 2) for part, value in result[case]["products"]["seconds"].items()})
+        for case in [] if given.growth or given.products else cases:
             rates = machine_rates()
             found = race(CASES[case], names, given.steps, Path(folder), given.warm_up)
             result[case] = {"rates": rates, "summary": summarize(CASES[case], found, rates), **found}

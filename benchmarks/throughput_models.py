@@ -51,10 +51,31 @@ class Shape:
         return self.head_dim * self.key_value_heads or self.query_width
 
     @property
+    def weights(self) -> list[tuple[int, int, int]]:
+        """Inputs, outputs and number of the matrices of all layers, the head aside."""
+        sizes = [
+            (self.hidden, self.query_width, 1),
+            (self.hidden, self.key_width, 2),
+            (self.query_width, self.hidden, 1),
+        ]
+        sizes += [(self.hidden, self.intermediate, 2), (self.intermediate, self.hidden, 1)]
+        return [(inputs, outputs, number * self.layers) for inputs, outputs, number in sizes]
+
+    @property
     def body(self) -> int:
         """Weights that every token is multiplied with, the head aside."""
         attention = 2 * self.query_width + 2 * self.key_width
         return self.layers * self.hidden * (attention + 3 * self.intermediate)
+
+
+@dataclass(frozen=True)
+class Product:
+    """[rows, inner] by [inner, columns], so many times."""
+
+    rows: int
+    inner: int
+    columns: int
+    times: float
 
 
 @dataclass(frozen=True)
@@ -88,6 +109,35 @@ class Work:
         """From JSON."""
         values = json.loads(text)
         return cls(**values | {name: Shape(**values[name]) for name in ("student", "teacher")})
+
+    def products(self, chunk_tokens: int) -> dict[str, list[Product]]:
+        """The matrix products of each part of a step, attention aside, at the sizes they have here.
+
+        Args:
+            chunk_tokens: Response tokens whose logits exist at a time in training.
+        """
+        n, new = self.num_rollouts, self.max_new_tokens
+        rows, responses = n * (self.prompt_tokens + new), n * new
+        s, t = self.student, self.teacher
+        forward = [Product(rows, inner, columns, times) for inner, columns, times in s.weights]
+        chunk, times = min(chunk_tokens, responses), responses / min(chunk_tokens, responses)
+        return {
+            "generate": [
+                *(Product(n * self.prompt_tokens, inner, columns, times) for inner, columns, times in s.weights),
+                *(Product(n, inner, columns, times * (new - 1)) for inner, columns, times in s.weights),
+                Product(n, s.hidden, self.vocabulary, new),
+            ],
+            "teacher": [Product(rows, inner, columns, times) for inner, columns, times in t.weights],
+            "student": [
+                *forward,
+                *(Product(rows, each.columns, each.inner, each.times) for each in forward),
+                *(Product(each.columns, rows, each.inner, each.times) for each in forward),
+                Product(chunk, s.hidden, self.vocabulary, times),
+                Product(chunk, t.hidden, self.vocabulary, times),
+                Product(chunk, self.vocabulary, s.hidden, times),
+                Product(self.vocabulary, chunk, s.hidden, times),
+            ],
+        }
 
     def floor(self, flops: float, bandwidth: float) -> dict[str, float]:
         """Least seconds of each part of a step.

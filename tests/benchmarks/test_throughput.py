@@ -25,6 +25,20 @@ def test_the_floor_counts_products_and_bytes():
     assert moving["teacher"] == moving["student"] == 0
 
 
+def test_the_products_alone_are_those_of_the_floor():
+    products = WORK.products(chunk_tokens=4)
+
+    def operations(part):
+        return sum(2 * each.rows * each.inner * each.columns * each.times for each in products[part])
+
+    rows, tokens = 3 * 7, 3 * 5
+    assert operations("teacher") == 2 * rows * WORK.teacher.body
+    assert operations("student") == 3 * 2 * rows * WORK.student.body + 2 * tokens * 1000 * (3 * 8 + 16)
+    assert operations("generate") == 2 * 3 * ((2 + 4) * WORK.student.body + 5 * 8 * 1000)
+    assert max(each.rows for each in products["student"] if each.columns == 1000) == 4
+    assert throughput.products_alone(WORK).keys() == products.keys()
+
+
 def test_ratios_are_taken_turn_by_turn():
     parts = {"generate": 1.0, "teacher": 0.25, "student": 0.5, "optimizer": 0.125}
     ours = [{"seconds": s, "tokens": 10, "parts": parts} for s in (2.0, 4.0, 2.0)]

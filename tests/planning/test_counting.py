@@ -55,6 +55,16 @@ def test_products_and_bytes_are_those_of_the_shapes():
     assert counter.flops == product.flops and counter.num_calls == 4 and counter.seconds == 8
 
 
+def test_a_weight_that_many_are_multiplied_with_is_one_product_of_many_rows():
+    seen = []
+    with without_data(), OperationCounter(lambda operation: seen.append(operation) or 0.0):
+        torch.bmm(torch.empty(5, 1, 8), torch.empty(8, 6).expand(5, 8, 6))
+        torch.bmm(torch.empty(5, 2, 8), torch.empty(5, 8, 6))
+    shared, single = (operation for operation in seen if operation.flops)
+    assert shared.rows == 5 and shared.bytes == 4 * (5 * 8 + 8 * 6 + 5 * 6)
+    assert single.rows == 2
+
+
 def test_a_tensor_can_be_given_to_another_part():
     with without_data(), counted() as counter:
         weight = torch.empty(25)

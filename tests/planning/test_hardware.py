@@ -1,12 +1,14 @@
 """Hardware in numbers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from opd_lightning.planning import HARDWARE, Hardware, machine
 from opd_lightning.planning.hardware import Operation
 
-CPU = Hardware("c", 16, 0.1, 10, 0.2, "test", is_gpu=False, half_rows=10, giga_entries_s=1, call_us=10, factor=1.5)
+CPU = Hardware("c", 16, 0.1, 10, 0.2, "test", is_gpu=False, giga_entries_s=1, call_us=10, factor=1.5)
 
 
 def test_a_gpu_takes_the_longest_of_call_products_and_bytes():
@@ -19,9 +21,18 @@ def test_a_gpu_takes_the_longest_of_call_products_and_bytes():
 
 def test_on_a_processor_they_add_up():
     assert CPU.seconds(Operation()) == pytest.approx(1.5 * 1e-5)
-    products = CPU.seconds(Operation(flops=0.2e12, rows=10, bytes=10e9))
-    assert products == pytest.approx(1.5 * (1e-5 + 2 + 1))  # half the speed at so few rows
+    assert CPU.seconds(Operation(flops=0.2e12, rows=10, bytes=10e9)) == pytest.approx(1.5 * (1e-5 + 1 + 1))
     assert CPU.seconds(Operation(entries=1e9)) == pytest.approx(1.5 * (1e-5 + 1))
+
+
+@pytest.mark.parametrize(("rows", "seconds"), [(1, 2e-9), (4, 3.5e-9), (11, 7e-9), (111, 57e-9)])
+def test_products_of_few_rows_take_what_was_measured_for_each_weight(rows, seconds):
+    measured = replace(
+        CPU, float32_tflops=1e-12 * 2 * 101 / 52e-9, product_seconds=((1, 2e-9), (11, 7e-9), (101, 52e-9))
+    )
+    num_weights = 10**6
+    operation = Operation(flops=2 * rows * num_weights, rows=rows, bytes=4 * num_weights)
+    assert measured.seconds(operation) == pytest.approx(1.5 * (1e-5 + seconds * num_weights))
 
 
 def test_bandwidths_are_between_those_measured():

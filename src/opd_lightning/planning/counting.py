@@ -101,7 +101,7 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         is_view = all(id(each.untyped_storage()) in known for each in made) and not func._schema.is_mutable
         for each in made:
             self._follow(each)
-        self._add(func, args, kwargs or {}, out, [] if is_view else [*given, *made], made)
+        self._add(func, args, kwargs or {}, out, [] if is_view else [*given, *made], given, made)
         return out
 
     def _follow(self, tensor: Tensor) -> None:
@@ -119,7 +119,9 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         part, size = self._parts.pop(key)
         self.live[part] -= size
 
-    def _add(self, func: Any, args: Any, kwargs: Any, out: Any, moved: list[Tensor], made: list[Tensor]) -> None:
+    def _add(
+        self, func: Any, args: Any, kwargs: Any, out: Any, moved: list[Tensor], given: list[Tensor], made: list[Tensor]
+    ) -> None:
         self.num_calls += 1
         packet, name = func._overloadpacket, func._schema.name.partition("::")[2]
         flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
@@ -129,13 +131,21 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             flops=flops,
             bytes=sum(_bytes(each) for each in moved),
             entries=factor * counted.numel(),
-            rows=made[0].shape[-2] if flops and made[0].dim() > 1 else 0,
+            rows=_num_rows(given, made[0]) if flops else 0,
             is_low=bool(moved) and moved[0].dtype in (torch.bfloat16, torch.float16),
             is_attention="attention" in name,
         )
         self.flops += operation.flops
         self.bytes += operation.bytes
         self.seconds += self._price(operation)
+
+
+def _num_rows(given: list[Tensor], made: Tensor) -> int:
+    """Of the left factor of a product; of all of them where many are multiplied with one right factor."""
+    if made.dim() < 2:
+        return 0
+    is_shared = made.dim() == 3 and given[-1].dim() == 3 and given[-1].stride(0) == 0
+    return made.shape[0] * made.shape[1] if is_shared else made.shape[-2]
 
 
 def _bytes(tensor: Tensor) -> int:

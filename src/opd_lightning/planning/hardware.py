@@ -44,7 +44,8 @@ class Hardware:
         source: Who says so.
         is_gpu: Whether it is one.
         attention_tflops: Of attention kernels.
-        half_rows: Products of so many rows run at half that speed.
+        product_seconds: (rows of the left factor, seconds for each weight of the right one), fewest first, of float32
+            products with weights that come from memory: their bytes are in it.
         bandwidths: (megabytes, gigabytes a second) of operations that read and write so much, smallest first, and write
             to memory that is given them for it.
         giga_entries_s: 10^9 SiLUs a second.
@@ -60,7 +61,7 @@ class Hardware:
     source: str
     is_gpu: bool = True
     attention_tflops: float = 0.0
-    half_rows: float = 0.0
+    product_seconds: Sequence[tuple[int, float]] = ()
     bandwidths: Sequence[tuple[float, float]] = ()
     giga_entries_s: float = 0.0
     call_us: float = 8.0
@@ -72,20 +73,29 @@ class Hardware:
         On a processor the parts add up: the call, the products, the bytes and the exponentials. A GPU is asked for the
         next operation while it works, and multiplies while it reads: the longest of call, products and bytes.
         """
-        is_product = operation.flops > 0 and not operation.is_attention  # of weights that nobody has read for long
-        bandwidth = self.bandwidth_gb_s if is_product else self._bandwidth(1e-6 * operation.bytes)
-        passing = operation.bytes / (1e9 * bandwidth)
         calling = 1e-6 * self.call_us
         rate = self.tflops if operation.is_low else self.float32_tflops
         if operation.is_attention:
             rate = self.attention_tflops or rate
-        elif operation.rows:
-            rate *= operation.rows / (operation.rows + self.half_rows)
+        is_product = operation.flops > 0 and not operation.is_attention  # of weights that nobody has read for long
         multiplying = operation.flops / (1e12 * rate)
+        bandwidth = self.bandwidth_gb_s if is_product else self._bandwidth(1e-6 * operation.bytes)
+        passing = operation.bytes / (1e9 * bandwidth)
+        if is_product and operation.rows and self.product_seconds:
+            multiplying *= self._slowness(operation.rows)
+            passing = 0.0
         if self.is_gpu:
             return max(calling, multiplying / _LIKELY_SHARE, passing)
         computing = operation.entries / (1e9 * self.giga_entries_s) if self.giga_entries_s else 0.0
         return self.factor * (calling + multiplying + passing + computing)
+
+    def _slowness(self, rows: int) -> float:
+        """How many times as long as at the best rate a product takes that has so many rows."""
+        counts, seconds = zip(*self.product_seconds, strict=True)
+        place = min(max(bisect(counts, rows), 1), len(counts) - 1)
+        slope = (seconds[place] - seconds[place - 1]) / (counts[place] - counts[place - 1])
+        taken = seconds[place - 1] + slope * (rows - counts[place - 1])
+        return float(taken / rows * counts[-1] / seconds[-1])
 
     def _bandwidth(self, megabytes: float) -> float:
         if not self.bandwidths or megabytes <= 0:

@@ -26,7 +26,9 @@ _GROUPS = (  # limit, use and statistics of the processes that this one is count
 )
 _PHYSICAL = Path("/proc/meminfo")
 _TURNS = 5
-_FEW_ROWS = 32
+_ROWS = (1, 4, 16, 64, 256, 1024)  # of products, from those of a token of a few answers to those of a micro-batch
+_WIDTH = 512
+_WEIGHTS = 2**24  # that products take turns with: more than a core's cache holds
 _SIZES = (2**14, 2**16, 2**18, 2**20, 2**21, 2**22, 2**23, 2**24)  # entries: from the cache of a core to its memory
 
 
@@ -66,17 +68,17 @@ def this_machine() -> Hardware:
     if memory_gb is None:
         raise ValueError("hardware: this machine does not say how much memory it has. Set --memory_gb.")
     bandwidths = [(1e-6 * 3 * 4 * size, _bandwidth_gb_s(size)) for size in _SIZES]
-    float32_tflops = _product_tflops(torch.float32)
+    product_seconds = [(rows, _seconds_per_weight(rows)) for rows in _ROWS]
     machine = Hardware(
         name=THIS_MACHINE,
         memory_gb=memory_gb,
-        tflops=_product_tflops(torch.bfloat16),
+        tflops=1e-12 * 2 * _ROWS[-1] / _seconds_per_weight(_ROWS[-1], torch.bfloat16),
         bandwidth_gb_s=_bandwidth_gb_s(_SIZES[-1], is_new=False),
-        float32_tflops=float32_tflops,
+        float32_tflops=1e-12 * 2 * product_seconds[-1][0] / product_seconds[-1][1],
         source=f"measured here, {torch.get_num_threads()} thread(s)",
         is_gpu=False,
         attention_tflops=_attention_tflops(),
-        half_rows=_FEW_ROWS * max(0.0, float32_tflops / _product_tflops(torch.float32, _FEW_ROWS) - 1),
+        product_seconds=product_seconds,
         bandwidths=bandwidths,
         giga_entries_s=_giga_entries_s(),
         call_us=_call_us(),
@@ -110,15 +112,16 @@ def _seconds(work: Callable[[], object]) -> float:
     return float(statistics.median(turns)) / torch.get_num_threads()
 
 
-def _product_tflops(dtype: torch.dtype, num_rows: int = 1024, width: int = 512) -> float:
-    left, right = torch.ones(num_rows, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
-    times = max(1, 1024 // num_rows)
+def _seconds_per_weight(num_rows: int, dtype: torch.dtype = torch.float32) -> float:
+    """What a product of so many rows takes, for each weight."""
+    times = max(2, _WEIGHTS // _WIDTH**2 // max(1, num_rows // 64))  # with many rows the weights are no matter
+    left, weights = torch.ones(num_rows, _WIDTH, dtype=dtype), torch.ones(times, _WIDTH, _WIDTH, dtype=dtype)
 
     def work() -> None:
-        for _ in range(times):
-            torch.nn.functional.linear(left, right)
+        for weight in weights:
+            torch.nn.functional.linear(left, weight)
 
-    return 1e-12 * 2 * num_rows * width * width * times / _seconds(work)
+    return _seconds(work) / weights.numel()
 
 
 def _attention_tflops(rows: int = 8, heads: int = 6, length: int = 128, size: int = 64) -> float:
