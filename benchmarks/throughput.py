@@ -128,7 +128,7 @@ def machine_rates() -> dict[str, float]:
 
 
 def products_alone(work: Work) -> dict[str, float]:
-    """Seconds of the matrix products of each part of a step, one after the other, into memory that is there.
+    """Seconds of the matrix products of each part of a step, each by itself over and over, into memory that is there.
 
     A product of few rows runs far below the machine's best rate: this is what code that calls them cannot go below.
     """
@@ -250,8 +250,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             result["growth"] = measure_growth(given.steps, Path(folder))
         cases = given.case or [name for name in CASES if name != "tiny"]
         for case in cases if given.products else []:
-            result[case]["products"] = {"rates": machine_rates(), "seconds": products_alone(CASES[case])}
-            print(case, {part: round(value, 2) for part, value in result[case]["products"]["seconds"].items()})
+            seconds = products_alone(CASES[case])
+            result.setdefault("products", {})[case] = {"rates": machine_rates(), "seconds": seconds}
+            print(case, {part: round(value, 2) for part, value in seconds.items()})
         for case in [] if given.growth or given.products else cases:
             rates = machine_rates()
             found = race(CASES[case], names, given.steps, Path(folder), given.warm_up)

@@ -87,7 +87,7 @@ class Means(Metric):
 
 
 def _table(pairs: Sequence[SumAndCount], like: Tensor) -> Tensor:
-    """[k, 2] of the pairs, like another in dtype and device; none is read, which would wait for a GPU."""
+    """[k, 2] of the pairs, like another in dtype and device; what is a number goes to the device in one piece."""
     entries = [entry for pair in pairs for entry in pair]
     numbers = [0 if isinstance(entry, Tensor) else entry for entry in entries]
     table = torch.tensor(numbers, dtype=like.dtype, device=like.device)
